@@ -1,0 +1,52 @@
+# Pagoda: `make run` shows it, `make test` proves it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+MODEL  ?= deploy/demo/model
+PROMPT ?= def read_lines(path):
+PROTOS := $(wildcard protos/pagoda/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run up test test-all proto lint types bench-step clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with everything in it
+$(STAMP): pyproject.toml
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the development set into $(VENV) (the first time takes some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools==84.2.1
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+run: setup ## Start everything, stream one generation of the demo model, end
+	@$(BIN)/pagoda run --model $(MODEL) --prompt '$(PROMPT)'
+
+up: setup ## Start everything and leave it running (Ctrl-C ends it)
+	@$(BIN)/pagoda up --model $(MODEL)
+
+test: setup ## Run the tests
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup ## Run the tests with the full products and the long state machines
+	@PAGODA_TEST_LONG=1 $(BIN)/python -m pytest
+
+proto: setup ## Generate the Python of the contract
+	@PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
+	    --mypy_out=protos --mypy_grpc_out=protos $(PROTOS)
+
+lint: setup ## ruff, and buf where npm has it
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@.ci/buf
+
+types: setup ## mypy, strict
+	@$(BIN)/mypy
+
+bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
+	@$(BIN)/python -m tests.load.bench_step
+
+clean: ## Remove what setup and the tools made
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build

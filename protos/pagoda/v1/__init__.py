@@ -1,0 +1,1 @@
+"""Generated from generation.proto and worker.proto by `make proto`."""

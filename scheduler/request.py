@@ -1,0 +1,97 @@
+"""What a validated request is: plain frozen values, and their form in Redis."""
+
+from dataclasses import dataclass
+
+from pagoda.v1 import generation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample and when to stop, every default resolved (see generation.proto for units and ranges)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: tuple[int, ...]
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBody:
+    """A request as it is kept: prompt tokenized, defaults filled in, seed drawn.
+
+    `digest` is taken over what the client sent, so that the same request sent again is recognised.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    n: int
+    resumable: bool
+    resume_wait_s: float
+    tenant: str
+    cache_salt: str
+    priority: int
+    digest: bytes
+
+    def to_bytes(self) -> bytes:
+        """The body as a resolved GenerateRequest; `digest` is stored beside it."""
+        s = self.sampling
+        message = pb.GenerateRequest(
+            request_id=self.request_id,
+            token_ids=pb.TokenIds(ids=self.prompt_token_ids),
+            sampling=pb.SamplingParams(
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                min_p=s.min_p,
+                seed=s.seed,
+                max_tokens=s.max_tokens,
+                min_tokens=s.min_tokens,
+                ignore_eos=s.ignore_eos,
+                stop_token_ids=s.stop_token_ids,
+                stop=s.stop,
+            ),
+            n=self.n,
+            resumable=self.resumable,
+            resume_wait_s=self.resume_wait_s,
+            tenant=self.tenant,
+            cache_salt=self.cache_salt,
+            priority=self.priority,
+        )
+        return message.SerializeToString()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, digest: bytes) -> "RequestBody":
+        """The inverse of to_bytes."""
+        message = pb.GenerateRequest.FromString(data)
+        s = message.sampling
+        sampling = SamplingParams(
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            seed=s.seed,
+            max_tokens=s.max_tokens,
+            min_tokens=s.min_tokens,
+            ignore_eos=s.ignore_eos,
+            stop_token_ids=tuple(s.stop_token_ids),
+            stop=tuple(s.stop),
+        )
+        return cls(
+            request_id=message.request_id,
+            prompt_token_ids=tuple(message.token_ids.ids),
+            sampling=sampling,
+            n=message.n,
+            resumable=message.resumable,
+            resume_wait_s=message.resume_wait_s,
+            tenant=message.tenant,
+            cache_salt=message.cache_salt,
+            priority=message.priority,
+            digest=digest,
+        )

@@ -83,8 +83,8 @@ class TextStream:
     def finish(self, drop_last_text: bool = False) -> Piece:
         """All that is left; a character that is not whole shows as U+FFFD.
 
-        `drop_last_text`: the last id pushed is a stop token, it goes out without its text (take nothing between
-        its push and this), and a stop text that it would have completed does not count.
+        `drop_last_text`: the last id pushed is a stop token, it goes out without its text (take nothing
+        between its push and this), and a stop text that it would have completed does not count.
         """
         if not self._token_ids:
             return Piece((), "")
@@ -158,9 +158,7 @@ class _Stop:
     def __init__(self, text: str) -> None:
         self.text = text
         self.num_matched = 0
-        self._fall_back = [0] * len(
-            text
-        )  # after i + 1 matched characters: the next shorter match that ends there
+        self._fall_back = [0] * len(text)  # after i + 1 matched characters: the next shorter match that ends there
         for i in range(1, len(text)):
             matched = self._fall_back[i - 1]
             while matched and text[matched] != text[i]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import processors
 
 from scheduler.chat_template import ChatTemplate, ChatTemplateError
 
@@ -45,19 +44,15 @@ class Tokenizer:
         """Reads tokenizer.json and the configuration files beside it; raises TokenizerError."""
         path = model_dir / "tokenizer.json"
         if not path.is_file():
-            raise TokenizerError(
-                f"{path} is missing: a Hugging Face model folder with a tokenizer.json is needed"
-            )
+            raise TokenizerError(f"{path} is missing: a Hugging Face model folder with a tokenizer.json is needed")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path} can't be read as a tokenizer: {_one_line(error)}") from None
         config = _read_json(model_dir / "tokenizer_config.json")
         special = _special_tokens(_read_json(model_dir / "special_tokens_map.json") | config)
-        _prepare(backend, config, special)
-        facts = _Facts.read(
-            model_dir, backend.token_to_id(special["eos_token"]) if "eos_token" in special else None
-        )
+        _prepare(backend, special)
+        facts = _Facts.read(model_dir, backend.token_to_id(special["eos_token"]) if "eos_token" in special else None)
         return cls(backend, _load_template(model_dir, config, special), facts)
 
     @property
@@ -177,21 +172,12 @@ def _defaults(path: Path, generation: dict[str, Any]) -> SamplingDefaults:
     return SamplingDefaults(temperature, top_k, top_p)
 
 
-def _prepare(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
+def _prepare(backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:
     """Brings the tokenizer to what transformers makes of the same folder."""
     backend.no_truncation()  # settings left over from training would cut prompts in silence
     backend.no_padding()
     known = [token for token in special.values() if backend.token_to_id(token) is not None]
     backend.add_special_tokens(known)
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    added = [token for token in (bos, eos) if token]
-    if all(token in known for token in added):
-        single = [part for part in (bos, "$A", eos) if part]
-        ids = [(token, backend.token_to_id(token)) for token in added]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,110 @@
+"""Paged attention behind one small face.
+
+Owns the arithmetic over KV blocks: writing keys and values by slot, attending through block tables, copying blocks.
+Knows nothing of requests, sequences or plans. `reference` is the specification; `select_kernels` is the one place
+where native kernels attach.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What every layer of a model has in common.
+
+    `scale` multiplies the scores; `block_size` is in tokens.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer of the KV pool, head-major.
+
+    keys, values: [num_blocks, num_kv_heads, block_size, head_dim], contiguous, of the model's dtype. What a slot holds
+    before it is written is undefined, NaN included.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Who attends to what in one step: `num_seqs` sequences, `num_tokens` query tokens one after the other.
+
+    block_tables: [num_seqs, max_blocks] int32, on the device; entries past a sequence's own blocks are any valid id.
+    context_lens: [num_seqs] int32, on the device: KV tokens, this step's included.
+    cu_seqlens_q: [num_seqs + 1] int32, on the device: sequence i's queries are rows cu[i] to cu[i + 1]; each has one
+        at least, and they are its last tokens.
+    slot_mapping: [num_tokens] int64, on the device: block_id * block_size + offset of each query token.
+    host_context_lens, host_query_lens: [num_seqs] int64, the same lengths on the host, for work lists.
+    """
+
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    slot_mapping: torch.Tensor
+    host_context_lens: NDArray[np.int64]
+    host_query_lens: NDArray[np.int64]
+
+    @property
+    def max_context_len(self) -> int:
+        """KV tokens of the longest sequence."""
+        return int(self.host_context_lens.max())
+
+    @property
+    def max_query_len(self) -> int:
+        """Query tokens of the sequence that runs most."""
+        return int(self.host_query_lens.max())
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """The first `num_tokens` slots of a block, to be copied into another, in every layer."""
+
+    src_block_id: int
+    dst_block_id: int
+    num_tokens: int
+
+
+class AttentionStep(Protocol):
+    """The work lists of one step, used by all its layers."""
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
+        """Write key and value, [num_tokens, num_kv_heads, head_dim], into the slots of slot_mapping."""
+
+    def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
+        """Causal attention of query, [num_tokens, num_heads, head_dim], over the written slots; the same shape.
+
+        A token at position p sees positions p - sliding_window + 1 to p; 0 is full attention. The step's own keys and
+        values must have been written.
+        """
+
+
+class Kernels(Protocol):
+    """One implementation for one device, model shape and block size."""
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
+        """Work lists for a step, made once for all layers."""
+
+    def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+        """Run `copies` in order. pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]."""
+
+
+def select_kernels(device: torch.device, shape: AttentionShape) -> Kernels:
+    """The kernels for `device`: native ones are chosen here; the reference runs on any."""
+    from kernels.reference import ReferenceKernels
+
+    return ReferenceKernels(device, shape)

@@ -1,0 +1,178 @@
+"""The specification of paged attention, in plain PyTorch, for any device and dtype; sums are float32.
+
+Rows with as many queries and (rounded up) as many blocks are gathered and computed together. How a row is cut and
+padded depends on its own lengths alone, never on its neighbours. Slots past a sequence's length may hold NaN: scores
+are replaced there and values set to 0 before they are multiplied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
+
+# Queries of one row that are computed at once: bounds the scores of a long prompt.
+MAX_QUERIES = 256
+# Elements of gathered keys (and of values) at once: bounds the memory of a step at 2 x 64 MiB in float32.
+MAX_GATHERED = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Pieces of rows with as many queries and as many (rounded up) blocks.
+
+    token_rows: [num_pieces * num_queries] int64, rows of the query.
+    block_rows: [num_pieces * num_kv_heads * num_blocks] int64, rows of a layer's keys seen as [blocks * heads, ...].
+    unwritten: [num_pieces, 1, num_blocks * block_size, 1] bool, slots that hold nothing.
+    distances: [num_pieces, 1, 1, num_queries, num_blocks * block_size] int64, position of query minus that of key.
+    """
+
+    token_rows: torch.Tensor
+    block_rows: torch.Tensor
+    unwritten: torch.Tensor
+    distances: torch.Tensor
+    num_queries: int
+
+    def hidden(self, sliding_window: int) -> torch.Tensor:
+        """Whether a query must not see a key; the shape of `distances`."""
+        hidden = self.distances < 0
+        return hidden | (self.distances >= sliding_window) if sliding_window else hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Query ranges on the host: of which sequence, its first row of the query, its queries, KV tokens up to its end."""
+
+    seqs: NDArray[np.int64]
+    first_rows: NDArray[np.int64]
+    query_lens: NDArray[np.int64]
+    context_lens: NDArray[np.int64]
+
+
+class ReferenceKernels:
+    """See `kernels.Kernels`."""
+
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+        self._device = device
+        self._shape = shape
+
+    def prepare(self, metadata: AttentionMetadata) -> "ReferenceStep":
+        """Work lists for a step."""
+        pieces = _cut(metadata)
+        buckets = _round_up(-(-pieces.context_lens // self._shape.block_size))
+        keys = pieces.query_lens * (int(buckets.max()) + 1) + buckets
+        groups = []
+        for key in np.unique(keys):
+            members = np.flatnonzero(keys == key)
+            num_blocks = int(buckets[members[0]])
+            gathered = self._shape.num_kv_heads * num_blocks * self._shape.block_size * self._shape.head_dim
+            at_once = max(1, MAX_GATHERED // gathered)
+            for start in range(0, len(members), at_once):
+                some = members[start : start + at_once]
+                groups.append(self._group(metadata.block_tables, pieces, some, num_blocks))
+        return ReferenceStep(self._shape, tuple(groups), self._kv_rows(metadata.slot_mapping))
+
+    def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+        """See `kernels.Kernels.copy_blocks`."""
+        for copy in copies:
+            slots = slice(0, copy.num_tokens)
+            pool[:, :, copy.dst_block_id, :, slots] = pool[:, :, copy.src_block_id, :, slots]
+
+    def _group(self, block_tables: torch.Tensor, pieces: _Pieces, members: NDArray[np.int64], num_blocks: int) -> Group:
+        device = self._device
+        num_queries = int(pieces.query_lens[members[0]])
+        tables = torch.zeros((len(members), num_blocks), dtype=torch.int64, device=device)
+        width = min(num_blocks, block_tables.shape[1])
+        tables[:, :width] = block_tables[torch.from_numpy(pieces.seqs[members]).to(device), :width]
+        heads = torch.arange(self._shape.num_kv_heads, device=device)[None, :, None]
+        token_rows = pieces.first_rows[members][:, None] + np.arange(num_queries)
+        context_lens = torch.from_numpy(pieces.context_lens[members]).to(device)
+        key_positions = torch.arange(num_blocks * self._shape.block_size, device=device)
+        query_positions = context_lens[:, None] - num_queries + torch.arange(num_queries, device=device)
+        return Group(
+            token_rows=torch.from_numpy(token_rows.reshape(-1)).to(device),
+            block_rows=(tables[:, None, :] * self._shape.num_kv_heads + heads).reshape(-1),
+            unwritten=(key_positions >= context_lens[:, None])[:, None, :, None],
+            distances=(query_positions[:, :, None] - key_positions)[:, None, None],
+            num_queries=num_queries,
+        )
+
+    def _kv_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """Rows of a layer's keys seen as [blocks * heads * slots, head_dim]: [num_tokens * num_kv_heads]."""
+        block_size, num_kv_heads = self._shape.block_size, self._shape.num_kv_heads
+        block_ids = torch.div(slot_mapping, block_size, rounding_mode="floor")
+        heads = torch.arange(num_kv_heads, device=self._device)
+        rows = (block_ids[:, None] * num_kv_heads + heads) * block_size + (slot_mapping % block_size)[:, None]
+        return rows.reshape(-1)
+
+
+class ReferenceStep:
+    """See `kernels.AttentionStep`."""
+
+    def __init__(self, shape: AttentionShape, groups: tuple[Group, ...], kv_rows: torch.Tensor) -> None:
+        self._shape = shape
+        self._groups = groups
+        self._kv_rows = kv_rows
+        self._hidden: dict[tuple[int, int], torch.Tensor] = {}
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
+        """See `kernels.AttentionStep.write_kv`."""
+        head_dim = self._shape.head_dim
+        layer.keys.view(-1, head_dim).index_copy_(0, self._kv_rows, key.reshape(-1, head_dim))
+        layer.values.view(-1, head_dim).index_copy_(0, self._kv_rows, value.reshape(-1, head_dim))
+
+    def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
+        """See `kernels.AttentionStep.attend`."""
+        out = torch.empty_like(query)
+        scaled = query.float() * self._shape.scale
+        for i, group in enumerate(self._groups):
+            if (i, sliding_window) not in self._hidden:
+                self._hidden[i, sliding_window] = group.hidden(sliding_window)
+            rows = self._attend_group(scaled[group.token_rows], layer, group, self._hidden[i, sliding_window])
+            out.index_copy_(0, group.token_rows, rows.to(out.dtype))
+        return out
+
+    def _attend_group(self, scaled: torch.Tensor, layer: LayerKV, group: Group, hidden: torch.Tensor) -> torch.Tensor:
+        """Attention of scaled queries [pieces * num_queries, num_heads, head_dim] float32; the same shape."""
+        shape, num_queries = self._shape, group.num_queries
+        num_kv_heads, head_dim = shape.num_kv_heads, shape.head_dim
+        group_size = shape.num_heads // num_kv_heads
+        num_pieces = scaled.shape[0] // num_queries
+        batch = num_pieces * num_kv_heads
+
+        keys = self._gather(layer.keys, group).view(batch, -1, head_dim)
+        values = self._gather(layer.values, group).view(num_pieces, num_kv_heads, -1, head_dim)
+        values.masked_fill_(group.unwritten, 0.0)
+        queries = scaled.view(num_pieces, num_queries, num_kv_heads, group_size, head_dim)
+        queries = queries.permute(0, 2, 3, 1, 4).reshape(batch, group_size * num_queries, head_dim)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        scores = scores.view(num_pieces, num_kv_heads, group_size, num_queries, -1)
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+        sums = torch.bmm(weights.view(batch, group_size * num_queries, -1), values.view(batch, -1, head_dim))
+        sums = sums.view(num_pieces, num_kv_heads, group_size, num_queries, head_dim)
+        return sums.permute(0, 3, 1, 2, 4).reshape(scaled.shape)
+
+    def _gather(self, blocks: torch.Tensor, group: Group) -> torch.Tensor:
+        """A float32 copy of the group's blocks: [pieces * num_kv_heads * num_blocks, block_size * head_dim]."""
+        rows = blocks.view(-1, self._shape.block_size * self._shape.head_dim)
+        return rows.index_select(0, group.block_rows).float()
+
+
+def _cut(metadata: AttentionMetadata) -> _Pieces:
+    """Each sequence's queries in pieces of at most MAX_QUERIES."""
+    query_lens, context_lens = metadata.host_query_lens, metadata.host_context_lens
+    num_pieces = -(-query_lens // MAX_QUERIES)
+    seqs = np.repeat(np.arange(len(query_lens)), num_pieces)
+    offsets = (np.arange(len(seqs)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)) * MAX_QUERIES
+    piece_lens = np.minimum(MAX_QUERIES, query_lens[seqs] - offsets)
+    first_rows = (np.cumsum(query_lens) - query_lens)[seqs] + offsets
+    return _Pieces(seqs, first_rows, piece_lens, context_lens[seqs] - query_lens[seqs] + offsets + piece_lens)
+
+
+def _round_up(num_blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ...: few groups, at most a third of padding."""
+    power = 2 ** np.ceil(np.log2(num_blocks)).astype(np.int64)
+    return np.where(num_blocks <= power * 3 // 4, power * 3 // 4, power)

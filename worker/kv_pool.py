@@ -1,0 +1,113 @@
+"""The physical KV pool: its size, its memory, and the poison that tests fill it with.
+
+Owns the tensor. Which block belongs to whom is the scheduler's alone to say.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import LayerKV
+from worker.errors import ConfigError
+from worker.models.spec import ModelSpec
+
+# On a CPU the pool shares memory with everything else: a quarter of what is free, 1 GiB at most, unless a flag says so.
+CPU_SHARE = 0.25
+CPU_LIMIT_BYTES = 2**30
+# On a GPU: of what is free after loading and profiling; the rest is left to the allocator's fragmentation.
+GPU_SHARE = 0.92
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRequest:
+    """What the flags ask for: bytes, or blocks, or neither (from free memory)."""
+
+    kv_memory_bytes: int | None
+    num_blocks: int | None
+
+
+def block_bytes(spec: ModelSpec, block_size: int, element_bytes: int) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return spec.num_layers * 2 * spec.num_kv_heads * block_size * spec.head_dim * element_bytes
+
+
+def count_blocks(request: PoolRequest, bytes_per_block: int, free_bytes: int) -> int:
+    """Usable blocks (the null block is not one of them) for `request` where `free_bytes` may be taken.
+
+    Raises ConfigError where not one block fits, or more are asked for than fit into memory.
+    """
+    if request.num_blocks is not None:
+        return request.num_blocks
+    pool_bytes = free_bytes if request.kv_memory_bytes is None else request.kv_memory_bytes
+    num_blocks = pool_bytes // bytes_per_block - 1
+    if num_blocks < 1:
+        raise ConfigError(
+            f"kv-memory={pool_bytes}: holds no block beside the null block, one takes {bytes_per_block} bytes"
+        )
+    return num_blocks
+
+
+def free_cpu_bytes() -> int:
+    """Bytes of main memory that a pool may take by default."""
+    available = [_meminfo_available(), _cgroup_available()]
+    return min(CPU_LIMIT_BYTES, int(CPU_SHARE * min(known for known in available if known is not None)))
+
+
+def free_gpu_bytes(device: torch.device, activation_bytes: int) -> int:
+    """Bytes of `device` that a pool may take, `activation_bytes` being what a step needs beside it."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(GPU_SHARE * free) - activation_bytes
+
+
+class KVPool:
+    """num_blocks usable blocks, ids 1 to num_blocks, and the null block 0, whose content never counts.
+
+    blocks: [num_layers, 2, num_blocks + 1, num_kv_heads, block_size, head_dim], keys then values; not initialised.
+    """
+
+    def __init__(self, spec: ModelSpec, block_size: int, num_blocks: int, blocks: torch.Tensor) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.block_bytes = block_bytes(spec, block_size, blocks.element_size())
+        self.blocks = blocks
+        self.layers = tuple(LayerKV(layer[0], layer[1]) for layer in blocks)
+
+    @classmethod
+    def allocate(cls, spec: ModelSpec, block_size: int, num_blocks: int, like: torch.Tensor) -> "KVPool":
+        """A pool with the dtype and device of `like`. Raises ConfigError where memory does not suffice."""
+        shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
+        try:
+            blocks = torch.empty(shape, dtype=like.dtype, device=like.device)
+        except RuntimeError as error:
+            num_bytes = block_bytes(spec, block_size, like.element_size()) * (num_blocks + 1)
+            raise ConfigError(f"num-blocks={num_blocks}: {num_bytes} bytes cannot be allocated ({error})") from None
+        return cls(spec, block_size, num_blocks, blocks)
+
+    def poison(self) -> None:
+        """Fill the whole pool with NaN."""
+        self.blocks.fill_(float("nan"))
+
+    def poison_block(self, block_id: int, first_slot: int) -> None:
+        """Fill a block with NaN from `first_slot` on."""
+        self.blocks[:, :, block_id, :, first_slot:] = float("nan")
+
+
+def _meminfo_available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * CPU_LIMIT_BYTES  # not Linux: unknown, so the limit decides
+
+
+def _cgroup_available() -> int | None:
+    """What a container may still take, or None where nothing limits it."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None

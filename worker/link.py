@@ -1,0 +1,315 @@
+"""The worker's way to its owner: one gRPC stream at a time, broken and reopened for as long as the process lives.
+
+Owns connecting, registering and heartbeats. A reader thread decodes plans as they come, so that the executor finds
+them ready; gRPC's own sender thread encodes results, in the shadow of the next step. What may be run, and what must be
+sent again, is the ledger's to say.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import grpc
+from pagoda.v1 import worker_pb2 as pb
+from pagoda.v1 import worker_pb2_grpc
+
+from worker.batch import BatchLimits
+from worker.errors import MismatchError, NameTakenError, ProtocolError, WorkerError
+from worker.ledger import Ledger, Order
+from worker.wire import PROTOCOL_VERSION, StepOutput, decode_plan, encode_result
+
+log = logging.getLogger("pagoda.worker")
+
+FIRST_BACKOFF_S = 0.02
+LAST_BACKOFF_S = 0.5
+REGISTER_TIMEOUT_S = 10.0
+NAME_TAKEN_TIMEOUT_S = 5.0
+DEFAULT_HEARTBEAT_S = 0.5
+_MAX_MESSAGE_BYTES = 256 * 2**20
+# A peer that is stopped, not dead, answers no ping: noticed within two seconds. ping_timeout_ms is what does it.
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolFacts:
+    """The KV pool, as Register tells it."""
+
+    kv_dtype: str
+    num_blocks: int
+    block_bytes: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What of Register stays the same for the life of the process."""
+
+    worker_name: str
+    model_fingerprint: str
+    limits: BatchLimits
+    pool: PoolFacts
+    device: str
+    poison_freed_blocks: bool
+    calibrated_step_s: float
+
+
+class Link:
+    """See `worker.executor.PlanSource`. `start` begins to connect; `close` ends everything."""
+
+    def __init__(self, addresses: tuple[str, ...], description: Description) -> None:
+        self._addresses = addresses
+        self._description = description
+        self._lock = threading.Lock()
+        self._ledger = Ledger(uuid.uuid4().hex)
+        self._plans_ready: SimpleQueue[None] = SimpleQueue()
+        self._stream: _Stream | None = None
+        self._fatal: WorkerError | None = None
+        self._name_taken_since_s: float | None = None
+        self._running_since_s = 0.0
+        self._heartbeat_s = DEFAULT_HEARTBEAT_S
+        self._closed = threading.Event()
+
+    def start(self) -> None:
+        """Connect, in threads of their own, from now on."""
+        threading.Thread(target=self._connect_forever, name="link", daemon=True).start()
+        threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
+
+    def close(self) -> None:
+        """End the stream and connect no more."""
+        self._closed.set()
+        with self._lock:
+            stream = self._stream
+        if stream is not None:
+            stream.end()
+
+    def take(self) -> Order:
+        """See PlanSource."""
+        while True:
+            self._plans_ready.get()
+            with self._lock:
+                if self._fatal is not None:
+                    raise self._fatal
+                order = self._ledger.take()
+                self._running_since_s = time.monotonic()
+            if order is not None:
+                return order
+
+    def has_plan(self) -> bool:
+        """See PlanSource."""
+        return self._ledger.num_waiting > 0
+
+    def finish(self, order: Order, output: StepOutput) -> None:
+        """See PlanSource."""
+        with self._lock:
+            if self._ledger.finish(order, output) and self._stream is not None and self._stream.is_registered:
+                self._stream.send(output)
+
+    def reject(self, order: Order, error: ProtocolError) -> None:
+        """See PlanSource."""
+        log.error("ended the stream: %s", error)
+        with self._lock:
+            self._ledger.reject(order)
+            stream = self._stream
+        if stream is not None:
+            stream.end()
+
+    def _connect_forever(self) -> None:
+        next_address, num_failures, logged = 0, 0, ""
+        redirected: str | None = None
+        while not self._closed.is_set():
+            address = redirected or self._addresses[next_address % len(self._addresses)]
+            stream = _Stream(address)
+            why = self._serve(stream)
+            if stream.is_registered:
+                num_failures = 0
+            elif redirected or stream.redirected_to is None:
+                next_address += 1
+            if f"{address} {why}" != logged and not self._closed.is_set():
+                logged = f"{address} {why}"
+                log.warning("no stream to %s: %s", address, why)
+            redirected = stream.redirected_to
+            if redirected is None or num_failures > 0:
+                self._closed.wait(min(FIRST_BACKOFF_S * 2**num_failures, LAST_BACKOFF_S))
+            num_failures = min(num_failures + 1, 10)
+
+    def _serve(self, stream: "_Stream") -> str:
+        """Run one stream to its end; why it ended."""
+        with self._lock:
+            self._stream = stream
+            stream.send(self._register_request())
+        try:
+            for response in stream.responses():
+                self._handle(stream, response)
+                if stream.redirected_to is not None:
+                    return f"redirected to {stream.redirected_to}"
+            return "closed by the scheduler"
+        except grpc.RpcError as error:
+            return _reason(error)
+        except ProtocolError as error:
+            return str(error)
+        finally:
+            with self._lock:
+                self._stream = None
+                self._ledger.stream_lost()
+            stream.end()
+
+    def _handle(self, stream: "_Stream", response: pb.ConnectResponse) -> None:
+        match response.WhichOneof("message"):
+            case "plan":
+                self._receive(response.plan)
+            case "registered":
+                self._registered(stream, response.registered)
+            case "refused":
+                self._refused(response.refused)
+            case "redirect":
+                stream.redirected_to = response.redirect.address
+            case unknown:
+                raise ProtocolError(f"message {unknown} is not known to this worker")
+
+    def _receive(self, message: pb.StepPlan) -> None:
+        plan = decode_plan(message)
+        with self._lock:
+            if self._ledger.receive(plan):
+                self._plans_ready.put(None)
+
+    def _registered(self, stream: "_Stream", registered: pb.Registered) -> None:
+        with self._lock:
+            dropped = self._ledger.registered(registered.epoch, registered.committed_step_id)
+            results = self._ledger.uncommitted()
+            stream.send(pb.ConnectRequest(plans_dropped=pb.PlansDropped(epoch=registered.epoch, step_ids=dropped)))
+            for output in results:
+                stream.send(output)
+            stream.is_registered = True
+        self._heartbeat_s = registered.heartbeat_interval_s or DEFAULT_HEARTBEAT_S
+        self._name_taken_since_s = None
+        log.info(
+            "registered %s at %s: epoch %d, committed step %d, %d results sent again, %d plans dropped",
+            self._description.worker_name,
+            stream.address,
+            registered.epoch,
+            registered.committed_step_id,
+            len(results),
+            len(dropped),
+        )
+
+    def _refused(self, refused: pb.Refused) -> None:
+        """Raises ProtocolError, to end the stream; where the process must end, the executor raises too."""
+        now_s = time.monotonic()
+        if refused.reason == pb.REFUSED_REASON_FENCED:
+            with self._lock:
+                self._ledger.fence(uuid.uuid4().hex)
+        elif refused.reason == pb.REFUSED_REASON_NAME_TAKEN:
+            if self._name_taken_since_s is None:
+                self._name_taken_since_s = now_s
+            if now_s - self._name_taken_since_s >= NAME_TAKEN_TIMEOUT_S:
+                self._end_process(NameTakenError(f"name={self._description.worker_name}: {refused.detail}"))
+        else:
+            self._end_process(MismatchError(f"refused by the scheduler: {refused.detail}"))
+        raise ProtocolError(f"refused ({pb.RefusedReason.Name(refused.reason)}): {refused.detail}")
+
+    def _end_process(self, error: WorkerError) -> None:
+        self._closed.set()
+        with self._lock:
+            self._fatal = error
+        self._plans_ready.put(None)
+
+    def _beat_forever(self) -> None:
+        while not self._closed.wait(self._heartbeat_s):
+            with self._lock:
+                stream = self._stream
+                if stream is None:
+                    continue
+                if stream.is_registered:
+                    stream.send(self._heartbeat())
+                    continue
+            if time.monotonic() - stream.opened_s > REGISTER_TIMEOUT_S:
+                stream.end()
+
+    def _heartbeat(self) -> pb.ConnectRequest:
+        running = self._ledger.running
+        return pb.ConnectRequest(
+            heartbeat=pb.Heartbeat(
+                finished_step_id=self._ledger.finished_step_id,
+                running_step_id=running.plan.step_id if running else 0,
+                running_s=time.monotonic() - self._running_since_s if running else 0.0,
+            )
+        )
+
+    def _register_request(self) -> pb.ConnectRequest:
+        own, limits, pool = self._description, self._description.limits, self._description.pool
+        return pb.ConnectRequest(
+            register=pb.Register(
+                protocol_version=PROTOCOL_VERSION,
+                worker_name=own.worker_name,
+                incarnation=self._ledger.incarnation,
+                model_fingerprint=own.model_fingerprint,
+                block_size=limits.block_size,
+                kv_dtype=pool.kv_dtype,
+                num_blocks=pool.num_blocks,
+                block_bytes=pool.block_bytes,
+                # One group, even where layers have a sliding window: it masks, and their blocks are kept in full.
+                kv_groups=[pb.KVGroup(num_layers=pool.num_layers)],
+                max_model_len=limits.max_model_len,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                device=own.device,
+                highest_epoch=self._ledger.highest_epoch,
+                highest_step_id=self._ledger.highest_step_id,
+                poison_freed_blocks=own.poison_freed_blocks,
+                calibrated_step_s=own.calibrated_step_s,
+            )
+        )
+
+
+class _Stream:
+    """One call of Connect, on a channel of its own: a new channel connects at once, an old one backs off."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.opened_s = time.monotonic()
+        self.is_registered = False
+        self.redirected_to: str | None = None
+        self._outbox: SimpleQueue[pb.ConnectRequest | StepOutput | None] = SimpleQueue()
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._call = worker_pb2_grpc.WorkerLinkStub(self._channel).Connect(self._requests())
+
+    def send(self, message: pb.ConnectRequest | StepOutput) -> None:
+        """Queue a message up; never blocks."""
+        self._outbox.put(message)
+
+    def responses(self) -> Iterator[pb.ConnectResponse]:
+        """Messages down, until the stream ends; raises grpc.RpcError."""
+        return iter(self._call)
+
+    def end(self) -> None:
+        """Cancel the call; may be called from any thread, and again."""
+        self._outbox.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+    def _requests(self) -> Iterator[pb.ConnectRequest]:
+        while (message := self._outbox.get()) is not None:
+            yield encode_result(message) if isinstance(message, StepOutput) else message
+
+
+def _reason(error: grpc.RpcError) -> str:
+    """One line."""
+    if isinstance(error, grpc.Call):
+        return f"{error.code().name}: {' '.join(str(error.details()).split())}"
+    return " ".join(str(error).split())

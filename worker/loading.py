@@ -1,0 +1,85 @@
+"""From a checkpoint to a warm ModelRunner: device, dtype, weights, pool. Everything that needs torch at the start."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import AttentionShape, Kernels, select_kernels
+from worker.config import WorkerConfig
+from worker.errors import ConfigError
+from worker.kv_pool import KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_bytes, free_gpu_bytes
+from worker.model_runner import ModelRunner, PoisoningRunner, profile, warm_up
+from worker.models.decoder import Decoder
+from worker.models.spec import ModelSpec
+from worker.runner import Runner
+from worker.weights import load_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory, and its pool."""
+
+    decoder: Decoder
+    kernels: Kernels
+    pool: KVPool
+
+
+def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
+    """Raises ConfigError and ModelError."""
+    device = select_device(config.device)
+    weights = load_weights(spec, model_dir, select_dtype(config.dtype, spec.dtype, device), device)
+    decoder = Decoder(spec, weights)
+    shape = AttentionShape(
+        spec.num_heads, spec.num_kv_heads, spec.head_dim, config.block_size, scale=spec.head_dim**-0.5
+    )
+    kernels = select_kernels(device, shape)
+    request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
+    bytes_per_block = block_bytes(spec, config.block_size, weights.embedding.element_size())
+    free_bytes = free_cpu_bytes()
+    if device.type == "cuda":
+        small = KVPool.allocate(spec, config.block_size, 0, like=weights.embedding)
+        runner = ModelRunner(decoder, kernels, small)
+        free_bytes = free_gpu_bytes(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
+    num_blocks = count_blocks(request, bytes_per_block, free_bytes)
+    return Loaded(decoder, kernels, KVPool.allocate(spec, config.block_size, num_blocks, like=weights.embedding))
+
+
+def start(config: WorkerConfig, loaded: Loaded) -> tuple[float, Runner]:
+    """Warm the model up: seconds that a small step takes, and what will run the plans."""
+    runner = ModelRunner(loaded.decoder, loaded.kernels, loaded.pool)
+    calibrated_step_s = warm_up(runner, config.block_size)
+    return calibrated_step_s, PoisoningRunner(runner, loaded.pool) if config.poison_freed_blocks else runner
+
+
+def select_device(name: str) -> torch.device:
+    """Raises ConfigError where it is not there."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={name}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)
+    return device
+
+
+def select_dtype(flag: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's dtype; but a CPU that has no bf16 units emulates it, several times slower than
+    float32, and none multiplies float16: there it is float32."""
+    name = flag
+    if flag == "auto":
+        keeps = device.type != "cpu" or (checkpoint == "bfloat16" and _cpu_has_bf16())
+        name = checkpoint if keeps else "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

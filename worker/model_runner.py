@@ -1,0 +1,117 @@
+"""Runs steps of a real model: batch columns to tensors, one forward, sampling."""
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels import AttentionMetadata, BlockCopy, Kernels
+from worker.batch import Sampled, SampledRows, StepInputs
+from worker.kv_pool import KVPool
+from worker.models.decoder import Decoder, TokenBatch
+from worker.sampler import sample
+from worker.wire import Plan
+
+
+class ModelRunner:
+    """See `worker.runner.Runner`."""
+
+    def __init__(self, decoder: Decoder, kernels: Kernels, pool: KVPool) -> None:
+        self._decoder = decoder
+        self._kernels = kernels
+        self._pool = pool
+
+    def prepare(self, plan: Plan) -> None:
+        """Copy the plan's blocks."""
+        if plan.copies:
+            self._kernels.copy_blocks(self._pool.blocks, [BlockCopy(*copy) for copy in plan.copies])
+
+    @torch.inference_mode()
+    def run(self, inputs: StepInputs) -> Sampled:
+        """See Runner."""
+        if not len(inputs.input_ids):
+            return Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+        logits = self._decoder.forward(
+            TokenBatch(self._upload(inputs.input_ids), self._upload(inputs.positions), self._upload(inputs.logit_rows)),
+            self._kernels.prepare(self._metadata(inputs)),
+            self._pool.layers,
+        )
+        return sample(logits, inputs.sampled)
+
+    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
+        return AttentionMetadata(
+            block_tables=self._upload(inputs.block_tables),
+            context_lens=self._upload(inputs.context_lens.astype(np.int32)),
+            cu_seqlens_q=self._upload(inputs.cu_seqlens_q),
+            slot_mapping=self._upload(inputs.slot_mapping),
+            host_context_lens=inputs.context_lens,
+            host_query_lens=inputs.query_lens,
+        )
+
+    def _upload(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._pool.blocks.device, non_blocking=True)
+
+
+class PoisoningRunner:
+    """A ModelRunner whose pool holds NaN wherever nothing has been written: what reads it shows in the logits."""
+
+    def __init__(self, runner: ModelRunner, pool: KVPool) -> None:
+        self._runner = runner
+        self._pool = pool
+        pool.poison()
+
+    def prepare(self, plan: Plan) -> None:
+        """Poison freed blocks and the unwritten slots of new ones, then copy the plan's blocks."""
+        for block_id in (*plan.freed_block_ids, *plan.appended_block_ids.tolist()):
+            self._pool.poison_block(block_id, 0)
+        for added in plan.added:
+            full, offset = divmod(added.num_computed_tokens, self._pool.block_size)
+            for i, block_id in enumerate(added.block_ids[full:].tolist()):
+                self._pool.poison_block(block_id, offset if i == 0 else 0)
+        self._runner.prepare(plan)
+
+    def run(self, inputs: StepInputs) -> Sampled:
+        """See Runner."""
+        return self._runner.run(inputs)
+
+
+def warm_up(runner: ModelRunner, block_size: int) -> float:
+    """Run a prompt of one block, then single tokens, in the null block; seconds that the fastest of those took."""
+    runner.run(_null_inputs(1, block_size))
+    times_s = []
+    for _ in range(3):
+        start = time.perf_counter()
+        runner.run(_null_inputs(1, 1))
+        times_s.append(time.perf_counter() - start)
+    return min(times_s)
+
+
+def profile(runner: ModelRunner, max_num_batched_tokens: int, block_size: int, device: torch.device) -> int:
+    """Bytes that a step of `max_num_batched_tokens` takes on a CUDA `device` beside weights and pool."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner.run(_null_inputs(max(1, max_num_batched_tokens // block_size), block_size))
+    return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _null_inputs(num_seqs: int, query_len: int) -> StepInputs:
+    """A step of `num_seqs` sequences with `query_len` tokens each, all in the null block, sampled greedily."""
+    tokens = np.zeros(num_seqs * query_len, np.int64)
+    lens = np.full(num_seqs, query_len, np.int64)
+    seqs = np.arange(num_seqs)
+    none, none32 = np.zeros(num_seqs, np.int64), np.zeros(num_seqs, np.float32)
+    return StepInputs(
+        input_ids=tokens,
+        positions=tokens,
+        slot_mapping=np.tile(np.arange(query_len, dtype=np.int64), num_seqs),
+        cu_seqlens_q=(np.arange(num_seqs + 1) * query_len).astype(np.int32),
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=np.zeros((num_seqs, 1), np.int32),
+        logit_rows=(seqs + 1) * query_len - 1,
+        sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
+        rows=seqs,
+        num_run=lens,
+        sampling=seqs,
+    )

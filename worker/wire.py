@@ -1,0 +1,162 @@
+"""The contract's messages as plain values, and back. The only reader of plans and builder of messages up."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pagoda.v1 import worker_pb2 as pb
+
+from worker.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerParams:
+    """How a sequence samples; see the contract."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    min_tokens: int
+    end_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AddedSequence:
+    """A sequence in full. token_ids: [num_tokens] int32; block_ids: its table, in order."""
+
+    seq_id: int
+    attempt: int
+    token_ids: NDArray[np.int32]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: NDArray[np.int32]
+    sampler: SamplerParams
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step plan, decoded: lists where the worker looks ids up, arrays where it calculates.
+
+    copies: (src block, dst block, tokens) each. appended_* and scheduled columns are as in the contract.
+    """
+
+    epoch: int
+    step_id: int
+    committed_step_id: int
+    removed_seq_ids: list[int]
+    added: list[AddedSequence]
+    appended_seq_ids: list[int]
+    appended_num_blocks: NDArray[np.int64]
+    appended_block_ids: NDArray[np.int32]
+    copies: list[tuple[int, int, int]]
+    scheduled_seq_ids: list[int]
+    num_scheduled_tokens: NDArray[np.int64]
+    freed_block_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step did: one entry per scheduled sequence in each column, in the plan's order; seconds."""
+
+    epoch: int
+    step_id: int
+    seq_ids: list[int]
+    attempts: NDArray[np.int64]
+    num_computed_tokens: NDArray[np.int64]
+    first_output_indexes: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    failed_seq_ids: list[int]
+    step_s: float
+    gap_s: float
+    back_to_back: bool
+
+
+def decode_plan(message: pb.StepPlan) -> Plan:
+    """Raises ProtocolError where columns that belong together differ in length."""
+    plan = Plan(
+        epoch=message.epoch,
+        step_id=message.step_id,
+        committed_step_id=message.committed_step_id,
+        removed_seq_ids=list(message.removed_seq_ids),
+        added=[_decode_added(added) for added in message.added],
+        appended_seq_ids=list(message.appended_seq_ids),
+        appended_num_blocks=_int64(message.appended_num_blocks),
+        appended_block_ids=_int32(message.appended_block_ids),
+        copies=list(zip(message.copy_src_block_ids, message.copy_dst_block_ids, message.copy_num_tokens, strict=False)),
+        scheduled_seq_ids=list(message.scheduled_seq_ids),
+        num_scheduled_tokens=_int64(message.num_scheduled_tokens),
+        freed_block_ids=list(message.freed_block_ids),
+    )
+    _require(len(plan.scheduled_seq_ids) == len(plan.num_scheduled_tokens), plan, "scheduled")
+    _require(len(plan.appended_seq_ids) == len(plan.appended_num_blocks), plan, "appended")
+    _require(int(plan.appended_num_blocks.sum()) == len(plan.appended_block_ids), plan, "appended_block_ids")
+    lengths = {len(message.copy_src_block_ids), len(message.copy_dst_block_ids), len(message.copy_num_tokens)}
+    _require(len(lengths) == 1, plan, "copy")
+    return plan
+
+
+def encode_result(output: StepOutput) -> pb.ConnectRequest:
+    """The message up for a step that was run."""
+    request = pb.ConnectRequest()
+    result = request.result
+    result.epoch = output.epoch
+    result.step_id = output.step_id
+    result.seq_ids.extend(output.seq_ids)
+    result.attempts.extend(output.attempts.tolist())
+    result.num_computed_tokens.extend(output.num_computed_tokens.tolist())
+    result.first_output_indexes.extend(output.first_output_indexes.tolist())
+    result.num_tokens.extend(output.num_tokens.tolist())
+    result.token_ids.extend(output.token_ids.tolist())
+    result.failed_seq_ids.extend(output.failed_seq_ids)
+    result.step_s = output.step_s
+    result.gap_s = output.gap_s
+    result.back_to_back = output.back_to_back
+    return request
+
+
+def _decode_added(added: pb.AddedSequence) -> AddedSequence:
+    if len(added.num_blocks) > 1 or sum(added.num_blocks) != len(added.block_ids):
+        raise ProtocolError(
+            f"added sequence {added.seq_id} has {len(added.block_ids)} blocks in groups of {list(added.num_blocks)}: "
+            "this worker has one KV group"
+        )
+    sampler = added.sampler
+    return AddedSequence(
+        seq_id=added.seq_id,
+        attempt=added.attempt,
+        token_ids=_int32(added.token_ids),
+        num_prompt_tokens=added.num_prompt_tokens,
+        num_computed_tokens=added.num_computed_tokens,
+        block_ids=_int32(added.block_ids),
+        sampler=SamplerParams(
+            temperature=sampler.temperature,
+            top_k=sampler.top_k,
+            top_p=sampler.top_p,
+            min_p=sampler.min_p,
+            seed=sampler.seed,
+            min_tokens=sampler.min_tokens,
+            end_token_ids=tuple(sampler.end_token_ids),
+        ),
+    )
+
+
+def _require(holds: bool, plan: Plan, columns: str) -> None:
+    if not holds:
+        raise ProtocolError(f"plan {plan.step_id}: {columns} columns differ in length")
+
+
+def _int64(column: "Sequence[int]") -> NDArray[np.int64]:
+    return np.fromiter(column, np.int64, len(column))
+
+
+def _int32(column: "Sequence[int]") -> NDArray[np.int32]:
+    return np.fromiter(column, np.int32, len(column))

@@ -26,7 +26,7 @@ def model_fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def _add(digest: "hashlib._Hash", name: bytes, content: bytes) -> None:
+def _add(digest: hashlib.blake2b, name: bytes, content: bytes) -> None:
     for part in (name, content):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

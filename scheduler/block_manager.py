@@ -1,0 +1,213 @@
+"""The mirror of one worker's blocks: which are free, referenced, cached, and what each holds.
+
+Pure: decides in memory and writes every decision into `changes`, the rows of the next script; Redis makes it true.
+Block 0 is the null block and never handed out.
+
+A block is exactly one of free (ref_count 0, no hash), referenced (ref_count > 0) and cached (ref_count 0, published
+hash). Cached blocks are evicted least recently used first, and of one table the tail before its head, so that a chain
+never loses a block that a longer one still needs.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from scheduler.changes import Changes
+
+
+@dataclass(frozen=True, slots=True)
+class PoolImage:
+    """A pool's state as Redis holds it, the null block left out."""
+
+    num_blocks: int
+    ref_counts: dict[int, int]
+    hashes: dict[int, bytes]
+    copies: dict[int, tuple[int, int]]
+    """Copy destination -> (source, tokens): copies whose result is not committed."""
+
+
+class BlockManager:
+    """Owns the state of blocks 1 to num_blocks. Raises nothing in normal use: callers ask for what is there."""
+
+    def __init__(self, num_blocks: int, changes: Changes) -> None:
+        self.num_blocks = num_blocks
+        self.changes = changes
+        self.freed_block_ids: list[int] = []
+        """Blocks that became free since the caller last emptied this list."""
+        self._ref_counts = [0] * (num_blocks + 1)
+        self._hashes: list[bytes | None] = [None] * (num_blocks + 1)
+        self._index: dict[bytes, int] = {}
+        self._free: deque[int] = deque(range(1, num_blocks + 1))
+        self._cached: dict[int, None] = {}  # in order of eviction
+        self._copies: dict[int, tuple[int, int]] = {}
+
+    @classmethod
+    def from_image(cls, image: PoolImage, changes: Changes) -> "BlockManager":
+        """The mirror that Redis tells of; the order of eviction is lost and starts by block_id."""
+        manager = cls(image.num_blocks, changes)
+        for block_id, ref_count in image.ref_counts.items():
+            manager._ref_counts[block_id] = ref_count
+        for block_id, hash_ in image.hashes.items():
+            manager._hashes[block_id] = hash_
+            manager._index[hash_] = block_id
+        manager._copies = dict(image.copies)
+        ids = range(1, image.num_blocks + 1)
+        manager._free = deque(i for i in ids if not manager._ref_counts[i] and manager._hashes[i] is None)
+        manager._cached = {i: None for i in ids if not manager._ref_counts[i] and manager._hashes[i] is not None}
+        return manager
+
+    def image(self) -> PoolImage:
+        """The state that a mirror rebuilt from Redis must equal."""
+        return PoolImage(
+            self.num_blocks,
+            {i: count for i, count in enumerate(self._ref_counts) if count},
+            {i: hash_ for i, hash_ in enumerate(self._hashes) if hash_ is not None},
+            dict(self._copies),
+        )
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks that only the prefix index names."""
+        return len(self._cached)
+
+    @property
+    def num_available_blocks(self) -> int:
+        """Blocks that can be reserved now: free ones, and cached ones by evicting them."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_referenced_blocks(self) -> int:
+        """Blocks that a table or a running copy names."""
+        return self.num_blocks - self.num_available_blocks
+
+    def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the longest published prefix of the chain `hashes`, in order."""
+        found: list[int] = []
+        for hash_ in hashes:
+            block_id = self._index.get(hash_)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def num_cached_among(self, block_ids: Iterable[int]) -> int:
+        """How many of these are cached, and so would no longer be available once shared."""
+        return sum(block_id in self._cached for block_id in block_ids)
+
+    def is_published(self, hash_: bytes) -> bool:
+        """Whether the index names a block for this hash."""
+        return hash_ in self._index
+
+    def reserve(self, seq_id: int, shared: Sequence[int], num_new: int) -> list[int]:
+        """Appends to a table: `shared` published blocks, then `num_new` fresh ones; returns all their ids.
+
+        The caller has made sure that num_new <= num_available_blocks - num_cached_among(shared).
+        """
+        rows: list[tuple[int, bytes]] = []
+        for block_id in shared:
+            hash_ = self._hashes[block_id]
+            assert hash_ is not None, f"block {block_id} shared without a hash"
+            self._add_reference(block_id)
+            rows.append((block_id, hash_))
+        new = [self._take() for _ in range(num_new)]
+        self.changes.reserve.append((seq_id, rows, new))
+        return [*shared, *new]
+
+    def publish(self, block_id: int, hash_: bytes) -> bool:
+        """Enters a filled block into the index; False where another block already holds this content."""
+        if hash_ in self._index:
+            return False
+        assert self._ref_counts[block_id] > 0, f"block {block_id} published without a reference"
+        assert self._hashes[block_id] is None, f"block {block_id} published twice"
+        self._index[hash_] = block_id
+        self._hashes[block_id] = hash_
+        self.changes.publish.append((block_id, hash_))
+        return True
+
+    def fork(self, parent_id: int, child_id: int, table: Sequence[int], tail: tuple[int, int] | None) -> list[int]:
+        """The child's table: `table`'s blocks shared, and, where `tail` = (source block, tokens), a copy of it.
+
+        The copy holds its source until `finish_copies` names its destination.
+        """
+        for block_id in table:
+            self._add_reference(block_id)
+        if tail is None:
+            self.changes.fork.append((parent_id, child_id, len(table), 0, 0, 0))
+            return list(table)
+        source, num_tokens = tail
+        self._add_reference(source)
+        copy = self._take()
+        self._copies[copy] = tail
+        self.changes.fork.append((parent_id, child_id, len(table), source, copy, num_tokens))
+        return [*table, copy]
+
+    def finish_copies(self, destinations: Sequence[int]) -> None:
+        """These copies have run, and their result is committed with the next script: their sources are let go."""
+        for destination in destinations:
+            source, _ = self._copies.pop(destination)
+            self._drop_reference(source)
+            self.changes.copied.append(destination)
+
+    @property
+    def pending_copies(self) -> dict[int, tuple[int, int]]:
+        """Copy destination -> (source, tokens) of copies that are not committed; a new owner issues them again."""
+        return dict(self._copies)
+
+    def release(self, seq_id: int, table: Sequence[int]) -> None:
+        """Gives a whole table back, its tail first."""
+        for block_id in reversed(table):
+            self._drop_reference(block_id)
+        self.changes.release.append(seq_id)
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Asserts rule 1 of the design against the tables that there are; for tests and idle moments."""
+        counts = [0] * (self.num_blocks + 1)
+        for table in tables:
+            for block_id in table:
+                counts[block_id] += 1
+        for source, _ in self._copies.values():
+            counts[source] += 1
+        assert counts == self._ref_counts, "ref_count differs from the tables that name the block"
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a block is free twice"
+        for block_id in range(1, self.num_blocks + 1):
+            states = (block_id in free, self._ref_counts[block_id] > 0, block_id in cached)
+            assert sum(states) == 1, f"block {block_id} is in states {states}"
+            hash_ = self._hashes[block_id]
+            assert (hash_ is None) or self._index[hash_] == block_id, f"block {block_id} is not what the index says"
+            assert not states[0] or hash_ is None, f"free block {block_id} has a hash"
+            assert not states[2] or hash_ is not None, f"cached block {block_id} has no hash"
+        assert len(self._index) == sum(hash_ is not None for hash_ in self._hashes)
+
+    def _add_reference(self, block_id: int) -> None:
+        if self._ref_counts[block_id] == 0:
+            del self._cached[block_id]
+        self._ref_counts[block_id] += 1
+
+    def _drop_reference(self, block_id: int) -> None:
+        self._ref_counts[block_id] -= 1
+        if self._ref_counts[block_id]:
+            return
+        if self._hashes[block_id] is None:
+            self._free.append(block_id)
+            self.freed_block_ids.append(block_id)
+        else:
+            self._cached[block_id] = None
+
+    def _take(self) -> int:
+        if self._free:
+            block_id = self._free.popleft()
+        else:
+            block_id = next(iter(self._cached))
+            del self._cached[block_id]
+            hash_ = self._hashes[block_id]
+            assert hash_ is not None
+            del self._index[hash_]
+            self._hashes[block_id] = None
+        self._ref_counts[block_id] = 1
+        return block_id

@@ -1,0 +1,46 @@
+"""The rows of one numbered script: what the mirror has decided and Redis is to check and apply.
+
+Plain values; the mirror fills them in, the store packs them, and they are applied in the order of the fields.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Changes:
+    """Rows per verb. A script applies append, computed, publish, fork, release, describe, reserve, close."""
+
+    append: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """(seq_id, offset in the segment's log in tokens, token ids)."""
+    computed: list[tuple[int, int]] = field(default_factory=list)
+    """(seq_id, num_computed_tokens, or -1 once it has caught up)."""
+    publish: list[tuple[int, bytes]] = field(default_factory=list)
+    """(block_id, block_hash)."""
+    fork: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    """(parent seq_id, child seq_id, blocks shared, copy source, copy destination, tokens to copy); 0: no copy."""
+    release: list[int] = field(default_factory=list)
+    """seq_ids whose whole table is given back."""
+    describe: list[tuple[int, bytes]] = field(default_factory=list)
+    """(seq_id, its packed row): written at arrival, rewritten with each attempt."""
+    reserve: list[tuple[int, list[tuple[int, bytes]], list[int]]] = field(default_factory=list)
+    """(seq_id, shared (block_id, expected hash), new block_ids), appended to the table in this order."""
+    copied: list[int] = field(default_factory=list)
+    """Copy destinations whose copy has run: the source is no longer held by it."""
+    close: list[int] = field(default_factory=list)
+    """seq_ids that are ended and recorded as such: the row goes, the log stays until it expires."""
+    forget: list[int] = field(default_factory=list)
+    """seq_ids that have moved to another worker: the row goes, the log stays with no expiry."""
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.append
+            or self.publish
+            or self.reserve
+            or self.release
+            or self.describe
+            or self.computed
+            or self.close
+            or self.fork
+            or self.copied
+            or self.forget
+        )

@@ -1,0 +1,69 @@
+"""The scheduler's flags: the only place that reads them. A bad value stops the start with its name."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(Exception):
+    """A flag, or what it names, is not usable; one line that says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Times in seconds, lengths in tokens."""
+
+    model_dir: Path
+    listen: tuple[str, ...]
+    redis_url: str
+    block_size: int = 16
+    kv_dtype: str = "auto"
+    """"auto": that of the first worker that registers."""
+    max_model_len: int = 0
+    """0: what the model's config.json says."""
+    max_waiting: int = 4096
+    """Requests that may be live at once and not running, over all workers."""
+    record_ttl_s: int = 600
+    """How long a finished request stays readable."""
+    request_ttl_s: int = 86_400
+    """Longest life of a request."""
+    lease_s: float = 3.0
+    """Silence after which a worker is declared dead."""
+    worker_wait_s: float = 60.0
+    """How long requests wait while no worker is there."""
+    overcommit: float = 1.0
+    """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (16, 32):
+            raise ConfigError(f"--block-size={self.block_size}: must be 16 or 32")
+        if not self.listen:
+            raise ConfigError("--listen: name at least one address")
+        for name in ("max_waiting", "record_ttl_s", "request_ttl_s", "lease_s", "worker_wait_s", "overcommit"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')}={value}: must be over 0")
+        if self.max_model_len < 0:
+            raise ConfigError(f"--max-model-len={self.max_model_len}: must be over 0")
+
+
+def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
+    """Reads the command line of `python -m scheduler`; argparse ends the process with 2 on an unknown flag."""
+    parser = argparse.ArgumentParser(prog="scheduler", description="Pagoda's scheduler service")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--listen", action="append", default=[], metavar="HOST:PORT|unix:PATH")
+    parser.add_argument("--redis-url", required=True, metavar="URL")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--max-model-len", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--max-waiting", type=int, default=4096, metavar="REQUESTS")
+    parser.add_argument("--record-ttl-s", type=int, default=600, metavar="S")
+    parser.add_argument("--request-ttl-s", type=int, default=86_400, metavar="S")
+    parser.add_argument("--lease-s", type=float, default=3.0, metavar="S")
+    parser.add_argument("--worker-wait-s", type=float, default=60.0, metavar="S")
+    parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
+    flags = vars(parser.parse_args(argv))
+    return SchedulerConfig(
+        model_dir=flags.pop("model"), listen=tuple(flags.pop("listen")), kv_dtype=flags.pop("dtype"), **flags
+    )

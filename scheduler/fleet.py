@@ -1,0 +1,406 @@
+"""All workers: who is live, who is lost, and where their requests go.
+
+A worker that is lost is fenced at once: its pool is reclaimed, its requests go to live workers, or wait for one. A
+scheduler that starts gives the workers of its predecessor one lease to come back with their pools as they are.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from time import monotonic
+from typing import Any
+
+from pagoda.v1 import worker_pb2 as pb
+
+from scheduler.block_manager import BlockManager, PoolImage
+from scheduler.changes import Changes
+from scheduler.compatibility import Compatibility, RefusedError
+from scheduler.config import SchedulerConfig
+from scheduler.engine import Engine, EngineParts, Link
+from scheduler.errors import UnavailableError
+from scheduler.live_request import Ending, EndState, LiveRequest, LiveRequests
+from scheduler.planner import Planner, PlannerLimits
+from scheduler.recovery import ModelIdentity, Revived, Reviver, lose_worker, restore_running
+from scheduler.redis_pipe import RedisPipe
+from scheduler.sequence import FinishReason
+from scheduler.step_clock import StepClock
+from scheduler.store import OwnershipLostError, RequestStore, WorkerImage, WorkerStore
+
+log = logging.getLogger("pagoda.fleet")
+
+WATCH_INTERVAL_S = 0.1
+SEQUENCE_COST_TOKENS = 16
+"""What one live sequence weighs against tokens to prefill, when a worker is chosen."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One worker's name, over all its incarnations."""
+
+    name: str
+    store: WorkerStore
+    lost_since: float = field(default_factory=monotonic)
+    engine: Engine | None = None
+    link: Link | None = None
+    registered: pb.Register | None = None
+    is_fenced: bool = False
+    """Whether its pool is reclaimed, and its requests are free to go elsewhere."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetModel:
+    """What the fleet needs to know of the model and of the requests for it."""
+
+    compatibility: Compatibility
+    reviver: Reviver
+    live_requests: LiveRequests
+
+
+class Fleet:
+    """Owns the slots. Every public call is safe at any moment of a worker's life."""
+
+    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, model: FleetModel) -> None:
+        self._config = config
+        self._pipe = pipe
+        self._requests = requests
+        self._compatibility = model.compatibility
+        self._reviver = model.reviver
+        self._live_requests = model.live_requests
+        self.slots: dict[str, Slot] = {}
+        self.changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Learns the workers of earlier schedulers, and begins to watch."""
+        for name in await self._requests.worker_names():
+            self.slots[name] = self._new_slot(name)
+        self._spawn(self._watch())
+
+    async def close(self) -> None:
+        """Stops planning; what is decided is committed first."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for slot in self.slots.values():
+            if slot.engine is not None:
+                slot.engine.lose("the scheduler ends")
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(slot.engine.retire(), 2.0)
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The live workers' engines."""
+        return [s.engine for s in self.slots.values() if s.engine is not None and not s.engine.is_lost]
+
+    async def wait_for_worker(self) -> None:
+        """Returns once there is a live worker. Raises UnavailableError after the configured wait."""
+        try:
+            async with asyncio.timeout(self._config.worker_wait_s), self.changed:
+                await self.changed.wait_for(lambda: bool(self.engines))
+        except TimeoutError:
+            raise UnavailableError("no worker is there; start one, or try again later") from None
+
+    async def wait_until_resolved(self, worker: str) -> None:
+        """Returns once it is known what became of a worker: it came back, or it was fenced."""
+
+        def is_resolved() -> bool:
+            slot = self.slots.get(worker)
+            return slot is None or slot.is_fenced or (slot.engine is not None and not slot.engine.is_lost)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.worker_wait_s), self.changed:
+                await self.changed.wait_for(is_resolved)
+
+    def choose(self, live: LiveRequest) -> Engine | None:
+        """The live worker with the least work: uncached prefill of this request, queued prefill, sequences."""
+        sequence = live.sequence
+
+        def cost(engine: Engine) -> int:
+            planner = engine.planner
+            uncached = planner.num_uncached_tokens(sequence.block_hashes, len(sequence.token_ids))
+            num_sequences = len(planner.running) + len(planner.waiting)
+            return uncached + planner.num_queued_prefill_tokens + SEQUENCE_COST_TOKENS * num_sequences
+
+        return min(self.engines, key=cost, default=None)
+
+    @property
+    def redis_round_trip_s(self) -> float:
+        """Moving average of a script's round trip."""
+        return self._pipe.round_trip_s
+
+    def engine_of(self, live: LiveRequest) -> Engine | None:
+        """The engine that holds a request now."""
+        for engine in self.engines:
+            if live.sequence.seq_id in engine.live:
+                return engine
+        return None
+
+    def end(self, live: LiveRequest, ending: Ending) -> None:
+        """Ends a request wherever it is; without a worker, as soon as one takes it or it is given up."""
+        if live.ending is None:
+            live.ending = ending
+            engine = self.engine_of(live)
+            if engine is not None:
+                engine.end(live)
+
+    # -- a worker comes -----------------------------------------------------------------------------------------------
+
+    async def register(self, register: pb.Register, link: Link) -> Engine:
+        """Makes a worker ours: adopts its pool where Redis knows it, else lays an empty one. Starts nothing yet.
+
+        Raises RefusedError where it may not serve.
+        """
+        self._compatibility.check(register)
+        slot = self.slots.setdefault(register.worker_name, self._new_slot(register.worker_name))
+        self._refuse_second(slot, register)
+        async with slot.lock:
+            if slot.engine is not None:
+                slot.engine.lose("it registered again")
+                await self._fence(slot)
+            await self._requests.register_worker(slot.name)
+            meta = await slot.store.seize(register.highest_epoch)
+            self._reviver.model = ModelIdentity(
+                self._compatibility.fingerprint, self._compatibility.kv_dtype, self._config.block_size
+            )
+            image = await slot.store.load(meta.num_blocks)
+            if meta.incarnation != register.incarnation:
+                if register.highest_step_id > 0:
+                    raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
+                image = await self._reclaim(slot, image, register)
+                step_id = 0
+            else:
+                step_id = max(meta.committed_step_id, register.highest_step_id)
+            engine = self._engine(slot, register, link, image, step_id)
+            if meta.incarnation == register.incarnation:
+                engine.expect_results(meta.committed_step_id)
+            await self._take_over(slot, engine, image)
+            slot.engine, slot.link, slot.registered, slot.is_fenced = engine, link, register, False
+            log.info("%s is live: %d blocks on %s", slot.name, register.num_blocks, register.device)
+        return engine
+
+    def serve(self, engine: Engine) -> None:
+        """Runs a registered engine until it is lost; then its requests go on elsewhere."""
+        self._spawn(self._serve(engine))
+
+    async def _serve(self, engine: Engine) -> None:
+        if not engine.is_lost:
+            engine.start()
+        await self._announce()
+        self._spawn(self._rehome_all())
+        reason = await engine.lost
+        slot = self.slots[engine.worker]
+        log.warning("%s is lost: %s", slot.name, reason)
+        async with slot.lock:
+            if slot.engine is engine:
+                await self._fence(slot)
+        await self._announce()
+        await self._rehome_all()
+
+    def _refuse_second(self, slot: Slot, register: pb.Register) -> None:
+        engine = slot.engine
+        if engine is None or engine.is_lost or slot.registered is None:
+            return
+        if slot.registered.incarnation == register.incarnation:
+            return
+        if monotonic() - engine.clock.last_heard < self._config.lease_s:
+            raise RefusedError(
+                pb.REFUSED_REASON_NAME_TAKEN, f"a live worker has the name {slot.name}; give this one another --name"
+            )
+
+    def _engine(self, slot: Slot, register: pb.Register, link: Link, image: WorkerImage, step_id: int) -> Engine:
+        blocks = BlockManager.from_image(image.pool, Changes())
+        limits = PlannerLimits(
+            self._config.block_size,
+            register.max_num_seqs,
+            register.max_num_batched_tokens,
+            self._config.overcommit,
+        )
+        parts = EngineParts(
+            Planner(limits, blocks),
+            slot.store,
+            self._requests,
+            link,
+            StepClock(register.calibrated_step_s),
+            lambda: self._pipe.round_trip_s,
+            self._on_end,
+        )
+        engine = Engine(slot.name, parts, step_id + 1)
+        engine.poisons_freed_blocks = register.poison_freed_blocks
+        return engine
+
+    async def _take_over(self, slot: Slot, engine: Engine, image: WorkerImage) -> None:
+        """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
+        for revived in await self._reviver.revive(image):
+            if not await self._claim(slot, engine, revived):
+                continue
+            live = revived.live
+            assert live is not None
+            if revived.seq_id in image.tables:
+                restore_running(live.sequence, image, self._config.block_size)
+                engine.hold(live)
+                engine.planner.adopt_running(live.sequence)
+            else:
+                engine.open(live)
+
+    async def _claim(self, slot: Slot, engine: Engine, revived: Revived) -> bool:
+        """Writes the engine's ownership into a request's record. False: the row is stale, and goes."""
+        if revived.live is None or revived.record is None:
+            engine.close_row(revived.seq_id)
+            return False
+        held_by = revived.record.worker
+        if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
+            engine.forget_row(revived.seq_id)  # a move that was cut short behind its last step
+            return False
+        first_index = revived.live.sequence.num_output_tokens
+        if held_by != slot.name:
+            revived.live.sequence.segment_first_index = first_index
+        await self._requests.own(revived.row.request_id, engine.owner, held_by, first_index)
+        return True
+
+    # -- a worker goes ------------------------------------------------------------------------------------------------
+
+    async def _fence(self, slot: Slot) -> None:
+        """After this nothing of the lost incarnation counts, and its requests are in Redis, whole. Holds the lock."""
+        engine, slot.engine, slot.link = slot.engine, None, None
+        assert engine is not None
+        slot.lost_since = monotonic()
+        await engine.retire()
+        if engine.has_lost_ownership:
+            for live in engine.live.values():
+                live.is_orphaned = True
+                live.notify()
+            return  # whoever owns it now, or our next seizure, finds everything in Redis
+        await self._reclaim(slot, await slot.store.load(0), None)
+        slot.is_fenced = True
+
+    async def _reclaim(self, slot: Slot, image: WorkerImage, register: pb.Register | None) -> WorkerImage:
+        """Lays an empty pool for the new incarnation, or none, and counts the loss for all that ran."""
+        after = lose_worker(image)
+        incarnation, num_blocks = ("", 0) if register is None else (register.incarnation, register.num_blocks)
+        changed = [(seq_id, row.pack()) for seq_id, row in after.rows.items() if row != image.rows[seq_id]]
+        replies = [slot.store.reclaim(incarnation, num_blocks)]
+        if changed:
+            replies.append(slot.store.commit(Changes(describe=changed), 0))
+        await asyncio.gather(*replies)
+        return replace(after, pool=PoolImage(num_blocks, {}, {}, {}))
+
+    async def _rehome_all(self) -> None:
+        for slot in list(self.slots.values()):
+            if slot.is_fenced and slot.engine is None and self.engines:
+                async with slot.lock:
+                    if slot.engine is None:
+                        await self._rehome(slot)
+
+    async def _rehome(self, slot: Slot) -> None:
+        """Moves a lost worker's requests to live ones: record first, then the new row, then the old row goes."""
+        moved = Changes()
+        for revived in await self._reviver.revive(await slot.store.load(0)):
+            live = revived.live
+            if live is None or revived.record is None:
+                moved.close.append(revived.seq_id)
+                continue
+            held_by = revived.record.worker
+            if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
+                moved.forget.append(revived.seq_id)
+                continue
+            engine = self.choose(live)
+            if engine is None:
+                break
+            sequence = live.sequence
+            sequence.segment_first_index = sequence.num_output_tokens
+            await self._requests.own(sequence.request_id, engine.owner, held_by, sequence.segment_first_index)
+            accepted = engine.open(live)
+            await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
+            if not accepted.done():
+                break
+            moved.forget.append(revived.seq_id)
+        if moved:
+            await slot.store.commit(moved, 0)
+
+    async def _give_up(self, slot: Slot) -> None:
+        """No worker came for too long: every request that waits for one ends with UNAVAILABLE."""
+        ending = EndState(FinishReason.ERROR, 0, "UNAVAILABLE", "no worker came back in time")
+        owner = (slot.name, slot.store.epoch)
+        closed = Changes()
+        for revived in await self._reviver.revive(await slot.store.load(0)):
+            closed.close.append(revived.seq_id)
+            if revived.live is not None and revived.record is not None:
+                await self._requests.own(revived.row.request_id, owner, revived.record.worker, 0)
+                held = await self._requests.end(revived.row.request_id, owner, ending.pack())
+                revived.live.end = EndState.unpack(held)
+                self._on_end(revived.live)
+        if closed:
+            await slot.store.commit(closed, 0)
+
+    # -- watching -----------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            for slot in list(self.slots.values()):
+                engine = slot.engine
+                if engine is not None and not engine.is_lost:
+                    self._judge(engine)
+                elif engine is None and not slot.lock.locked():
+                    await self._resolve_lost(slot)
+
+    def _judge(self, engine: Engine) -> None:
+        silent_s = monotonic() - engine.clock.last_heard
+        if silent_s > self._config.lease_s:
+            engine.lose(f"silent for {silent_s:.1f} s")
+        elif (overdue_s := engine.clock.overdue_s()) > 0:
+            engine.lose(f"its step is {overdue_s:.1f} s over time")
+
+    async def _resolve_lost(self, slot: Slot) -> None:
+        lost_s = monotonic() - slot.lost_since
+        if not slot.is_fenced and lost_s > self._config.lease_s:
+            async with slot.lock:
+                if slot.engine is None:
+                    meta = await slot.store.seize(0)
+                    await self._reclaim(slot, await slot.store.load(meta.num_blocks), None)
+                    slot.is_fenced = True
+            await self._announce()
+            await self._rehome_all()
+        elif slot.is_fenced and lost_s > self._config.worker_wait_s and not self.engines:
+            async with slot.lock:
+                if slot.engine is None and self._reviver.model is not None:
+                    await self._give_up(slot)
+                    slot.lost_since = monotonic()
+
+    def _on_end(self, live: LiveRequest) -> None:
+        """The end is recorded: streams finish, and logs that it left on earlier workers expire."""
+        live.notify()
+        if live.num_streams == 0:
+            self._live_requests.discard(live)
+        if live.sequence.segment_first_index > 0:
+            self._spawn(self._expire_segments(live))
+
+    async def _expire_segments(self, live: LiveRequest) -> None:
+        record = await self._requests.load(live.body.request_id)
+        for worker, _ in record.placements[:-1] if record is not None else ():
+            await self._requests.expire_log(worker, live.sequence.seq_id)
+
+    async def _announce(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    def _new_slot(self, name: str) -> Slot:
+        return Slot(name, WorkerStore(self._pipe, name, self._config.record_ttl_s))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, OwnershipLostError):
+                log.warning("a worker has another owner: %s", error)
+            else:
+                log.error("a task of the fleet failed", exc_info=error)

@@ -1,0 +1,66 @@
+"""Turns every failure of a call into a gRPC status, in one place: the table in errors.py, INTERNAL for our bugs."""
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from scheduler.errors import STATUS_OF, RequestError
+
+log = logging.getLogger("pagoda.service")
+
+
+class ErrorsToStatus(grpc.aio.ServerInterceptor):
+    """To be given to grpc.aio.server(interceptors=...)."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The same handler, whose exceptions end the call with their status."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            if not inspect.isasyncgenfunction(handler.unary_stream):
+                return handler
+            return handler._replace(unary_stream=_stream(handler.unary_stream))
+        return handler._replace(unary_unary=_call(handler.unary_unary))
+
+
+def _stream(serve: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in serve(request, context):
+                yield response
+        except RequestError as error:
+            await context.abort(STATUS_OF[type(error)], str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort_as_bug(context, error)
+
+    return checked
+
+
+def _call(serve: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def checked(request: Any, context: Any) -> Any:
+        try:
+            return await serve(request, context)
+        except RequestError as error:
+            await context.abort(STATUS_OF[type(error)], str(error))
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await _abort_as_bug(context, error)
+
+    return checked
+
+
+async def _abort_as_bug(context: Any, error: Exception) -> None:
+    log.error("a call failed", exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"our bug: {type(error).__name__}; the scheduler's log says more")

@@ -1,0 +1,132 @@
+"""Requests while this scheduler owns them: body, sequence, and who waits for their tokens."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from scheduler.detokenizer import TextStream
+from scheduler.request import RequestBody
+from scheduler.sequence import FinishReason, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class EndState:
+    """How a request ended, as its record keeps it."""
+
+    reason: FinishReason
+    num_cached_tokens: int
+    status: str = ""
+    """With FinishReason.ERROR: the name of the gRPC status."""
+    error: str = ""
+    """With FinishReason.ERROR: one line that says why."""
+
+    def pack(self) -> bytes:
+        """One line of JSON."""
+        return json.dumps([self.reason.value, self.num_cached_tokens, self.status, self.error]).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "EndState":
+        """The inverse of pack."""
+        reason, num_cached_tokens, status, error = json.loads(data)
+        return cls(FinishReason(reason), num_cached_tokens, status, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """An end that is decided and not recorded yet."""
+
+    reason: FinishReason
+    status: str = ""
+    error: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """Mutable, and shared by the engine that runs it and the streams that read it."""
+
+    body: RequestBody
+    sequence: Sequence
+    stop_text: TextStream | None = None
+    """Watches for stop texts, ahead of the log; None where the request has none."""
+    ending: Ending | None = None
+    """Decided by whoever; the engine that holds it carries it out."""
+    end: EndState | None = None
+    """Set once the end is recorded; the last thing that happens to it."""
+    is_accepted: bool = False
+    """Whether Redis has acknowledged its row: it is durable."""
+    is_orphaned: bool = False
+    """Whether its worker was lost to another owner: its streams end with UNAVAILABLE."""
+    num_streams: int = 0
+    abandon_timer: asyncio.TimerHandle | None = None
+    _waiters: list["asyncio.Future[None]"] = field(default_factory=list)
+
+    def notify(self) -> None:
+        """Wakes every stream: tokens were logged, it was accepted, it has ended, or it is orphaned."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def changed(self) -> None:
+        """Waits for the next notify."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+
+class LiveRequests:
+    """All live requests of this scheduler by request_id, and which of them still have a client.
+
+    `abandon` is called for a request that nobody waits for any more.
+    """
+
+    def __init__(self, abandon: Callable[[LiveRequest], None]) -> None:
+        self._abandon = abandon
+        self._by_id: dict[str, LiveRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_streams(self) -> int:
+        """Streams being served."""
+        return sum(live.num_streams for live in self._by_id.values())
+
+    def get(self, request_id: str) -> LiveRequest | None:
+        """The request, or None where it is not live here."""
+        return self._by_id.get(request_id)
+
+    def add(self, live: LiveRequest) -> None:
+        """A request that was accepted, or taken over without its client."""
+        self._by_id[live.body.request_id] = live
+
+    def discard(self, live: LiveRequest) -> None:
+        """A request that ended, or is another owner's."""
+        if self._by_id.get(live.body.request_id) is live:
+            del self._by_id[live.body.request_id]
+        if live.abandon_timer is not None:
+            live.abandon_timer.cancel()
+
+    def attach(self, live: LiveRequest) -> None:
+        """A stream reads it."""
+        live.num_streams += 1
+        if live.abandon_timer is not None:
+            live.abandon_timer.cancel()
+            live.abandon_timer = None
+
+    def detach(self, live: LiveRequest) -> None:
+        """A stream is gone, for whatever reason."""
+        live.num_streams -= 1
+        self.expect_client(live)
+
+    def expect_client(self, live: LiveRequest) -> None:
+        """Where nobody reads it: a resumable request waits for its client, another one is abandoned at once."""
+        if live.end is not None or live.is_orphaned:
+            if live.num_streams == 0:
+                self.discard(live)
+        elif live.num_streams == 0 and live.body.resumable:
+            loop = asyncio.get_running_loop()
+            live.abandon_timer = loop.call_later(live.body.resume_wait_s, self._abandon, live)
+        elif live.num_streams == 0:
+            self._abandon(live)

@@ -1,0 +1,78 @@
+-- prelude: the fence, and the working copy that the verbs change. Nothing is written before every verb has agreed.
+-- KEYS  1 meta (hash), 2 pool (string), 3 index (hash), 4 tables (hash), 5 seqs (hash), 6 computed (hash),
+--       7 copies (hash), 8.. logs of the sequences that are appended to or closed
+-- ARGV  1 epoch, 2 n, 3 committed step_id, 4 seconds that a closed log is kept, 5.. one packed string per verb,
+--       in the order append, computed, publish, copied, fork, release, describe, reserve, close, forget
+-- returns "done" where n was applied before; else "ok"; errors: STALE (another owner), GAP (n-1 is not here),
+--       REFUSED (a block or sequence is not in the expected state)
+-- Invariant: a script numbered (epoch, n) is applied once, whole, and only on top of n-1.
+-- pool: per block id 20 bytes: ref_count (u32), block_hash (16 bytes, zeros: none). Integers are little-endian.
+local BLOCK_BYTES = 20
+local NO_HASH = string.rep('\0', 16)
+
+local meta = redis.call('HMGET', KEYS[1], 'epoch', 'n')
+if meta[1] ~= ARGV[1] then
+  return redis.error_reply('STALE epoch ' .. ARGV[1] .. ', the owner has ' .. tostring(meta[1]))
+end
+local held, number = tonumber(meta[2] or '0'), tonumber(ARGV[2])
+if number <= held then return 'done' end
+if number ~= held + 1 then
+  return redis.error_reply('GAP script ' .. ARGV[2] .. ' on top of ' .. held)
+end
+
+local refusal = nil            -- the first verb that disagrees says why
+local blocks = {}              -- block_id -> {ref_count, hash}, as it will be
+local index = {}               -- hash -> block_id, or false where it goes
+local tables = {}              -- seq -> packed block ids, as it will be
+local writes = {}              -- commands to run at the end, in order
+
+local function refuse(reason)
+  refusal = refusal or reason
+end
+
+local function later(...)
+  writes[#writes + 1] = {...}
+end
+
+local function block(id)
+  local known = blocks[id]
+  if known then return known end
+  local row = redis.call('GETRANGE', KEYS[2], id * BLOCK_BYTES, id * BLOCK_BYTES + BLOCK_BYTES - 1)
+  if #row < BLOCK_BYTES or id == 0 then
+    refuse('block ' .. id .. ' is not in the pool')
+    row = string.rep('\0', BLOCK_BYTES)
+  end
+  known = {(struct.unpack('<I4', row)), string.sub(row, 5)}
+  blocks[id] = known
+  return known
+end
+
+local function indexed(hash)
+  if index[hash] == nil then
+    index[hash] = tonumber(redis.call('HGET', KEYS[3], hash) or '') or false
+  end
+  return index[hash]
+end
+
+local function table_of(seq)
+  if tables[seq] == nil then
+    tables[seq] = redis.call('HGET', KEYS[4], seq) or ''
+  end
+  return tables[seq]
+end
+
+local function drop_reference(id)
+  local b = block(id)
+  if b[1] == 0 then return refuse('block ' .. id .. ' has no reference to drop') end
+  b[1] = b[1] - 1
+end
+
+local function take_free(id)
+  local b = block(id)
+  if b[1] ~= 0 then return refuse('block ' .. id .. ' is referenced, not free or cached') end
+  if b[2] ~= NO_HASH then
+    index[b[2]] = false
+    b[2] = NO_HASH
+  end
+  b[1] = 1
+end

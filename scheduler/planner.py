@@ -1,0 +1,282 @@
+"""Decides, step by step, which sequences run, with which blocks: queues and free counts in, decisions out.
+
+Pure: no I/O, no clock. Running sequences come first, then waiting ones. When blocks run out, cached ones are evicted
+(by the block manager), then running sequences are preempted, the last by priority and arrival first.
+"""
+
+from dataclasses import dataclass
+
+from scheduler.admission import OutputLengths, peak_blocks
+from scheduler.block_hash import extend_chain
+from scheduler.block_manager import BlockManager
+from scheduler.sequence import Sequence, SequenceStatus
+from scheduler.waiting_queue import WaitingQueue
+
+MAX_PASSED_OVER = 64
+"""Waiting sequences looked at behind ones that wait for a prefix another sequence is computing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerLimits:
+    """What one worker can run, and how full its pool may get."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    overcommit: float
+    """Share of the pool that the expected peak may reach; over 1 accepts preemptions."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """One sequence's part in a step."""
+
+    sequence: Sequence
+    attempt: int
+    num_tokens: int
+    samples: bool
+    """Whether the plan reaches the sequence's last token, so that the worker samples the next."""
+
+
+@dataclass(slots=True)
+class PlannerCounters:
+    """Since the planner began."""
+
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0
+
+
+class Planner:
+    """Owns the order of one worker's sequences."""
+
+    def __init__(self, limits: PlannerLimits, blocks: BlockManager) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        self.lengths = OutputLengths()
+        self.counters = PlannerCounters()
+        self.removed: list[int] = []
+        """Sequences that the worker is to forget with the next plan."""
+        self.redescribed: list[Sequence] = []
+        """Sequences whose row in Redis is to be written anew: admitted for the first time, or preempted."""
+        self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
+        self._num_free_at_refusal: int | None = None
+
+    # -- what happens to sequences ------------------------------------------------------------------------------------
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """A sequence wants to run."""
+        self.waiting.push(sequence)
+        self._num_free_at_refusal = None
+
+    def adopt_running(self, sequence: Sequence) -> None:
+        """A sequence of an earlier owner that holds its blocks already."""
+        self.running.append(sequence)
+        self._claim_prefix(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """A sequence has ended, wherever it stands; its blocks are free from the next plan on."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence.status is not SequenceStatus.FINISHED:
+            self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
+
+    def publish_computed(self, sequence: Sequence) -> None:
+        """Enters the blocks that the sequence's confirmed progress has filled into the prefix index."""
+        block_size = self.limits.block_size
+        num_full = sequence.num_computed_tokens // block_size
+        if num_full <= sequence.num_published_blocks:
+            return
+        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, block_size)
+        for i in range(sequence.num_published_blocks, num_full):
+            hash_ = sequence.block_hashes[i]
+            self.blocks.publish(sequence.block_ids[i], hash_)
+            if self._computing.get(hash_) is sequence:
+                del self._computing[hash_]
+                self._num_free_at_refusal = None
+        sequence.num_published_blocks = num_full
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def grow_and_admit(self, lookahead: int) -> None:
+        """Reserves blocks for what runs during the next `lookahead` plans, then admits what fits beside it."""
+        if self._grow_running(lookahead):
+            self._admit_waiting(lookahead)
+
+    def schedule(self) -> list[ScheduledRow]:
+        """The next step: one token of each sequence that decodes, the rest of the budget for prompts."""
+        budget = self.limits.max_num_batched_tokens
+        rows: list[ScheduledRow] = []
+        prefills: list[tuple[Sequence, int]] = []
+        block_size = self.limits.block_size
+        for sequence in self.running:
+            num_tokens = sequence.num_unplanned_tokens
+            capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
+            if num_tokens <= 0 or capacity <= 0:
+                continue
+            if num_tokens > 1:
+                prefills.append((sequence, capacity))
+            elif budget > 0:
+                rows.append(self._row(sequence, 1))
+                budget -= 1
+        for sequence, capacity in prefills:
+            if budget <= 0:
+                break
+            num_tokens = min(sequence.num_unplanned_tokens, capacity, budget)
+            rows.append(self._row(sequence, num_tokens))
+            budget -= num_tokens
+        return rows
+
+    @property
+    def num_queued_prefill_tokens(self) -> int:
+        """Tokens of prompts that no plan covers yet, for the choice of a worker."""
+        running = sum(s.num_unplanned_tokens for s in self.running)
+        return running + sum(len(s.token_ids) for s in self.waiting)
+
+    def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
+        """Tokens of a prompt with this chain that are neither published nor being computed here."""
+        known = 0
+        for hash_ in hashes:
+            if not self.blocks.is_published(hash_) and hash_ not in self._computing:
+                break
+            known += 1
+        return num_tokens - known * self.limits.block_size
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _row(self, sequence: Sequence, num_tokens: int) -> ScheduledRow:
+        sequence.num_planned_tokens += num_tokens
+        sequence.num_plans_in_flight += 1
+        samples = sequence.num_planned_tokens == len(sequence.token_ids) + sequence.num_planned_samples
+        if samples:
+            sequence.num_planned_samples += 1
+        return ScheduledRow(sequence, sequence.attempt, num_tokens, samples)
+
+    def _grow_running(self, lookahead: int) -> bool:
+        """Returns whether there was no shortage: admitting into a shortage would undo a preemption."""
+        if self._try_grow(lookahead):
+            return True
+        if self._try_grow(0):
+            return False
+        while not self._try_grow(0):
+            self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
+        return False
+
+    def _try_grow(self, lookahead: int) -> bool:
+        """Reserves for every running sequence, or, where that is too much, for none."""
+        needs: list[tuple[Sequence, int]] = []
+        num_needed = 0
+        block_size = self.limits.block_size
+        for sequence in self.running:
+            num_tokens = min(sequence.num_planned_tokens + 1 + lookahead, sequence.max_num_tokens)
+            num_short = -(-num_tokens // block_size) - len(sequence.block_ids)
+            if num_short > 0:
+                needs.append((sequence, num_short))
+                num_needed += num_short
+        if num_needed > self.blocks.num_available_blocks:
+            return False
+        for sequence, num_short in needs:
+            sequence.block_ids += self.blocks.reserve(sequence.seq_id, (), num_short)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Recompute: the sequence waits again, its blocks are free (published ones stay as hits while they last)."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.forget_progress()
+        sequence.num_preemptions += 1
+        sequence.status = SequenceStatus.PREEMPTED
+        self.counters.num_preemptions += 1
+        self.redescribed.append(sequence)
+        self.waiting.push(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        if sequence.block_ids:
+            self.blocks.release(sequence.seq_id, sequence.block_ids)
+            sequence.block_ids = []
+        if sequence.is_on_worker:
+            self.removed.append(sequence.seq_id)
+            sequence.is_on_worker = False
+        for hash_ in sequence.block_hashes:
+            if self._computing.get(hash_) is sequence:
+                del self._computing[hash_]
+        self._num_free_at_refusal = None
+
+    def _admit_waiting(self, lookahead: int) -> None:
+        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
+            return
+        num_pending = sum(s.num_unplanned_tokens for s in self.running)
+        num_passed_over = 0
+        for sequence in self.waiting:
+            if (
+                num_pending >= self.limits.max_num_batched_tokens
+                or len(self.running) >= self.limits.max_num_seqs
+                or num_passed_over >= MAX_PASSED_OVER
+                or self._num_free_at_refusal == self.blocks.num_available_blocks
+            ):
+                break
+            if sequence.num_plans_in_flight or self._awaits_prefix(sequence):
+                num_passed_over += 1
+                continue
+            if not self._try_admit(sequence, lookahead):
+                self._num_free_at_refusal = self.blocks.num_available_blocks
+                break
+            num_pending += sequence.num_unplanned_tokens
+
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """Single flight: whether a running sequence is computing the next block of this one's prefix."""
+        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self.limits.block_size)
+        usable = self._usable_hashes(sequence)
+        num_found = len(self.blocks.find_prefix(usable))
+        return num_found < len(usable) and usable[num_found] in self._computing
+
+    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Of a prompt's full blocks those that may be hits: its last token is always run, for its logits."""
+        return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.limits.block_size]
+
+    def _try_admit(self, sequence: Sequence, lookahead: int) -> bool:
+        block_size = self.limits.block_size
+        shared = self.blocks.find_prefix(self._usable_hashes(sequence))
+        num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
+        num_new = -(-max(num_tokens, len(sequence.token_ids)) // block_size) - len(shared)
+        available = self.blocks.num_available_blocks - self.blocks.num_cached_among(shared)
+        if num_new > available:
+            return False
+        sequence.num_shared_blocks = len(shared)
+        if self.running:
+            num_private = sum(len(s.block_ids) - s.num_shared_blocks for s in self.running)
+            num_shared = self.blocks.num_referenced_blocks - num_private + self.blocks.num_cached_among(shared)
+            peak = num_shared + peak_blocks([*self.running, sequence], self.lengths, block_size)
+            if peak > self.limits.overcommit * self.blocks.num_blocks:
+                sequence.num_shared_blocks = 0
+                return False
+        self._admit(sequence, shared, num_new)
+        return True
+
+    def _admit(self, sequence: Sequence, shared: list[int], num_new: int) -> None:
+        self.waiting.remove(sequence)
+        num_cached = len(shared) * self.limits.block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+            self.redescribed.append(sequence)
+        self.counters.num_prefix_query_tokens += len(sequence.token_ids)
+        self.counters.num_prefix_hit_tokens += num_cached
+        self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
+        sequence.block_ids = self.blocks.reserve(sequence.seq_id, shared, num_new)
+        sequence.num_published_blocks = len(shared)
+        sequence.num_computed_tokens = sequence.num_planned_tokens = num_cached
+        self.blocks.changes.computed.append((sequence.seq_id, num_cached))
+        sequence.has_computed_record = True
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self._claim_prefix(sequence)
+
+    def _claim_prefix(self, sequence: Sequence) -> None:
+        """What this sequence will compute of its prompt, nobody else needs to."""
+        for hash_ in sequence.block_hashes[sequence.num_published_blocks :]:
+            self._computing.setdefault(hash_, sequence)

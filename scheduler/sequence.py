@@ -1,0 +1,123 @@
+"""One sequence: its tokens, its blocks, and how far each of planner, worker and Redis has come with it.
+
+Does no I/O and decides nothing; the planner and the engine move it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLimits:
+    """What ends a sequence, as far as token ids tell."""
+
+    max_output_tokens: int
+    end_token_ids: frozenset[int]
+    ignores_eos: bool
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The scheduler's view of one choice of one request.
+
+    Order of progress, in tokens: num_computed_tokens (the worker has reported it) <= num_planned_tokens (some plan
+    covers it) <= len(token_ids) + num_planned_samples.
+    """
+
+    seq_id: int
+    request_id: str
+    choice: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    limits: SequenceLimits
+    root_hash: bytes
+    priority: int = 0
+    tenant: str = ""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    attempt: int = 0
+    num_losses: int = 0
+    num_preemptions: int = 0
+    segment_first_index: int = 0
+    """Output index at which the log under the present worker's tag begins."""
+
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of all full blocks of token_ids that were hashed so far, published or not."""
+    num_published_blocks: int = 0
+    """Blocks from the front that are shared, published, or known to be some other block's duplicate."""
+    num_shared_blocks: int = 0
+    """Blocks from the front that were found in the prefix index at admission."""
+    num_acked_blocks: int = 0
+    """Blocks whose reservation Redis has acknowledged: only these may be named in a plan."""
+    num_sent_blocks: int = 0
+    """Blocks that the worker has been told of."""
+
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the prefix index at the first admission."""
+    num_computed_tokens: int = 0
+    num_planned_tokens: int = 0
+    num_planned_samples: int = 0
+    """Tokens that plans in flight will sample."""
+    num_plans_in_flight: int = 0
+    """Plans in flight that name it, of any attempt."""
+    num_logged_tokens: int = 0
+    """Output tokens that Redis has acknowledged: only these may reach the client."""
+    has_computed_record: bool = False
+    """Whether Redis holds num_computed_tokens for it; it holds none for a sequence that has caught up."""
+    is_on_worker: bool = False
+    """Whether the worker's batch has it, in this attempt."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of the tokens generated so far."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Most tokens that it will ever hold in blocks: the last one sampled is never run."""
+        return self.num_prompt_tokens + self.limits.max_output_tokens - 1
+
+    @property
+    def num_unplanned_tokens(self) -> int:
+        """Tokens known, or to be known by then, that no plan covers yet; 0 where the end is planned."""
+        num_outputs = self.num_output_tokens + self.num_planned_samples
+        if num_outputs >= self.limits.max_output_tokens:
+            return 0
+        return len(self.token_ids) + self.num_planned_samples - self.num_planned_tokens
+
+    def forget_progress(self) -> None:
+        """Back to nothing computed, in a new attempt; tokens and the border between prompt and output stay."""
+        self.attempt += 1
+        self.block_ids = []
+        self.num_published_blocks = 0
+        self.num_shared_blocks = 0
+        self.num_acked_blocks = 0
+        self.num_sent_blocks = 0
+        self.num_computed_tokens = 0
+        self.num_planned_tokens = 0
+        self.num_planned_samples = 0
+        self.is_on_worker = False

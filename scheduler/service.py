@@ -1,0 +1,202 @@
+"""The gRPC face towards clients: accepts requests, attaches streams, answers questions. No decisions about steps."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from pagoda.v1 import generation_pb2 as pb
+from pagoda.v1 import generation_pb2_grpc
+
+from scheduler.delivery import Delivery
+from scheduler.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, QueueFullError, UnavailableError
+from scheduler.fleet import Fleet
+from scheduler.live_request import Ending, LiveRequest, LiveRequests
+from scheduler.recovery import Reviver
+from scheduler.request import RequestBody
+from scheduler.sequence import FinishReason
+from scheduler.status import ServedModel, status_of
+from scheduler.store import RequestStore
+from scheduler.tokenizer import Tokenizer
+from scheduler.validation import Limits, check_token_ids, encode_prompt, validate
+
+STORE_TIMEOUT_S = 5.0
+"""How long a call waits for Redis before it is told UNAVAILABLE."""
+_T = TypeVar("_T")
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class GenerationService(generation_pb2_grpc.GenerationServicer):
+    """See generation.proto."""
+
+    def __init__(
+        self, model: ServedModel, fleet: Fleet, requests: RequestStore, reviver: Reviver, live_requests: LiveRequests
+    ) -> None:
+        self._model = model
+        self._tokenizer: Tokenizer = model.tokenizer
+        self._fleet = fleet
+        self._requests = requests
+        self._reviver = reviver
+        self._live_requests = live_requests
+        self._delivery = Delivery(model.tokenizer)
+        self._seq_ids: itertools.count[int] | None = None
+
+    async def start(self) -> None:
+        """Draws the prefix of this scheduler's seq_ids."""
+        self._seq_ids = itertools.count(await self._requests.next_seq_id_prefix() << 32)
+
+    # -- streams ------------------------------------------------------------------------------------------------------
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Runs a request, or attaches to the one of the same id and body."""
+        await self._fleet.wait_for_worker()
+        body = validate(request, self._tokenizer, self._limits())
+        live = await self._find_same(body) or await self._accept(body)
+        async with _Attached(self._live_requests, live):
+            while not (live.is_accepted or live.end is not None or live.is_orphaned):
+                await live.changed()
+            yield pb.GenerateResponse(request_id=body.request_id)
+            async for delta in self._delivery.deltas(live, 0):
+                yield pb.GenerateResponse(request_id=body.request_id, delta=delta)
+
+    async def Attach(  # noqa: N802
+        self, request: pb.AttachRequest, context: Context
+    ) -> AsyncIterator[pb.AttachResponse]:
+        """Goes on with a stream."""
+        if len(request.next_index) > 1:
+            raise InvalidArgumentError("next_index", "the request has one choice")
+        live = await self._find(request.request_id)
+        if live is None:
+            raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
+        next_index = request.next_index[0] if request.next_index else 0
+        async with _Attached(self._live_requests, live):
+            yield pb.AttachResponse(request_id=request.request_id)
+            async for delta in self._delivery.deltas(live, next_index):
+                yield pb.AttachResponse(request_id=request.request_id, delta=delta)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
+        """Ends a request now."""
+        live = await self._find(request.request_id)
+        if live is None:
+            raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
+        if live.end is not None or live.ending is not None:
+            return pb.CancelResponse(cancelled=False)
+        self._fleet.end(live, Ending(FinishReason.ABORT))
+        return pb.CancelResponse(cancelled=True)
+
+    # -- accepting ----------------------------------------------------------------------------------------------------
+
+    async def _find_same(self, body: RequestBody) -> LiveRequest | None:
+        """The request of this id, if there is one; it must have this body."""
+        live = await self._find(body.request_id)
+        if live is not None and live.body.digest != body.digest:
+            raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
+        return live
+
+    async def _find(self, request_id: str) -> LiveRequest | None:
+        """A request that is live here, or is over and not expired; waits for one whose worker is being taken over."""
+        live = self._live_requests.get(request_id)
+        if live is not None:
+            return live
+        record = await _in_time(self._requests.load(request_id))
+        if record is None:
+            return None
+        if record.end:
+            return self._reviver.ended(record, await _in_time(self._requests.load_output(record)))
+        await self._fleet.wait_until_resolved(record.worker)
+        live = self._live_requests.get(request_id)
+        if live is None:
+            return await self._find_orphan(request_id)
+        return live
+
+    async def _find_orphan(self, request_id: str) -> LiveRequest | None:
+        """A record whose owner died between writing it and enrolling it: nothing has run, so it is accepted again."""
+        record = await _in_time(self._requests.load(request_id))
+        if record is None:
+            return None
+        if record.end:
+            return self._reviver.ended(record, await _in_time(self._requests.load_output(record)))
+        if await _in_time(self._requests.is_enrolled(record.worker, record.seq_id)):
+            raise UnavailableError("the request's worker is being taken over; resume it in a moment")
+        live = self._reviver.create(RequestBody.from_bytes(record.body, record.digest), record.seq_id)
+        await self._open(live, record.worker)
+        return live
+
+    async def _accept(self, body: RequestBody) -> LiveRequest:
+        """Makes a request ours and durable, and gives it to a worker."""
+        if len(self._live_requests) >= self._model.max_live_requests:
+            raise QueueFullError(f"{len(self._live_requests)} requests are live already; try again later")
+        assert self._seq_ids is not None
+        live = self._reviver.create(body, next(self._seq_ids))
+        engine = self._fleet.choose(live)
+        if engine is None:
+            raise UnavailableError("the last worker was lost just now; try again")
+        is_ours, held_digest, _ = await _in_time(
+            self._requests.create(body.request_id, body.digest, body.to_bytes(), engine.owner, live.sequence.seq_id)
+        )
+        if not is_ours:
+            if held_digest != body.digest:
+                raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
+            raise UnavailableError("the same request is being accepted just now; send it again")
+        await self._open(live, engine.worker)
+        return live
+
+    async def _open(self, live: LiveRequest, recorded_worker: str) -> None:
+        """Gives a request that has a record to a live worker, and lets its record say so."""
+        engine = self._fleet.choose(live)
+        if engine is None:
+            raise UnavailableError("no worker is there; try again later")
+        if engine.worker != recorded_worker or engine.is_lost:
+            await _in_time(self._requests.own(live.body.request_id, engine.owner, recorded_worker, 0))
+        self._live_requests.add(live)
+        engine.open(live)
+
+    def _limits(self) -> Limits:
+        pools = [e.planner.blocks.num_blocks * e.planner.limits.block_size for e in self._fleet.engines]
+        return Limits(self._model.max_model_len, min(pools, default=self._model.max_model_len))
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
+        """Describes the model."""
+        return self._model.describe()
+
+    async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:  # noqa: N802
+        """Describes workers and queues."""
+        return status_of(self._fleet, self._live_requests, self._delivery.gate.busy_s)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+        """Text to ids."""
+        return pb.TokenizeResponse(token_ids=encode_prompt(request, self._tokenizer))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+        """Ids to text."""
+        check_token_ids("token_ids", request.token_ids, self._tokenizer)
+        return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids))
+
+
+class _Attached:
+    """Counts a stream as a request's client while it lasts."""
+
+    def __init__(self, live_requests: LiveRequests, live: LiveRequest) -> None:
+        self._live_requests = live_requests
+        self._live = live
+
+    async def __aenter__(self) -> None:
+        self._live_requests.attach(self._live)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._live_requests.detach(self._live)
+
+
+async def _in_time(work: Awaitable[_T]) -> _T:
+    """Redis's answer. Raises UnavailableError where it does not come."""
+    try:
+        async with asyncio.timeout(STORE_TIMEOUT_S):
+            return await work
+    except TimeoutError:
+        raise UnavailableError("Redis does not answer; try again later") from None

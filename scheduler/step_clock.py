@@ -1,0 +1,50 @@
+"""How long steps take and should take: the pace for reservations, and the deadline that a step must not exceed."""
+
+from collections import deque
+from time import monotonic
+
+MIN_DEADLINE_S = 2.0
+DEADLINE_FACTOR = 3.0
+NUM_CALIBRATION_STEPS = 8
+"""Results before which no step is judged by its time."""
+
+
+class StepClock:
+    """Of one worker. Times in seconds."""
+
+    def __init__(self, calibrated_step_s: float = 0.0) -> None:
+        self.step_s = calibrated_step_s
+        """Moving average of a step's time, as the worker measured it."""
+        self._s_per_token = 0.0
+        self._num_results = 0
+        self._in_flight: deque[int] = deque()  # tokens of each plan
+        self._head_since = 0.0
+        self.last_heard = monotonic()
+
+    def on_plan(self, num_tokens: int) -> None:
+        """A plan has left."""
+        if not self._in_flight:
+            self._head_since = monotonic()
+        self._in_flight.append(num_tokens)
+
+    def on_result(self, step_s: float) -> None:
+        """A result has come."""
+        self.last_heard = self._head_since = monotonic()
+        self._num_results += 1
+        weight = max(0.1, 1 / self._num_results)
+        self.step_s += weight * (step_s - self.step_s)
+        if self._in_flight:
+            num_tokens = self._in_flight.popleft()
+            self._s_per_token += weight * (step_s / max(1, num_tokens) - self._s_per_token)
+
+    def on_heartbeat(self) -> None:
+        """The worker lives."""
+        self.last_heard = monotonic()
+
+    def overdue_s(self) -> float:
+        """Seconds by which the running step exceeds max(2 s, 3 x its predicted time); 0 where it does not."""
+        if not self._in_flight or self._num_results < NUM_CALIBRATION_STEPS:
+            return 0.0
+        predicted_s = max(self.step_s, self._s_per_token * self._in_flight[0])
+        allowed_s = max(MIN_DEADLINE_S, DEADLINE_FACTOR * predicted_s)
+        return max(0.0, monotonic() - self._head_since - allowed_s)

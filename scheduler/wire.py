@@ -1,0 +1,111 @@
+"""The only builder of plans, and the only reader of results. Columns, changes only; decides nothing."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from pagoda.v1 import worker_pb2 as pb
+
+from scheduler.planner import ScheduledRow
+from scheduler.request import SamplingParams
+from scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """What orders a plan among all others of its worker."""
+
+    epoch: int
+    step_id: int
+    committed_step_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """What a step did for one sequence, for results that are matched by themselves and not by their plan."""
+
+    seq_id: int
+    attempt: int
+    num_computed_tokens: int
+    first_output_index: int
+    token_ids: list[int]
+
+
+def build_plan(
+    numbers: StepNumbers, rows: Seq[ScheduledRow], removed: Seq[int], samplers: dict[int, pb.SamplerParams]
+) -> pb.StepPlan:
+    """The plan that runs `rows`; notes in each sequence what its worker knows from now on.
+
+    `samplers` holds the parameters of every sequence that may have to be added.
+    """
+    plan = pb.StepPlan(
+        epoch=numbers.epoch,
+        step_id=numbers.step_id,
+        committed_step_id=numbers.committed_step_id,
+        removed_seq_ids=removed,
+        scheduled_seq_ids=[row.sequence.seq_id for row in rows],
+        num_scheduled_tokens=[row.num_tokens for row in rows],
+    )
+    for row in rows:
+        sequence = row.sequence
+        if sequence.num_sent_blocks == sequence.num_acked_blocks and sequence.is_on_worker:
+            continue
+        if not sequence.is_on_worker:
+            plan.added.append(_added(row, samplers[sequence.seq_id]))
+            sequence.is_on_worker = True
+        else:
+            fresh = sequence.block_ids[sequence.num_sent_blocks : sequence.num_acked_blocks]
+            plan.appended_seq_ids.append(sequence.seq_id)
+            plan.appended_num_blocks.append(len(fresh))
+            plan.appended_block_ids.extend(fresh)
+        sequence.num_sent_blocks = sequence.num_acked_blocks
+    return plan
+
+
+def _added(row: ScheduledRow, sampler: pb.SamplerParams) -> pb.AddedSequence:
+    sequence = row.sequence
+    blocks = sequence.block_ids[: sequence.num_acked_blocks]
+    return pb.AddedSequence(
+        seq_id=sequence.seq_id,
+        attempt=sequence.attempt,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_computed_tokens=sequence.num_planned_tokens - row.num_tokens,
+        block_ids=blocks,
+        num_blocks=[len(blocks)],
+        sampler=sampler,
+    )
+
+
+def sampler_params(sequence: Sequence, sampling: SamplingParams) -> pb.SamplerParams:
+    """The worker's share of a request's parameters. Ids that may not end it early are masked until min_tokens."""
+    return pb.SamplerParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=choice_seed(sampling.seed, sequence.choice),
+        min_tokens=sampling.min_tokens,
+        end_token_ids=sorted(sequence.limits.end_token_ids),
+    )
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one choice: the request's own for choice 0; 64 bits."""
+    return (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+
+
+def result_rows(result: pb.StepResult) -> list[ResultRow]:
+    """A result taken by itself."""
+    rows: list[ResultRow] = []
+    at = 0
+    columns = (
+        result.seq_ids,
+        result.attempts,
+        result.num_computed_tokens,
+        result.first_output_indexes,
+        result.num_tokens,
+    )
+    for seq_id, attempt, num_computed, first, count in zip(*columns, strict=True):
+        rows.append(ResultRow(seq_id, attempt, num_computed, first, list(result.token_ids[at : at + count])))
+        at += count
+    return rows

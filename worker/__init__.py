@@ -1,0 +1,1 @@
+"""The worker: holds the physical KV pool and runs step plans. Start with `python -m worker --help`."""

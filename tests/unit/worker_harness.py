@@ -12,11 +12,19 @@ import grpc
 from pagoda.v1 import worker_pb2 as pb
 from pagoda.v1 import worker_pb2_grpc
 
+from worker.assemble import assemble
+from worker.batch import Batch
+from worker.config import parse_config
+from worker.errors import ProtocolError
+from worker.executor import Executor
+from worker.ledger import Order
+from worker.wire import StepOutput, decode_plan, encode_result
+
 TIMEOUT_S = 20.0
 
 
 @dataclass
-class Sequence_:
+class PlannedSequence:
     """The scheduler's side of one sequence."""
 
     seq_id: int
@@ -38,13 +46,13 @@ class Planner:
         self.epoch = epoch
         self.step_id = 0
         self.free = list(range(num_blocks, 0, -1))
-        self.sequences: dict[int, Sequence_] = {}
+        self.sequences: dict[int, PlannedSequence] = {}
         self.freed: list[int] = []
         self.removed: list[int] = []
         self.added: list[pb.AddedSequence] = []
 
     def add(self, seq_id: int, prompt: Sequence[int], **sampler: Any) -> None:
-        sequence = Sequence_(seq_id, list(prompt), [])
+        sequence = PlannedSequence(seq_id, list(prompt), [])
         self.sequences[seq_id] = sequence
         self.added.append(
             pb.AddedSequence(
@@ -193,6 +201,33 @@ def decode_all(stream: ServerStream, planner: Planner, num_tokens: int) -> None:
     planner.apply(stream_result)
     for _ in range(num_tokens - 1):
         planner.apply(stream.run(planner.plan(dict.fromkeys(planner.sequences, 1))))
+
+
+class LocalWorker:
+    """A whole worker without its link: plans in, results out, in this process."""
+
+    def __init__(self, *flags: str) -> None:
+        config = parse_config(["--scheduler", "127.0.0.1:1", "--name", "local", *flags])
+        assembly = assemble(config)
+        self.description = assembly.description
+        self._outputs: list[StepOutput] = []
+        self._executor = Executor(self, Batch(assembly.limits), assembly.runner)
+
+    def run(self, plan: pb.StepPlan) -> pb.StepResult:
+        self._executor.step(Order(decode_plan(plan), "incarnation", 1))
+        return encode_result(self._outputs.pop()).result
+
+    def take(self) -> Order:
+        raise NotImplementedError
+
+    def has_plan(self) -> bool:
+        return False
+
+    def finish(self, order: Order, output: StepOutput) -> None:
+        self._outputs.append(output)
+
+    def reject(self, order: Order, error: ProtocolError) -> None:
+        raise error
 
 
 def unix_address(directory: Path, name: str = "scheduler.sock") -> str:

@@ -8,7 +8,7 @@ it, and neither holds up the other.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
@@ -185,6 +185,11 @@ class Engine:
         """Takes a result from the link."""
         self._results.append(result)
         self.clock.on_result(result.step_s)
+        self._wake.set()
+
+    def on_dropped(self, step_ids: Iterable[int]) -> None:
+        """Steps of an earlier owner that will have no result."""
+        self._resent.difference_update(step_ids)
         self._wake.set()
 
     def lose(self, reason: str) -> None:

@@ -76,7 +76,7 @@ class WorkerLinkService(worker_pb2_grpc.WorkerLinkServicer):
             elif kind == "heartbeat":
                 engine.clock.on_heartbeat()
             elif kind == "plans_dropped":
-                log.info("%s dropped %d plans of its last owner", engine.worker, len(message.plans_dropped.step_ids))
+                engine.on_dropped(message.plans_dropped.step_ids)
             else:
                 engine.lose(f"unexpected message {kind}")
                 return

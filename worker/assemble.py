@@ -42,7 +42,7 @@ def _assemble_timed(config: WorkerConfig, step_s: float) -> Assembly:
     """No torch, no weights; a model folder, where one is given, lends its identity and its vocabulary."""
     spec = read_spec(config.model_dir) if config.model_dir else None
     num_blocks = config.num_blocks or TIMED_NUM_BLOCKS
-    limits = _limits(config, spec.max_position_embeddings if spec else TIMED_MAX_MODEL_LEN, num_blocks)
+    limits = _limits(config, spec.max_position_embeddings if spec else TIMED_MAX_MODEL_LEN)
     description = Description(
         worker_name=config.name,
         model_fingerprint=_fingerprint(config.model_dir) if config.model_dir else "timed",
@@ -69,7 +69,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     loaded = loading.load(config, spec, model_dir)
-    limits = _limits(config, spec.max_position_embeddings, loaded.pool.num_blocks)
+    limits = _limits(config, spec.max_position_embeddings)
     calibrated_step_s, runner = loading.start(config, loaded)
     dtype = str(loaded.pool.blocks.dtype).removeprefix("torch.")
     log.info(
@@ -96,19 +96,19 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     return Assembly(runner, limits, description)
 
 
-def _limits(config: WorkerConfig, longest: int, num_blocks: int) -> BatchLimits:
-    """`longest`: tokens of the model's longest sequence. Raises ConfigError for a length that cannot be run."""
-    capacity = num_blocks * config.block_size
+def _limits(config: WorkerConfig, longest: int) -> BatchLimits:
+    """`longest`: tokens of the model's longest sequence. Raises ConfigError for a length that it does not have.
+
+    A pool smaller than one such sequence is fine: the scheduler knows its size and admits what fits.
+    """
     wanted = config.max_model_len
     if wanted is not None and wanted > longest:
         raise ConfigError(f"max-model-len={wanted}: the model's longest sequence has {longest} tokens")
-    if wanted is not None and wanted > capacity:
-        raise ConfigError(f"max-model-len={wanted}: the KV pool holds {capacity} tokens; give it more --kv-memory")
     return BatchLimits(
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=wanted if wanted is not None else min(longest, capacity),
+        max_model_len=wanted if wanted is not None else longest,
     )
 
 

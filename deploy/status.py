@@ -1,0 +1,74 @@
+"""`pagoda status`: what the workers do and what their blocks hold."""
+
+import json
+
+from pagoda.v1 import generation_pb2 as pb
+
+from deploy.call import call_at
+from scheduler.client import PagodaClient
+
+
+def status_at(port: int, as_json: bool) -> None:
+    """Prints the state of the service at a port of this machine."""
+
+    async def show(client: PagodaClient) -> None:
+        status = await client.get_status()
+        if as_json:
+            print(to_json(status))
+        else:
+            print_table(status)
+
+    call_at(port, show)
+
+
+def to_json(status: pb.GetStatusResponse) -> str:
+    """One object on one line; field names as in the contract, hit rates added."""
+    workers = []
+    for worker in status.workers:
+        fields = {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
+        fields["state"] = _state(worker)
+        fields["phase_s"] = dict(worker.phase_s)
+        workers.append(fields | {"prefix_hit_rate": hit_rate(worker)})
+    totals = {f.name: getattr(status, f.name) for f in status.DESCRIPTOR.fields if f.name != "workers"}
+    return json.dumps(totals | {"workers": workers})
+
+
+def print_table(status: pb.GetStatusResponse) -> None:
+    """One row per worker, and a line for the service."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("worker", "state", "device"):
+        table.add_column(column)
+    for column in ("running", "waiting", "free", "referenced", "cached", "blocks", "prefix hits", "preempted"):
+        table.add_column(column, justify="right")
+    for worker in status.workers:
+        rate = hit_rate(worker)
+        counts = (
+            worker.num_running,
+            worker.num_waiting,
+            worker.num_free_blocks,
+            worker.num_referenced_blocks,
+            worker.num_cached_blocks,
+            worker.num_blocks,
+            "-" if rate is None else f"{rate:.1%}",
+            worker.num_preemptions,
+        )
+        table.add_row(worker.name, _state(worker), worker.device, *map(str, counts))
+    console = Console()
+    if status.workers:
+        console.print(table)
+    else:
+        console.print("no workers")
+    console.print(f"{status.num_live_requests} live requests, {status.num_streams} streams", highlight=False)
+
+
+def hit_rate(worker: pb.WorkerStatus) -> float | None:
+    """Share of the prompt tokens looked up that the prefix cache had; None before the first."""
+    queried = worker.num_prefix_query_tokens
+    return worker.num_prefix_hit_tokens / queried if queried else None
+
+
+def _state(worker: pb.WorkerStatus) -> str:
+    return pb.WorkerState.Name(worker.state).removeprefix("WORKER_STATE_").lower()

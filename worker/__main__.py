@@ -1,6 +1,7 @@
 """python -m worker: one worker process. Exit codes: 0 asked to end, 2 bad flag or model, 3 mismatch, 4 name taken."""
 
 import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -19,6 +20,8 @@ def main() -> int:
             level=config.log_level, format=f"%(asctime)s {config.name} %(levelname)s %(message)s", stream=sys.stderr
         )
         _serve(config)
+    except SystemExit as ended:  # a signal, or --help
+        return int(ended.code or 0)
     except WorkerError as error:
         sys.stderr.write(f"worker: {error}\n")
         return error.exit_code
@@ -45,4 +48,8 @@ def _exit(signum: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: taking torch and gRPC apart costs half a second, and nothing is left to be saved.
+    os._exit(code)

@@ -32,33 +32,44 @@ def block_bytes(spec: ModelSpec, block_size: int, element_bytes: int) -> int:
     return spec.num_layers * 2 * spec.num_kv_heads * block_size * spec.head_dim * element_bytes
 
 
-def count_blocks(request: PoolRequest, bytes_per_block: int, free_bytes: int) -> int:
-    """Usable blocks (the null block is not one of them) for `request` where `free_bytes` may be taken.
+@dataclass(frozen=True, slots=True)
+class FreeMemory:
+    """Bytes that a pool takes by default, and that it can take at most."""
 
-    Raises ConfigError where not one block fits, or more are asked for than fit into memory.
+    default_bytes: int
+    most_bytes: int
+
+
+def count_blocks(request: PoolRequest, bytes_per_block: int, free: FreeMemory) -> int:
+    """Usable blocks (the null block is not one of them) for `request`.
+
+    Raises ConfigError where not one block fits, or more are asked for than memory holds.
     """
     if request.num_blocks is not None:
-        return request.num_blocks
-    pool_bytes = free_bytes if request.kv_memory_bytes is None else request.kv_memory_bytes
+        pool_bytes, asked = (request.num_blocks + 1) * bytes_per_block, f"num-blocks={request.num_blocks}"
+    else:
+        pool_bytes = free.default_bytes if request.kv_memory_bytes is None else request.kv_memory_bytes
+        asked = f"kv-memory={pool_bytes}"
+    if pool_bytes > free.most_bytes:
+        raise ConfigError(f"{asked}: takes {pool_bytes} bytes, {free.most_bytes} are free")
     num_blocks = pool_bytes // bytes_per_block - 1
     if num_blocks < 1:
-        raise ConfigError(
-            f"kv-memory={pool_bytes}: holds no block beside the null block, one takes {bytes_per_block} bytes"
-        )
+        raise ConfigError(f"{asked}: holds no block beside the null block, one takes {bytes_per_block} bytes")
     return num_blocks
 
 
-def free_cpu_bytes() -> int:
-    """Bytes of main memory that a pool may take by default."""
-    available = [_meminfo_available(), _cgroup_available()]
-    return min(CPU_LIMIT_BYTES, int(CPU_SHARE * min(known for known in available if known is not None)))
+def free_cpu_memory() -> FreeMemory:
+    """Of main memory."""
+    known = [num_bytes for num_bytes in (_meminfo_available(), _cgroup_available()) if num_bytes is not None]
+    available = min(known, default=4 * CPU_LIMIT_BYTES)  # not Linux: unknown, so the limit decides
+    return FreeMemory(min(CPU_LIMIT_BYTES, int(CPU_SHARE * available)), available)
 
 
-def free_gpu_bytes(device: torch.device, activation_bytes: int) -> int:
-    """Bytes of `device` that a pool may take, `activation_bytes` being what a step needs beside it."""
+def free_gpu_memory(device: torch.device, activation_bytes: int) -> FreeMemory:
+    """Of `device`, `activation_bytes` being what a step needs beside the pool."""
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(GPU_SHARE * free) - activation_bytes
+    free_bytes = torch.cuda.mem_get_info(device)[0] - activation_bytes
+    return FreeMemory(int(GPU_SHARE * free_bytes), free_bytes)
 
 
 class KVPool:
@@ -76,13 +87,9 @@ class KVPool:
 
     @classmethod
     def allocate(cls, spec: ModelSpec, block_size: int, num_blocks: int, like: torch.Tensor) -> "KVPool":
-        """A pool with the dtype and device of `like`. Raises ConfigError where memory does not suffice."""
+        """A pool with the dtype and device of `like`."""
         shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
-        try:
-            blocks = torch.empty(shape, dtype=like.dtype, device=like.device)
-        except RuntimeError as error:
-            num_bytes = block_bytes(spec, block_size, like.element_size()) * (num_blocks + 1)
-            raise ConfigError(f"num-blocks={num_blocks}: {num_bytes} bytes cannot be allocated ({error})") from None
+        blocks = torch.empty(shape, dtype=like.dtype, device=like.device)
         return cls(spec, block_size, num_blocks, blocks)
 
     def poison(self) -> None:
@@ -94,14 +101,14 @@ class KVPool:
         self.blocks[:, :, block_id, :, first_slot:] = float("nan")
 
 
-def _meminfo_available() -> int:
+def _meminfo_available() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 * CPU_LIMIT_BYTES  # not Linux: unknown, so the limit decides
+    return None
 
 
 def _cgroup_available() -> int | None:

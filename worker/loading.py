@@ -8,7 +8,7 @@ import torch
 from kernels import AttentionShape, Kernels, select_kernels
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
-from worker.kv_pool import KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_bytes, free_gpu_bytes
+from worker.kv_pool import FreeMemory, KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_memory, free_gpu_memory
 from worker.model_runner import ModelRunner, PoisoningRunner, profile, warm_up
 from worker.models.decoder import Decoder
 from worker.models.spec import ModelSpec
@@ -35,14 +35,19 @@ def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     )
     kernels = select_kernels(device, shape)
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
-    bytes_per_block = block_bytes(spec, config.block_size, weights.embedding.element_size())
-    free_bytes = free_cpu_bytes()
-    if device.type == "cuda":
-        small = KVPool.allocate(spec, config.block_size, 0, like=weights.embedding)
-        runner = ModelRunner(decoder, kernels, small)
-        free_bytes = free_gpu_bytes(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
-    num_blocks = count_blocks(request, bytes_per_block, free_bytes)
-    return Loaded(decoder, kernels, KVPool.allocate(spec, config.block_size, num_blocks, like=weights.embedding))
+    bytes_per_block = block_bytes(spec, config.block_size, decoder.like.element_size())
+    num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))
+    return Loaded(decoder, kernels, KVPool.allocate(spec, config.block_size, num_blocks, like=decoder.like))
+
+
+def _free_memory(config: WorkerConfig, spec: ModelSpec, kernels: Kernels, decoder: Decoder) -> FreeMemory:
+    """On a GPU, what is left when the weights are there and the largest step has its share."""
+    device = decoder.like.device
+    if device.type == "cpu":
+        return free_cpu_memory()
+    null_block = KVPool.allocate(spec, config.block_size, 0, like=decoder.like)
+    runner = ModelRunner(decoder, kernels, null_block)
+    return free_gpu_memory(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
 
 
 def start(config: WorkerConfig, loaded: Loaded) -> tuple[float, Runner]:

@@ -68,6 +68,11 @@ class Decoder:
         self._weights = weights
         self._rope = Rope(spec.rope, spec.head_dim, weights.embedding.device)
 
+    @property
+    def like(self) -> torch.Tensor:
+        """A tensor of the model's dtype, on its device."""
+        return self._weights.norm
+
     def forward(self, batch: TokenBatch, attention: AttentionStep, kv: Sequence[LayerKV]) -> torch.Tensor:
         """Write the tokens' keys and values into `kv` and return logits: [num_samples, vocab_size] float32."""
         weights, eps = self._weights, self._spec.rms_norm_eps

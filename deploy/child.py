@@ -24,33 +24,45 @@ class Command:
 
     name: str
     argv: tuple[str, ...]
+    quiet_start: bool = False
+    """What it says before everything is ready is chatter."""
 
 
 class ChildLog:
-    """What the children say on stderr: kept back while they start, passed on from then on.
+    """What the children say: kept back while they start, passed on to stderr, dropped while they end.
 
     A start that fails then tells its one line, not everybody's.
     """
 
     def __init__(self) -> None:
-        self._held: deque[str] | None = deque(maxlen=_KEPT_LINES)
+        self._held: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._holding = True
+        self._muted = False
         self._lock = threading.Lock()
 
-    def write(self, line: str) -> None:
-        """One line of a child."""
+    def write(self, line: str, is_chatter: bool = False) -> None:
+        """One line of a child; `is_chatter`: not worth keeping back."""
         with self._lock:
-            if self._held is None:
+            if self._muted:
+                return
+            if not self._holding:
                 sys.stderr.write(line)
                 sys.stderr.flush()
-            else:
+            elif not is_chatter:
                 self._held.append(line)
 
     def release(self) -> None:
         """Passes on what was held, and from now on every line."""
         with self._lock:
-            sys.stderr.writelines(self._held or ())
+            sys.stderr.writelines(self._held)
             sys.stderr.flush()
-            self._held = None
+            self._held.clear()
+            self._holding = False
+
+    def mute(self) -> None:
+        """From now on nothing is passed on."""
+        with self._lock:
+            self._muted = True
 
 
 class Child:
@@ -93,6 +105,10 @@ class Child:
         """Blocks until it ends; its exit code."""
         return self._process.wait()
 
+    def call_at_end(self, callback: Callable[[int], object]) -> None:
+        """Calls back with the exit code, from a thread of its own."""
+        threading.Thread(target=lambda: callback(self.wait()), daemon=True).start()
+
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to it and to what it has started."""
         with suppress(ProcessLookupError):
@@ -103,7 +119,7 @@ class Child:
         with self._process.stdout as lines:
             for line in lines:
                 self._last_line = line.strip() or self._last_line
-                log.write(line)
+                log.write(line, self.command.quiet_start)
 
 
 def _bind_to(parent_pid: int) -> Callable[[], None]:

@@ -50,7 +50,7 @@ def redis_command(server: Path, socket_path: Path, data_dir: Path) -> Command:
         "logfile": "",
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
-    return Command("redis", (str(server), *flags))
+    return Command("redis", (str(server), *flags), quiet_start=True)
 
 
 def lock_data_dir(data_dir: Path) -> IO[bytes]:

@@ -49,6 +49,7 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stack.log.mute()
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -84,7 +85,7 @@ class Supervisor:
         name, num_deaths, backoff_s = child.command.name, 0, FIRST_BACKOFF_S
         started = time.monotonic()
         while True:
-            code = await asyncio.to_thread(child.wait)
+            code = await _ended(child)
             self._down[name] = code
             num_deaths += 1
             if not self._ready and (code in _CONFIG_EXIT_CODES or num_deaths >= MAX_START_DEATHS):
@@ -119,11 +120,26 @@ async def _end(children: list[Child]) -> None:
     """SIGTERM, and after the grace SIGKILL for those that are left and for what they have started."""
     for child in children:
         child.signal(signal.SIGTERM)
-    waits = [asyncio.create_task(asyncio.to_thread(child.wait)) for child in children]
-    if waits:
-        await asyncio.wait(waits, timeout=GRACE_S)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*map(_ended, children)), GRACE_S)
     kill(children)
-    await asyncio.gather(*waits)
+
+
+async def _ended(child: Child) -> int:
+    """Waits for the end of a child; its exit code. A thread each: the loop's pool is smaller than a large stack."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def settle(code: int) -> None:
+        if not ended.done():
+            ended.set_result(code)
+
+    def tell(code: int) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, code)
+
+    child.call_at_end(tell)
+    return await ended
 
 
 def _describe(code: int) -> str:

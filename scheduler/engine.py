@@ -184,7 +184,7 @@ class Engine:
     def on_result(self, result: pb.StepResult) -> None:
         """Takes a result from the link."""
         self._results.append(result)
-        self.clock.on_result(result.step_s)
+        self.clock.on_result(result.step_s, result.gap_s, result.back_to_back)
         self._wake.set()
 
     def on_dropped(self, step_ids: Iterable[int]) -> None:

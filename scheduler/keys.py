@@ -18,9 +18,9 @@ def worker_key(worker: str, part: str) -> str:
     return f"{{w:{worker}}}:{part}"
 
 
-def log_key(worker: str, seq_id: int) -> str:
+def log_key(worker: str, seq_id: int) -> bytes:
     """A sequence's output token ids under this worker: packed little-endian u32."""
-    return f"{{w:{worker}}}:log:{seq_id:x}"
+    return b"{w:%b}:log:%x" % (worker.encode(), seq_id)
 
 
 def request_key(request_id: str) -> str:

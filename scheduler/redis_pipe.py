@@ -48,7 +48,11 @@ class _Command:
 def _pack(words: Iterable[object]) -> bytes:
     """The command as the protocol's array of bulk strings."""
     parts = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"*%d\r\n" % len(parts) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+    chunks = [b"*%d" % len(parts)]
+    for part in parts:
+        chunks += (b"$%d" % len(part), part)
+    chunks.append(b"")
+    return b"\r\n".join(chunks)
 
 
 class RedisPipe:
@@ -87,7 +91,7 @@ class RedisPipe:
         self._unanswered.clear()
         self._unsent.clear()
 
-    def call(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> "asyncio.Future[Reply]":
+    def call(self, script: Script, keys: Sequence[str | bytes], args: Sequence[object]) -> "asyncio.Future[Reply]":
         """Queues a script. The future raises ResponseError with one of VERDICTS where it refuses."""
         return self._queue(("EVALSHA", script.sha, len(keys), *keys, *args), is_script=True)
 

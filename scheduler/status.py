@@ -78,4 +78,7 @@ def _engine(engine: Engine, redis_round_trip_s: float) -> pb.WorkerStatus:
         num_output_tokens=counters.num_output_tokens,
         phase_s=counters.phase_s,
         redis_round_trip_s=redis_round_trip_s,
+        gap_p50_s=engine.clock.gap_s(0.5),
+        gap_p99_s=engine.clock.gap_s(0.99),
+        back_to_back=engine.clock.back_to_back,
     )

@@ -7,6 +7,7 @@ MIN_DEADLINE_S = 2.0
 DEADLINE_FACTOR = 3.0
 NUM_CALIBRATION_STEPS = 8
 """Results before which no step is judged by its time."""
+NUM_KEPT_GAPS = 4096
 
 
 class StepClock:
@@ -17,6 +18,8 @@ class StepClock:
         """Moving average of a step's time, as the worker measured it."""
         self._s_per_token = 0.0
         self._num_results = 0
+        self._gaps_s: deque[float] = deque(maxlen=NUM_KEPT_GAPS)
+        self._back_to_back: deque[bool] = deque(maxlen=NUM_KEPT_GAPS)
         self._in_flight: deque[int] = deque()  # tokens of each plan
         self._head_since = 0.0
         self.last_heard = monotonic()
@@ -27,8 +30,10 @@ class StepClock:
             self._head_since = monotonic()
         self._in_flight.append(num_tokens)
 
-    def on_result(self, step_s: float) -> None:
+    def on_result(self, step_s: float, gap_s: float, back_to_back: bool) -> None:
         """A result has come."""
+        self._back_to_back.append(back_to_back)
+        self._gaps_s.append(gap_s)
         self.last_heard = self._head_since = monotonic()
         self._num_results += 1
         weight = max(0.1, 1 / self._num_results)
@@ -40,6 +45,16 @@ class StepClock:
     def on_heartbeat(self) -> None:
         """The worker lives."""
         self.last_heard = monotonic()
+
+    def gap_s(self, share: float) -> float:
+        """The gap that `share` of the last steps did not exceed, seconds."""
+        gaps = sorted(self._gaps_s)
+        return gaps[min(len(gaps) - 1, int(share * len(gaps)))] if gaps else 0.0
+
+    @property
+    def back_to_back(self) -> float:
+        """Share of the last steps whose plan was there in time."""
+        return sum(self._back_to_back) / max(1, len(self._back_to_back))
 
     def overdue_s(self) -> float:
         """Seconds by which the running step exceeds max(2 s, 3 x its predicted time); 0 where it does not."""

@@ -32,6 +32,7 @@ _HASHED_BLOCK = Struct("<I16s")
 _FORK = Struct("<QQIIII")
 _RESERVE = Struct("<QII")
 _APPEND = Struct("<III")
+_APPEND_ONE = Struct("<IIII")
 _SEQ_ROW = Struct("<IIIIi")
 
 STEP, SEIZE, RECLAIM = (Script(load_script(name)) for name in ("step", "seize", "reclaim"))
@@ -153,16 +154,18 @@ class WorkerStore:
     def commit(self, changes: Changes, committed_step_id: int) -> "asyncio.Future[Reply]":
         """Sends the next script; its future raises ResponseError where Redis refuses it."""
         self.n += 1
-        keys = list(self._step_keys)
+        keys: list[str | bytes] = list(self._step_keys)
         packed = self._pack_rows(changes, keys)
         return self._pipe.call(STEP, keys, (self.epoch, self.n, committed_step_id, self._log_ttl_s, *packed))
 
-    def _pack_rows(self, changes: Changes, keys: list[str]) -> list[bytes]:
+    def _pack_rows(self, changes: Changes, keys: list[str | bytes]) -> list[bytes]:
         appends: list[bytes] = []
         for seq_id, offset, token_ids in changes.append:
             keys.append(log_key(self._worker, seq_id))
-            appends.append(_APPEND.pack(len(keys), offset, len(token_ids)))
-            appends.append(array("I", token_ids).tobytes())
+            if len(token_ids) == 1:
+                appends.append(_APPEND_ONE.pack(len(keys), offset, 1, token_ids[0]))
+            else:
+                appends.append(_APPEND.pack(len(keys), offset, len(token_ids)) + array("I", token_ids).tobytes())
         closes: list[bytes] = []
         for seq_id in changes.close:
             keys.append(log_key(self._worker, seq_id))

@@ -1,14 +1,25 @@
 -- append: tokens to the logs. Invariant: write-once per index and contiguous.
 -- rows: log's place in KEYS (u32), offset in tokens (u32), count (u32), count ids (u32)
+local log_keys, log_tokens = {}, {}
+
 local function append(rows)
-  local at = 1
-  while at <= #rows do
-    local key, offset, count, first = struct.unpack('<I4I4I4', rows, at)
+  local unpack, sub, call = struct.unpack, string.sub, redis.call
+  local at, size, count_of_logs = 1, #rows, 0
+  while at <= size do
+    local place, offset, count, first = unpack('<I4I4I4', rows, at)
     at = first + 4 * count
-    local length = redis.call('STRLEN', KEYS[key])
+    local key = KEYS[place]
+    local length = call('STRLEN', key)
     if length ~= 4 * offset then
       return refuse('append at ' .. offset .. ' of a log of ' .. length / 4 .. ' tokens')
     end
-    later('APPEND', KEYS[key], string.sub(rows, first, at - 1))
+    count_of_logs = count_of_logs + 1
+    log_keys[count_of_logs] = key
+    log_tokens[count_of_logs] = sub(rows, first, at - 1)
   end
+end
+
+local function write_logs()
+  local call = redis.call
+  for i = 1, #log_keys do call('APPEND', log_keys[i], log_tokens[i]) end
 end

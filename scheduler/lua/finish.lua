@@ -11,6 +11,7 @@ close(ARGV[13])
 forget(ARGV[14])
 if refusal then return redis.error_reply('REFUSED ' .. refusal) end
 
+write_logs()
 for _, command in ipairs(writes) do redis.call(unpack(command)) end
 for id, b in pairs(blocks) do
   redis.call('SETRANGE', KEYS[2], id * BLOCK_BYTES, struct.pack('<I4', b[1]) .. b[2])

@@ -696,6 +696,9 @@ class WorkerStatus(_message.Message):
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     PHASE_S_FIELD_NUMBER: _builtins.int
     REDIS_ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    GAP_P50_S_FIELD_NUMBER: _builtins.int
+    GAP_P99_S_FIELD_NUMBER: _builtins.int
+    BACK_TO_BACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The worker's stable name."""
     state: Global___WorkerState.ValueType
@@ -732,6 +735,12 @@ class WorkerStatus(_message.Message):
     """Tokens generated in these steps."""
     redis_round_trip_s: _builtins.float
     """Measured round trip of a step script, seconds (moving average)."""
+    gap_p50_s: _builtins.float
+    """Gap on the worker between a step and the one before, over the last 4,096 steps, seconds: median."""
+    gap_p99_s: _builtins.float
+    """Of the same gaps, the 99th percentile, seconds."""
+    back_to_back: _builtins.float
+    """Of the last 4,096 steps, the share whose plan was there when the step before ended: 0 to 1."""
     @_builtins.property
     def phase_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Time since this owner began by phase of the scheduler's loop: "apply", "plan", "commit", "link"."""
@@ -758,10 +767,13 @@ class WorkerStatus(_message.Message):
         num_output_tokens: _builtins.int = ...,
         phase_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         redis_round_trip_s: _builtins.float = ...,
+        gap_p50_s: _builtins.float = ...,
+        gap_p99_s: _builtins.float = ...,
+        back_to_back: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_commits", b"num_commits", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_referenced_blocks", b"num_referenced_blocks", "num_running", b"num_running", "num_step_tokens", b"num_step_tokens", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_s", b"phase_s", "redis_round_trip_s", b"redis_round_trip_s", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_to_back", b"back_to_back", "device", b"device", "epoch", b"epoch", "gap_p50_s", b"gap_p50_s", "gap_p99_s", b"gap_p99_s", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_commits", b"num_commits", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_referenced_blocks", b"num_referenced_blocks", "num_running", b"num_running", "num_step_tokens", b"num_step_tokens", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_s", b"phase_s", "redis_round_trip_s", b"redis_round_trip_s", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

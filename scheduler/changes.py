@@ -3,7 +3,7 @@
 Plain values; the mirror fills them in, the store packs them, and they are applied in the order of the fields.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(slots=True)
@@ -30,6 +30,13 @@ class Changes:
     """seq_ids that are ended and recorded as such: the row goes, the log stays until it expires."""
     forget: list[int] = field(default_factory=list)
     """seq_ids that have moved to another worker: the row goes, the log stays with no expiry."""
+
+    def take(self) -> "Changes":
+        """All rows so far, in a Changes of their own; this one is empty afterwards."""
+        taken = Changes(**{f.name: getattr(self, f.name) for f in fields(self)})
+        for f in fields(self):
+            setattr(self, f.name, [])
+        return taken
 
     def __bool__(self) -> bool:
         return bool(

@@ -16,6 +16,7 @@ from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.block_manager import BlockManager, PoolImage
 from scheduler.changes import Changes
+from scheduler.committer import CommitEvents, Committer
 from scheduler.compatibility import Compatibility, RefusedError
 from scheduler.config import SchedulerConfig
 from scheduler.engine import Engine, EngineParts, Link
@@ -175,7 +176,7 @@ class Fleet:
                 step_id = 0
             else:
                 step_id = max(meta.committed_step_id, register.highest_step_id)
-            engine = self._engine(slot, register, link, image, step_id)
+            engine = self._engine(slot, register, link, image.pool, step_id)
             if meta.incarnation == register.incarnation:
                 engine.expect_results(meta.committed_step_id)
             await self._take_over(slot, engine, image)
@@ -212,24 +213,19 @@ class Fleet:
                 pb.REFUSED_REASON_NAME_TAKEN, f"a live worker has the name {slot.name}; give this one another --name"
             )
 
-    def _engine(self, slot: Slot, register: pb.Register, link: Link, image: WorkerImage, step_id: int) -> Engine:
-        blocks = BlockManager.from_image(image.pool, Changes())
+    def _engine(self, slot: Slot, register: pb.Register, link: Link, pool: PoolImage, step_id: int) -> Engine:
+        def on_ended(live: LiveRequest) -> None:
+            engine.drop(live)
+            self._on_end(live)
+
+        events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
+        committer = Committer(slot.name, slot.store, self._requests, events)
         limits = PlannerLimits(
-            self._config.block_size,
-            register.max_num_seqs,
-            register.max_num_batched_tokens,
-            self._config.overcommit,
+            self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
         )
-        parts = EngineParts(
-            Planner(limits, blocks),
-            slot.store,
-            self._requests,
-            link,
-            StepClock(register.calibrated_step_s),
-            lambda: self._pipe.round_trip_s,
-            self._on_end,
-        )
-        engine = Engine(slot.name, parts, step_id + 1)
+        planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
+        clock = StepClock(register.calibrated_step_s)
+        engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks
         return engine
 
@@ -250,16 +246,16 @@ class Fleet:
     async def _claim(self, slot: Slot, engine: Engine, revived: Revived) -> bool:
         """Writes the engine's ownership into a request's record. False: the row is stale, and goes."""
         if revived.live is None or revived.record is None:
-            engine.close_row(revived.seq_id)
+            engine.committer.changes.close.append(revived.seq_id)
             return False
         held_by = revived.record.worker
         if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
-            engine.forget_row(revived.seq_id)  # a move that was cut short behind its last step
+            engine.committer.changes.forget.append(revived.seq_id)  # a move that was cut short behind its last step
             return False
         first_index = revived.live.sequence.num_output_tokens
         if held_by != slot.name:
             revived.live.sequence.segment_first_index = first_index
-        await self._requests.own(revived.row.request_id, engine.owner, held_by, first_index)
+        await self._requests.own(revived.row.request_id, engine.committer.owner, held_by, first_index)
         return True
 
     # -- a worker goes ------------------------------------------------------------------------------------------------
@@ -270,7 +266,7 @@ class Fleet:
         assert engine is not None
         slot.lost_since = monotonic()
         await engine.retire()
-        if engine.has_lost_ownership:
+        if engine.committer.has_lost_ownership:
             for live in engine.live.values():
                 live.is_orphaned = True
                 live.notify()
@@ -313,7 +309,7 @@ class Fleet:
                 break
             sequence = live.sequence
             sequence.segment_first_index = sequence.num_output_tokens
-            await self._requests.own(sequence.request_id, engine.owner, held_by, sequence.segment_first_index)
+            await self._requests.own(sequence.request_id, engine.committer.owner, held_by, sequence.segment_first_index)
             accepted = engine.open(live)
             await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
             if not accepted.done():

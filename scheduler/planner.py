@@ -5,6 +5,7 @@ Pure: no I/O, no clock. Running sequences come first, then waiting ones. When bl
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.admission import OutputLengths, peak_blocks
 from scheduler.block_hash import extend_chain
@@ -27,8 +28,7 @@ class PlannerLimits:
     """Share of the pool that the expected peak may reach; over 1 accepts preemptions."""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+class ScheduledRow(NamedTuple):
     """One sequence's part in a step."""
 
     sequence: Sequence
@@ -61,6 +61,8 @@ class Planner:
         """Sequences that the worker is to forget with the next plan."""
         self.redescribed: list[Sequence] = []
         """Sequences whose row in Redis is to be written anew: admitted for the first time, or preempted."""
+        self.reserved: list[Sequence] = []
+        """Sequences that got blocks; plans may not name these before Redis has acknowledged them."""
         self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
         self._num_free_at_refusal: int | None = None
 
@@ -182,6 +184,7 @@ class Planner:
             return False
         for sequence, num_short in needs:
             sequence.block_ids += self.blocks.reserve(sequence.seq_id, (), num_short)
+            self.reserved.append(sequence)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -268,6 +271,7 @@ class Planner:
         self.counters.num_prefix_hit_tokens += num_cached
         self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
         sequence.block_ids = self.blocks.reserve(sequence.seq_id, shared, num_new)
+        self.reserved.append(sequence)
         sequence.num_published_blocks = len(shared)
         sequence.num_computed_tokens = sequence.num_planned_tokens = num_cached
         self.blocks.changes.computed.append((sequence.seq_id, num_cached))

@@ -136,7 +136,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if engine is None:
             raise UnavailableError("the last worker was lost just now; try again")
         is_ours, held_digest, _ = await _in_time(
-            self._requests.create(body.request_id, body.digest, body.to_bytes(), engine.owner, live.sequence.seq_id)
+            self._requests.create(
+                body.request_id, body.digest, body.to_bytes(), engine.committer.owner, live.sequence.seq_id
+            )
         )
         if not is_ours:
             if held_digest != body.digest:
@@ -151,7 +153,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if engine is None:
             raise UnavailableError("no worker is there; try again later")
         if engine.worker != recorded_worker or engine.is_lost:
-            await _in_time(self._requests.own(live.body.request_id, engine.owner, recorded_worker, 0))
+            await _in_time(self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, 0))
         self._live_requests.add(live)
         engine.open(live)
 

@@ -59,10 +59,10 @@ def _worker(slot: Slot, redis_round_trip_s: float) -> pb.WorkerStatus:
 
 
 def _engine(engine: Engine, redis_round_trip_s: float) -> pb.WorkerStatus:
-    planner, counters = engine.planner, engine.counters
+    planner = engine.planner
     return pb.WorkerStatus(
         state=pb.WORKER_STATE_LOST if engine.is_lost else pb.WORKER_STATE_LIVE,
-        epoch=engine.store.epoch,
+        epoch=engine.epoch,
         num_running=len(planner.running),
         num_waiting=len(planner.waiting),
         num_blocks=planner.blocks.num_blocks,
@@ -72,11 +72,11 @@ def _engine(engine: Engine, redis_round_trip_s: float) -> pb.WorkerStatus:
         num_prefix_query_tokens=planner.counters.num_prefix_query_tokens,
         num_prefix_hit_tokens=planner.counters.num_prefix_hit_tokens,
         num_preemptions=planner.counters.num_preemptions,
-        num_steps=counters.num_steps,
-        num_step_tokens=counters.num_step_tokens,
-        num_commits=counters.num_commits,
-        num_output_tokens=counters.num_output_tokens,
-        phase_s=counters.phase_s,
+        num_steps=engine.num_steps,
+        num_step_tokens=engine.num_step_tokens,
+        num_commits=engine.committer.num_commits,
+        num_output_tokens=engine.results.num_output_tokens,
+        phase_s=engine.phase_s,
         redis_round_trip_s=redis_round_trip_s,
         gap_p50_s=engine.clock.gap_s(0.5),
         gap_p99_s=engine.clock.gap_s(0.99),

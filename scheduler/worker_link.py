@@ -53,8 +53,8 @@ class WorkerLinkService(worker_pb2_grpc.WorkerLinkServicer):
             await context.write(pb.ConnectResponse(refused=pb.Refused(reason=error.reason, detail=error.detail)))
             return
         registered = pb.Registered(
-            epoch=engine.store.epoch,
-            committed_step_id=engine.committed_step_id,
+            epoch=engine.epoch,
+            committed_step_id=engine.committer.committed_step_id,
             heartbeat_interval_s=HEARTBEAT_INTERVAL_S,
         )
         try:

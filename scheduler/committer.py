@@ -1,0 +1,174 @@
+"""What one engine has decided and Redis is to make true: numbered scripts, and what follows from their answers.
+
+Owns the scripts in flight of one worker. A token is logged, a block reserved, a request accepted or ended only once the
+script that says so is acknowledged; the moment it is, this tells whoever waits for it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from scheduler.changes import Changes
+from scheduler.live_request import EndState, LiveRequest
+from scheduler.sequence import Sequence
+from scheduler.store import OwnershipLostError, RequestStore, SequenceRow, WorkerStore
+
+MAX_COMMITS_IN_FLIGHT = 64
+"""Scripts without an answer beyond which no new step is planned: backpressure while Redis is away."""
+
+
+@dataclass(slots=True)
+class _Commit:
+    """What is true once a script is acknowledged."""
+
+    step_id: int = 0
+    logged: list[tuple[LiveRequest, int]] = field(default_factory=list)
+    reserved: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    accepted: list[tuple[LiveRequest, "asyncio.Future[None]"]] = field(default_factory=list)
+    ended: list[LiveRequest] = field(default_factory=list)
+    reply: "asyncio.Future[object] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class CommitEvents:
+    """Whom the answers concern."""
+
+    progress: Callable[[], None]
+    """There may be something to plan now."""
+    ended: Callable[[LiveRequest], None]
+    """The end of this request is recorded."""
+    lost: Callable[[str], None]
+    """Redis refused: the worker is another owner's, or the mirror is not what Redis holds."""
+
+
+class Committer:
+    """Collects rows until `send`. `changes` is shared with the block manager, which writes its decisions into it."""
+
+    def __init__(self, worker: str, store: WorkerStore, requests: RequestStore, events: CommitEvents) -> None:
+        self.changes = Changes()
+        self.has_lost_ownership = False
+        self.committed_step_id = 0
+        """Highest step whose result is in Redis."""
+        self.num_commits = 0
+        self._worker = worker
+        self._store = store
+        self._requests = requests
+        self._events = events
+        self._next = _Commit()
+        self._in_flight: deque[_Commit] = deque()
+        self._recordings: set[asyncio.Task[None]] = set()
+
+    @property
+    def owner(self) -> tuple[str, int]:
+        """(worker, epoch), as a request's record names its owner."""
+        return self._worker, self._store.epoch
+
+    @property
+    def is_full(self) -> bool:
+        """Whether Redis is too far behind to plan more."""
+        return len(self._in_flight) >= MAX_COMMITS_IN_FLIGHT
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def log_tokens(self, live: LiveRequest, first_index: int, token_ids: list[int]) -> None:
+        """Appends output tokens; the streams see them once they are acknowledged."""
+        sequence = live.sequence
+        self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, token_ids))
+        self._next.logged.append((live, first_index + len(token_ids)))
+
+    def note_computed(self, sequence: Sequence, has_caught_up: bool) -> None:
+        """Records how far a sequence is; one that has caught up needs no record, its log tells."""
+        if not has_caught_up:
+            self.changes.computed.append((sequence.seq_id, sequence.num_computed_tokens))
+        elif sequence.has_computed_record:
+            self.changes.computed.append((sequence.seq_id, -1))
+        sequence.has_computed_record = not has_caught_up
+
+    def describe(self, sequence: Sequence) -> None:
+        """Writes what the sequence is."""
+        self.changes.describe.append((sequence.seq_id, SequenceRow.of(sequence).pack()))
+
+    def note_reserved(self, sequence: Sequence) -> None:
+        """The block manager has reserved for it; plans may name the blocks once that is acknowledged."""
+        self._next.reserved.append((sequence, sequence.attempt, len(sequence.block_ids)))
+
+    def accept(self, live: LiveRequest) -> "asyncio.Future[None]":
+        """Writes a request's row; the future is done once it is durable."""
+        self.describe(live.sequence)
+        accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._next.accepted.append((live, accepted))
+        return accepted
+
+    def end(self, live: LiveRequest) -> None:
+        """Records `live.ending` once the log is whole; after that the row goes."""
+        self._next.ended.append(live)
+
+    # -- scripts ------------------------------------------------------------------------------------------------------
+
+    def send(self, applied_step_id: int) -> None:
+        """Sends what has come together, if anything, as the next script."""
+        if not self.changes and not self._next.ended:
+            return
+        commit, self._next = self._next, _Commit()
+        changes = self.changes.take()
+        commit.step_id = applied_step_id
+        commit.reply = self._store.commit(changes, applied_step_id)
+        self._in_flight.append(commit)
+        commit.reply.add_done_callback(self._on_reply)
+
+    async def flush(self, applied_step_id: int) -> None:
+        """Returns once everything decided so far is in Redis, or Redis has refused it."""
+        for task in self._recordings:
+            task.cancel()
+        self.send(applied_step_id)
+        replies = [commit.reply for commit in self._in_flight if commit.reply is not None]
+        await asyncio.gather(*replies, return_exceptions=True)
+        await asyncio.sleep(0)  # their callbacks
+
+    def _on_reply(self, reply: "asyncio.Future[object]") -> None:
+        if reply.cancelled():
+            return None
+        error = reply.exception()
+        if error is not None:
+            return self._lose_ownership(error)
+        was_full = self.is_full
+        commit = self._in_flight.popleft()
+        self.num_commits += 1
+        self.committed_step_id = max(self.committed_step_id, commit.step_id)
+        for sequence, attempt, num_blocks in commit.reserved:
+            if sequence.attempt == attempt:
+                sequence.num_acked_blocks = num_blocks
+        for live, accepted in commit.accepted:
+            live.is_accepted = True
+            live.notify()
+            if not accepted.done():
+                accepted.set_result(None)
+        for live, num_tokens in commit.logged:
+            live.sequence.num_logged_tokens = num_tokens
+            live.notify()
+        for live in commit.ended:
+            task = asyncio.get_running_loop().create_task(self._record_end(live))
+            self._recordings.add(task)
+            task.add_done_callback(self._recordings.discard)
+        if commit.reserved or was_full:
+            self._events.progress()
+        return None
+
+    async def _record_end(self, live: LiveRequest) -> None:
+        """The log is whole in Redis: now the record says so, then the client, and then the row may go."""
+        sequence, ending = live.sequence, live.ending
+        assert ending is not None
+        end = EndState(ending.reason, sequence.num_cached_tokens or 0, ending.status, ending.error)
+        try:
+            held = await self._requests.end(sequence.request_id, self.owner, end.pack())
+        except OwnershipLostError as error:
+            return self._lose_ownership(error)
+        live.end = EndState.unpack(held)
+        self.changes.close.append(sequence.seq_id)
+        self._events.ended(live)
+        return None
+
+    def _lose_ownership(self, error: BaseException) -> None:
+        self.has_lost_ownership = True
+        self._events.lost(f"ownership: {error}")

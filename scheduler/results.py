@@ -1,0 +1,131 @@
+"""Applies what steps did to the sequences: progress, new tokens, ends. In order, each result once. Does no I/O."""
+
+from dataclasses import dataclass
+
+from pagoda.v1 import worker_pb2 as pb
+
+from scheduler.committer import Committer
+from scheduler.live_request import Ending, LiveRequest
+from scheduler.planner import Planner, ScheduledRow
+from scheduler.sequence import FinishReason, Sequence, SequenceStatus
+from scheduler.wire import result_rows
+
+NOT_FINITE = Ending(FinishReason.ERROR, "INTERNAL", "the model's logits are not finite")
+
+
+class ProtocolError(Exception):
+    """The worker did what the contract forbids; it is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A plan in flight."""
+
+    step_id: int
+    rows: list[ScheduledRow]
+    num_tokens: int
+
+
+class Results:
+    """Of one engine. `live` maps seq_id to the request, and is the engine's."""
+
+    def __init__(self, planner: Planner, committer: Committer, live: dict[int, LiveRequest]) -> None:
+        self._planner = planner
+        self._committer = committer
+        self._live = live
+        self.num_output_tokens = 0
+
+    def apply(self, step: Step, result: pb.StepResult) -> None:
+        """A result of a plan of ours, whose rows it follows. Raises ProtocolError where it does not."""
+        if len(result.seq_ids) != len(step.rows):
+            raise ProtocolError(f"result of step {step.step_id} has {len(result.seq_ids)} rows, not {len(step.rows)}")
+        token_ids = list(result.token_ids)
+        failed = set(result.failed_seq_ids)
+        at = 0
+        columns = (result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
+        for row, num_computed, first_index, count in zip(step.rows, *columns, strict=True):
+            sequence = row.sequence
+            tokens = token_ids[at : at + count]
+            at += count
+            sequence.num_plans_in_flight -= 1
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.attempt == row.attempt:
+                self._advance(row, num_computed)
+            if sequence.seq_id in failed:
+                self.finish(self._live[sequence.seq_id], NOT_FINITE)
+            elif tokens:
+                self._append(sequence, first_index, tokens)
+
+    def apply_resent(self, result: pb.StepResult) -> None:
+        """A result of a step that an earlier owner planned: matched by sequence, attempt and index."""
+        for row in result_rows(result):
+            live = self._live.get(row.seq_id)
+            if live is None or live.sequence.status is SequenceStatus.FINISHED:
+                continue
+            sequence = live.sequence
+            if sequence.attempt == row.attempt and row.num_computed_tokens > sequence.num_computed_tokens:
+                sequence.num_computed_tokens = sequence.num_planned_tokens = row.num_computed_tokens
+                self._committer.note_computed(sequence, has_caught_up=bool(row.token_ids))
+            fresh = row.token_ids[max(0, sequence.num_output_tokens - row.first_output_index) :]
+            if fresh:
+                self._append(sequence, sequence.num_output_tokens, fresh)
+            elif sequence.status is SequenceStatus.RUNNING:
+                self._planner.publish_computed(sequence)
+
+    def finish(self, live: LiveRequest, ending: Ending) -> None:
+        """A request is over: its blocks are free at once, its end is recorded behind its last tokens."""
+        self._planner.finish(live.sequence)
+        if ending.reason is FinishReason.STOP:
+            self._planner.lengths.add(live.sequence.num_output_tokens)
+        live.ending = ending
+        self._committer.end(live)
+
+    def _advance(self, row: ScheduledRow, num_computed: int) -> None:
+        """Confirmed progress of the present attempt; what the worker ran less than planned is planned again."""
+        sequence = row.sequence
+        if row.samples:
+            sequence.num_planned_samples -= 1
+        shortfall = row.num_tokens - (num_computed - sequence.num_computed_tokens)
+        if shortfall:
+            sequence.num_planned_tokens -= shortfall
+        sequence.num_computed_tokens = num_computed
+        if not row.samples:
+            self._committer.note_computed(sequence, has_caught_up=False)
+            self._planner.publish_computed(sequence)
+        elif sequence.has_computed_record:
+            self._committer.note_computed(sequence, has_caught_up=True)
+
+    def _append(self, sequence: Sequence, first_index: int, tokens: list[int]) -> None:
+        """Logs new tokens, as far as the sequence's end lets them survive."""
+        live = self._live[sequence.seq_id]
+        if first_index != sequence.num_output_tokens:
+            raise ProtocolError(f"tokens from {first_index} for a sequence that has {sequence.num_output_tokens}")
+        reason: FinishReason | None = None
+        num_kept = 0
+        for token in tokens:
+            sequence.token_ids.append(token)
+            num_kept += 1
+            reason = stop_reason(live, token)
+            if reason is not None:
+                break
+        self.num_output_tokens += num_kept
+        self._committer.log_tokens(live, first_index, tokens[:num_kept])
+        self._planner.publish_computed(sequence)
+        if reason is not None:
+            self.finish(live, Ending(reason))
+
+
+def stop_reason(live: LiveRequest, token: int) -> FinishReason | None:
+    """Whether the token that was just appended ends the sequence, and why."""
+    sequence = live.sequence
+    if token in sequence.limits.end_token_ids:
+        return FinishReason.STOP
+    if live.stop_text is not None:
+        live.stop_text.push((token,))
+        live.stop_text.take()
+        if live.stop_text.stopped:
+            return FinishReason.STOP
+    if sequence.num_output_tokens >= sequence.limits.max_output_tokens:
+        return FinishReason.LENGTH
+    return None

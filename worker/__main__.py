@@ -4,24 +4,24 @@ import logging
 import os
 import signal
 import sys
-from types import FrameType
+import threading
 
 from worker.config import WorkerConfig, parse_config
 from worker.errors import WorkerError
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 def main() -> int:
-    """Run until a signal or an error ends it; the exit code."""
-    signal.signal(signal.SIGTERM, _exit)
-    signal.signal(signal.SIGINT, _exit)
+    """Run until an error ends it; the exit code. A signal ends the process from within."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=_exit_on_signal, name="signals", daemon=True).start()
     try:
         config = parse_config(sys.argv[1:])
         logging.basicConfig(
             level=config.log_level, format=f"%(asctime)s {config.name} %(levelname)s %(message)s", stream=sys.stderr
         )
         _serve(config)
-    except SystemExit as ended:  # a signal, or --help
-        return int(ended.code or 0)
     except WorkerError as error:
         sys.stderr.write(f"worker: {error}\n")
         return error.exit_code
@@ -43,13 +43,16 @@ def _serve(config: WorkerConfig) -> None:
         link.close()
 
 
-def _exit(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
+def _exit_on_signal() -> None:
+    """A thread of its own: an exception raised into whatever the main thread does could leave a lock held, and a signal
+    that comes just before it blocks would be seen by nobody. The stream ends with the process; nothing is to be saved.
+    """
+    signal.sigwait(_SIGNALS)
+    os._exit(0)
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: taking torch and gRPC apart costs half a second, and nothing is left to be saved.
+    # Not sys.exit: taking torch and gRPC apart costs half a second.
     os._exit(code)

@@ -9,18 +9,18 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 import grpc
 from pagoda.v1 import worker_pb2 as pb
-from pagoda.v1 import worker_pb2_grpc
 
 from worker.batch import BatchLimits
-from worker.errors import MismatchError, NameTakenError, ProtocolError, WorkerError
+from worker.errors import MismatchError, NameTakenError, ProtocolError
 from worker.ledger import Ledger, Order
-from worker.wire import PROTOCOL_VERSION, StepOutput, decode_plan, encode_result
+from worker.stream import Stream, reason
+from worker.wire import PROTOCOL_VERSION, StepOutput, decode_plan
 
 log = logging.getLogger("pagoda.worker")
 
@@ -29,21 +29,6 @@ LAST_BACKOFF_S = 0.5
 REGISTER_TIMEOUT_S = 10.0
 NAME_TAKEN_TIMEOUT_S = 5.0
 DEFAULT_HEARTBEAT_S = 0.5
-_MAX_MESSAGE_BYTES = 256 * 2**20
-# A peer that is stopped, not dead, answers no ping: noticed within two seconds. ping_timeout_ms is what does it.
-_CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-    ("grpc.enable_http_proxy", 0),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +63,8 @@ class Link:
         self._lock = threading.Lock()
         self._ledger = Ledger(uuid.uuid4().hex)
         self._plans_ready: SimpleQueue[None] = SimpleQueue()
-        self._stream: _Stream | None = None
-        self._fatal: WorkerError | None = None
+        self._stream: Stream | None = None
+        self._fatal: Exception | None = None
         self._name_taken_since_s: float | None = None
         self._running_since_s = 0.0
         self._heartbeat_s = DEFAULT_HEARTBEAT_S
@@ -87,8 +72,8 @@ class Link:
 
     def start(self) -> None:
         """Connect, in threads of their own, from now on."""
-        threading.Thread(target=self._connect_forever, name="link", daemon=True).start()
-        threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
+        for name, target in (("link", self._connect_forever), ("heartbeat", self._beat_forever)):
+            threading.Thread(target=self._guard, args=(target,), name=name, daemon=True).start()
 
     def close(self) -> None:
         """End the stream and connect no more."""
@@ -129,12 +114,19 @@ class Link:
         if stream is not None:
             stream.end()
 
+    def _guard(self, target: Callable[[], None]) -> None:
+        """A thread that fails by our own mistake takes the process with it: half a link would hang in silence."""
+        try:
+            target()
+        except Exception as error:
+            self._end_process(error)
+
     def _connect_forever(self) -> None:
         next_address, num_failures, logged = 0, 0, ""
         redirected: str | None = None
         while not self._closed.is_set():
             address = redirected or self._addresses[next_address % len(self._addresses)]
-            stream = _Stream(address)
+            stream = Stream(address)
             why = self._serve(stream)
             if stream.is_registered:
                 num_failures = 0
@@ -148,7 +140,7 @@ class Link:
                 self._closed.wait(min(FIRST_BACKOFF_S * 2**num_failures, LAST_BACKOFF_S))
             num_failures = min(num_failures + 1, 10)
 
-    def _serve(self, stream: "_Stream") -> str:
+    def _serve(self, stream: Stream) -> str:
         """Run one stream to its end; why it ended."""
         with self._lock:
             self._stream = stream
@@ -160,7 +152,7 @@ class Link:
                     return f"redirected to {stream.redirected_to}"
             return "closed by the scheduler"
         except grpc.RpcError as error:
-            return _reason(error)
+            return reason(error)
         except ProtocolError as error:
             return str(error)
         finally:
@@ -169,7 +161,7 @@ class Link:
                 self._ledger.stream_lost()
             stream.end()
 
-    def _handle(self, stream: "_Stream", response: pb.ConnectResponse) -> None:
+    def _handle(self, stream: Stream, response: pb.ConnectResponse) -> None:
         match response.WhichOneof("message"):
             case "plan":
                 self._receive(response.plan)
@@ -188,7 +180,7 @@ class Link:
             if self._ledger.receive(plan):
                 self._plans_ready.put(None)
 
-    def _registered(self, stream: "_Stream", registered: pb.Registered) -> None:
+    def _registered(self, stream: Stream, registered: pb.Registered) -> None:
         with self._lock:
             dropped = self._ledger.registered(registered.epoch, registered.committed_step_id)
             results = self._ledger.uncommitted()
@@ -223,7 +215,7 @@ class Link:
             self._end_process(MismatchError(f"refused by the scheduler: {refused.detail}"))
         raise ProtocolError(f"refused ({pb.RefusedReason.Name(refused.reason)}): {refused.detail}")
 
-    def _end_process(self, error: WorkerError) -> None:
+    def _end_process(self, error: Exception) -> None:
         self._closed.set()
         with self._lock:
             self._fatal = error
@@ -275,41 +267,3 @@ class Link:
                 calibrated_step_s=own.calibrated_step_s,
             )
         )
-
-
-class _Stream:
-    """One call of Connect, on a channel of its own: a new channel connects at once, an old one backs off."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.opened_s = time.monotonic()
-        self.is_registered = False
-        self.redirected_to: str | None = None
-        self._outbox: SimpleQueue[pb.ConnectRequest | StepOutput | None] = SimpleQueue()
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._call = worker_pb2_grpc.WorkerLinkStub(self._channel).Connect(self._requests())
-
-    def send(self, message: pb.ConnectRequest | StepOutput) -> None:
-        """Queue a message up; never blocks."""
-        self._outbox.put(message)
-
-    def responses(self) -> Iterator[pb.ConnectResponse]:
-        """Messages down, until the stream ends; raises grpc.RpcError."""
-        return iter(self._call)
-
-    def end(self) -> None:
-        """Cancel the call; may be called from any thread, and again."""
-        self._outbox.put(None)
-        self._call.cancel()
-        self._channel.close()
-
-    def _requests(self) -> Iterator[pb.ConnectRequest]:
-        while (message := self._outbox.get()) is not None:
-            yield encode_result(message) if isinstance(message, StepOutput) else message
-
-
-def _reason(error: grpc.RpcError) -> str:
-    """One line."""
-    if isinstance(error, grpc.Call):
-        return f"{error.code().name}: {' '.join(str(error.details()).split())}"
-    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Planner:
         self.block_size = block_size
         self.epoch = epoch
         self.step_id = 0
+        self.committed_step_id = 0
         self.free = list(range(num_blocks, 0, -1))
         self.sequences: dict[int, PlannedSequence] = {}
         self.freed: list[int] = []
@@ -74,7 +76,7 @@ class Planner:
     def plan(self, scheduled: dict[int, int]) -> pb.StepPlan:
         """Run these sequences for so many tokens; blocks are appended as needed."""
         self.step_id += 1
-        plan = pb.StepPlan(epoch=self.epoch, step_id=self.step_id, committed_step_id=self.step_id - 1)
+        plan = pb.StepPlan(epoch=self.epoch, step_id=self.step_id, committed_step_id=self.committed_step_id)
         plan.removed_seq_ids.extend(self.removed)
         plan.freed_block_ids.extend(self.freed)
         plan.added.extend(self.added)
@@ -95,6 +97,7 @@ class Planner:
 
     def apply(self, result: pb.StepResult) -> None:
         assert not result.failed_seq_ids, f"not finite: {list(result.failed_seq_ids)}"
+        self.committed_step_id = result.step_id
         tokens = iter(result.token_ids)
         for i, seq_id in enumerate(result.seq_ids):
             sequence = self.sequences[seq_id]
@@ -147,7 +150,6 @@ class ServerStream:
         self.outbox: queue.SimpleQueue[pb.ConnectResponse | None] = queue.SimpleQueue()
         self.register = pb.Register()
         self._inbox: queue.SimpleQueue[pb.ConnectRequest | None] = queue.SimpleQueue()
-        self.num_heartbeats = 0
         threading.Thread(target=self._read, args=(requests,), daemon=True).start()
 
     def send(self, **message: Any) -> None:
@@ -163,14 +165,21 @@ class ServerStream:
         return list(dropped.step_ids)
 
     def receive(self, kind: str) -> Any:
-        """The next message up, heartbeats left out unless wanted; must be of `kind`."""
-        while True:
-            request = self._inbox.get(timeout=TIMEOUT_S)
-            assert request is not None, f"stream ended before {kind}"
+        """The next message up but for heartbeats; must be of `kind`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            request = self.receive_any()
             found = request.WhichOneof("message")
             if found == kind:
                 return getattr(request, kind)
             assert found == "heartbeat", f"{found} came before {kind}"
+        raise AssertionError(f"no {kind}")
+
+    def receive_any(self) -> pb.ConnectRequest:
+        """The next message up."""
+        request = self._inbox.get(timeout=TIMEOUT_S)
+        assert request is not None, "the stream has ended"
+        return request
 
     def run(self, plan: pb.StepPlan) -> pb.StepResult:
         self.send(plan=plan)

@@ -23,7 +23,7 @@ class SchedulerConfig:
     max_model_len: int = 0
     """0: what the model's config.json says."""
     max_waiting: int = 4096
-    """Requests that may be live at once and not running, over all workers."""
+    """Requests that may wait at once, over all workers; more are refused with RESOURCE_EXHAUSTED."""
     record_ttl_s: int = 600
     """How long a finished request stays readable."""
     request_ttl_s: int = 86_400
@@ -31,7 +31,7 @@ class SchedulerConfig:
     lease_s: float = 3.0
     """Silence after which a worker is declared dead."""
     worker_wait_s: float = 60.0
-    """How long requests wait while no worker is there."""
+    """How long requests wait while no worker is there, and streams while Redis is away."""
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
 

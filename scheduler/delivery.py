@@ -84,13 +84,14 @@ class Delivery:
                 "next_index", f"{next_index} is past the {live.sequence.num_logged_tokens} tokens"
             )
         text = TextStream(self._tokenizer, live.body.sampling.stop, first=next_index)
-        num_pushed, index = 0, next_index
+        num_pushed, index, num_interruptions = 0, next_index, live.num_interruptions
         while True:
             await self.gate.turn()
             started = perf_counter()
             sequence, end = live.sequence, live.end
-            if live.is_orphaned and end is None:
-                raise UnavailableError("the request has another owner now; resume it")
+            is_interrupted = live.is_orphaned or live.num_interruptions != num_interruptions
+            if is_interrupted and end is None:
+                raise UnavailableError("the request can't be served from here now; resume it")
             num_logged = sequence.num_logged_tokens
             first = sequence.num_prompt_tokens
             text.push(sequence.token_ids[first + num_pushed : first + num_logged])
@@ -104,7 +105,8 @@ class Delivery:
                 index += len(piece.token_ids)
                 self.gate.busy_s += perf_counter() - started
                 yield delta
-            if live.sequence.num_logged_tokens == num_pushed and live.end is None and not live.is_orphaned:
+            is_news = live.sequence.num_logged_tokens != num_pushed or live.end is not None or live.is_orphaned
+            if not is_news and live.num_interruptions == num_interruptions:
                 await live.changed()
 
     def _last(self, live: LiveRequest, end: EndState, text: TextStream, index: int) -> pb.Delta:

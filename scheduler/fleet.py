@@ -90,6 +90,7 @@ class Fleet:
                 slot.engine.lose("the scheduler ends")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(slot.engine.retire(), 2.0)
+        self._live_requests.interrupt_streams()
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ class Fleet:
 
     async def wait_for_worker(self) -> None:
         """Returns once there is a live worker. Raises UnavailableError after the configured wait."""
+        if self.engines:
+            return
         try:
             async with asyncio.timeout(self._config.worker_wait_s), self.changed:
                 await self.changed.wait_for(lambda: bool(self.engines))
@@ -338,6 +341,8 @@ class Fleet:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._pipe.oldest_wait_s > self._config.worker_wait_s:
+                self._live_requests.interrupt_streams()  # Redis is away for too long for a client to be left waiting
             for slot in list(self.slots.values()):
                 engine = slot.engine
                 if engine is not None and not engine.is_lost:
@@ -364,7 +369,7 @@ class Fleet:
             await self._rehome_all()
         elif slot.is_fenced and lost_s > self._config.worker_wait_s and not self.engines:
             async with slot.lock:
-                if slot.engine is None and self._reviver.model is not None:
+                if slot.engine is None:
                     await self._give_up(slot)
                     slot.lost_since = monotonic()
 

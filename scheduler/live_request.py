@@ -57,6 +57,8 @@ class LiveRequest:
     """Whether Redis has acknowledged its row: it is durable."""
     is_orphaned: bool = False
     """Whether its worker was lost to another owner: its streams end with UNAVAILABLE."""
+    num_interruptions: int = 0
+    """How often all its streams were told to end with UNAVAILABLE, to be resumed."""
     num_streams: int = 0
     abandon_timer: asyncio.TimerHandle | None = None
     _waiters: list["asyncio.Future[None]"] = field(default_factory=list)
@@ -92,6 +94,12 @@ class LiveRequests:
     def num_streams(self) -> int:
         """Streams being served."""
         return sum(live.num_streams for live in self._by_id.values())
+
+    def interrupt_streams(self) -> None:
+        """Ends every stream with UNAVAILABLE; the requests live on."""
+        for live in list(self._by_id.values()):
+            live.num_interruptions += 1
+            live.notify()
 
     def get(self, request_id: str) -> LiveRequest | None:
         """The request, or None where it is not live here."""

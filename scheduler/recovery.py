@@ -103,7 +103,6 @@ class Reviver:
         return LOST_TOO_OFTEN if sequence.num_losses >= MAX_LOSSES else None
 
     def _sequence(self, body: RequestBody, seq_id: int, output: list[int]) -> Sequence:
-        assert self.model is not None
         s = body.sampling
         eos = () if s.ignore_eos else self._tokenizer.eos_token_ids
         limits = SequenceLimits(s.max_tokens, frozenset((*eos, *s.stop_token_ids)), s.ignore_eos)
@@ -114,12 +113,14 @@ class Reviver:
             token_ids=[*body.prompt_token_ids, *output],
             num_prompt_tokens=len(body.prompt_token_ids),
             limits=limits,
-            root_hash=root_hash(self.model.fingerprint, self.model.kv_dtype, "", body.cache_salt),
+            root_hash=b"",
             priority=body.priority,
             tenant=body.tenant,
             num_logged_tokens=len(output),
         )
-        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self.model.block_size)
+        if self.model is not None:  # else nothing runs: no worker has come yet, and each one's coming revives anew
+            sequence.root_hash = root_hash(self.model.fingerprint, self.model.kv_dtype, "", body.cache_salt)
+            extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self.model.block_size)
         return sequence
 
     def _stop_text(self, body: RequestBody) -> TextStream | None:

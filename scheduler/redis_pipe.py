@@ -42,6 +42,7 @@ class _Command:
     words: bytes
     is_script: bool
     reply: "asyncio.Future[Reply]"
+    queued_at: float
     sent_at: float = 0.0
 
 
@@ -100,16 +101,17 @@ class RedisPipe:
         return self._queue(words, is_script=False)
 
     def _queue(self, words: Iterable[object], *, is_script: bool) -> "asyncio.Future[Reply]":
-        command = _Command(_pack(words), is_script, asyncio.get_running_loop().create_future())
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        command = _Command(_pack(words), is_script, reply, perf_counter())
         self._unsent.append(command)
         self._wake.set()
-        return command.reply
+        return reply
 
     @property
     def oldest_wait_s(self) -> float:
         """Seconds that the oldest unanswered command has waited; 0 where none does."""
         waiting = self._unanswered or self._unsent
-        return perf_counter() - waiting[0].sent_at if waiting and waiting[0].sent_at else 0.0
+        return perf_counter() - waiting[0].queued_at if waiting else 0.0
 
     async def _run(self) -> None:
         while True:
@@ -152,12 +154,12 @@ class RedisPipe:
             self._wake.clear()
             if reader.done():
                 return reader.result()
-            if self._unanswered and self.oldest_wait_s > REPLY_TIMEOUT_S:
+            if self._unanswered and perf_counter() - self._unanswered[0].sent_at > REPLY_TIMEOUT_S:
                 raise TimeoutError(f"no reply within {REPLY_TIMEOUT_S} s")
             if not self._unsent:
                 continue
             now = perf_counter()
-            batch = list(self._unsent)
+            batch = [command for command in self._unsent if command.sent_at or not command.reply.cancelled()]
             self._unsent.clear()
             for command in batch:
                 command.sent_at = now

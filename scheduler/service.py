@@ -128,8 +128,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     async def _accept(self, body: RequestBody) -> LiveRequest:
         """Makes a request ours and durable, and gives it to a worker."""
-        if len(self._live_requests) >= self._model.max_live_requests:
-            raise QueueFullError(f"{len(self._live_requests)} requests are live already; try again later")
+        num_waiting = len(self._live_requests) - sum(len(engine.planner.running) for engine in self._fleet.engines)
+        if num_waiting >= self._model.max_waiting:
+            raise QueueFullError(f"{num_waiting} requests are waiting already; try again later")
         assert self._seq_ids is not None
         live = self._reviver.create(body, next(self._seq_ids))
         engine = self._fleet.choose(live)

@@ -21,7 +21,8 @@ class ServedModel:
     tokenizer: Tokenizer
     max_model_len: int
     block_size: int
-    max_live_requests: int
+    max_waiting: int
+    """Requests that may wait at once, over all workers."""
 
     def describe(self) -> pb.GetModelResponse:
         """As clients see it."""

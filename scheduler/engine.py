@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from time import perf_counter
+from time import thread_time
 from typing import Protocol
 
 from pagoda.v1 import worker_pb2 as pb
@@ -153,19 +153,19 @@ class Engine:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            t0 = perf_counter()
+            t0 = thread_time()
             self._apply_results()
             self._apply_endings()
-            t1 = perf_counter()
+            t1 = thread_time()
             plans = self._plan_ahead()
-            t2 = perf_counter()
+            t2 = thread_time()
             for plan in plans:
                 await self._link.send(plan)
-            t3 = perf_counter()
+            t3 = thread_time()
             self._reserve()
-            t4 = perf_counter()
+            t4 = thread_time()
             self.committer.send(self._applied_step_id)
-            self._count_phases(t0, t1, t2, t3, t4, perf_counter())
+            self._count_phases(t0, t1, t2, t3, t4, thread_time())
 
     def _apply_results(self) -> None:
         while self._arrived:

@@ -175,8 +175,10 @@ class Planner:
         num_needed = 0
         block_size = self.limits.block_size
         for sequence in self.running:
-            num_tokens = min(sequence.num_planned_tokens + 1 + lookahead, sequence.max_num_tokens)
-            num_short = -(-num_tokens // block_size) - len(sequence.block_ids)
+            num_tokens = sequence.num_planned_tokens + 1 + lookahead
+            if num_tokens <= len(sequence.block_ids) * block_size:
+                continue
+            num_short = -(-min(num_tokens, sequence.max_num_tokens) // block_size) - len(sequence.block_ids)
             if num_short > 0:
                 needs.append((sequence, num_short))
                 num_needed += num_short

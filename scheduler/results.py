@@ -99,33 +99,34 @@ class Results:
     def _append(self, sequence: Sequence, first_index: int, tokens: list[int]) -> None:
         """Logs new tokens, as far as the sequence's end lets them survive."""
         live = self._live[sequence.seq_id]
-        if first_index != sequence.num_output_tokens:
-            raise ProtocolError(f"tokens from {first_index} for a sequence that has {sequence.num_output_tokens}")
+        num_outputs = len(sequence.token_ids) - sequence.num_prompt_tokens
+        if first_index != num_outputs:
+            raise ProtocolError(f"tokens from {first_index} for a sequence that has {num_outputs}")
         reason: FinishReason | None = None
-        num_kept = 0
         for token in tokens:
             sequence.token_ids.append(token)
-            num_kept += 1
-            reason = stop_reason(live, token)
+            num_outputs += 1
+            reason = stop_reason(live, token, num_outputs)
             if reason is not None:
                 break
+        num_kept = num_outputs - first_index
         self.num_output_tokens += num_kept
-        self._committer.log_tokens(live, first_index, tokens[:num_kept])
+        self._committer.log_tokens(live, first_index, tokens if num_kept == len(tokens) else tokens[:num_kept])
         self._planner.publish_computed(sequence)
         if reason is not None:
             self.finish(live, Ending(reason))
 
 
-def stop_reason(live: LiveRequest, token: int) -> FinishReason | None:
-    """Whether the token that was just appended ends the sequence, and why."""
-    sequence = live.sequence
-    if token in sequence.limits.end_token_ids:
+def stop_reason(live: LiveRequest, token: int, num_output_tokens: int) -> FinishReason | None:
+    """Whether the token that was just appended, the last of so many, ends the sequence, and why."""
+    limits = live.sequence.limits
+    if token in limits.end_token_ids:
         return FinishReason.STOP
     if live.stop_text is not None:
         live.stop_text.push((token,))
         live.stop_text.take()
         if live.stop_text.stopped:
             return FinishReason.STOP
-    if sequence.num_output_tokens >= sequence.limits.max_output_tokens:
+    if num_output_tokens >= limits.max_output_tokens:
         return FinishReason.LENGTH
     return None

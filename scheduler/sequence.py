@@ -104,10 +104,10 @@ class Sequence:
     @property
     def num_unplanned_tokens(self) -> int:
         """Tokens known, or to be known by then, that no plan covers yet; 0 where the end is planned."""
-        num_outputs = self.num_output_tokens + self.num_planned_samples
-        if num_outputs >= self.limits.max_output_tokens:
+        num_tokens = len(self.token_ids) + self.num_planned_samples
+        if num_tokens - self.num_prompt_tokens >= self.limits.max_output_tokens:
             return 0
-        return len(self.token_ids) + self.num_planned_samples - self.num_planned_tokens
+        return num_tokens - self.num_planned_tokens
 
     def forget_progress(self) -> None:
         """Back to nothing computed, in a new attempt; tokens and the border between prompt and output stay."""

@@ -11,7 +11,7 @@ local function reserve(rows)
     for _ = 1, shared do
       local id = struct.unpack('<I4', rows, at)
       local b = block(id)
-      if b[2] ~= string.sub(rows, at + 4, at + 19) then
+      if b[2] == NO_HASH or b[2] ~= string.sub(rows, at + 4, at + 19) then
         return refuse('block ' .. id .. ' does not hold the shared hash')
       end
       b[1] = b[1] + 1

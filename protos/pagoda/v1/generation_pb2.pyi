@@ -743,7 +743,9 @@ class WorkerStatus(_message.Message):
     """Of the last 4,096 steps, the share whose plan was there when the step before ended: 0 to 1."""
     @_builtins.property
     def phase_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Time since this owner began by phase of the scheduler's loop: "apply", "plan", "commit", "link"."""
+        """Processor seconds since this owner began, by phase of the loop: "apply", "plan", "commit", "link" (the last with
+        what else ran while the plan was written).
+        """
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ from time import monotonic
 MIN_DEADLINE_S = 2.0
 DEADLINE_FACTOR = 3.0
 NUM_CALIBRATION_STEPS = 8
-"""Results before which no step is judged by its time."""
+"""Results before which a step's time can't be foretold."""
+UNCALIBRATED_DEADLINE_S = 60.0
 NUM_KEPT_GAPS = 4096
 
 
@@ -57,9 +58,13 @@ class StepClock:
         return sum(self._back_to_back) / max(1, len(self._back_to_back))
 
     def overdue_s(self) -> float:
-        """Seconds by which the running step exceeds max(2 s, 3 x its predicted time); 0 where it does not."""
-        if not self._in_flight or self._num_results < NUM_CALIBRATION_STEPS:
+        """Seconds by which the running step exceeds max(2 s, 3 x its predicted time); 0 where it does not.
+
+        The first steps, before there is a prediction, have a minute.
+        """
+        if not self._in_flight:
             return 0.0
         predicted_s = max(self.step_s, self._s_per_token * self._in_flight[0])
-        allowed_s = max(MIN_DEADLINE_S, DEADLINE_FACTOR * predicted_s)
+        is_calibrated = self._num_results >= NUM_CALIBRATION_STEPS
+        allowed_s = max(MIN_DEADLINE_S if is_calibrated else UNCALIBRATED_DEADLINE_S, DEADLINE_FACTOR * predicted_s)
         return max(0.0, monotonic() - self._head_since - allowed_s)

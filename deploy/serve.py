@@ -3,13 +3,18 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from deploy.errors import DeployError
 from deploy.settings import UpSettings
 from deploy.stack import Stack
 from deploy.supervisor import Supervisor
 
+if TYPE_CHECKING:
+    from scheduler.client import PagodaClient
+
 _POLL_S = 0.01
+_LIVE = 1  # WorkerState.WORKER_STATE_LIVE; the contract is imported late
 
 
 def serve(stack: Stack, settings: UpSettings) -> None:
@@ -24,7 +29,7 @@ def serve_for(stack: Stack, work: Callable[[str], Awaitable[None]]) -> None:
 
 async def _serve(stack: Stack, settings: UpSettings) -> None:
     async with Supervisor(stack, settings.pids) as supervisor:
-        if await supervisor.wait_ready(asyncio.create_task(_serving(stack.address))):
+        if await supervisor.wait_ready(asyncio.create_task(_serving(stack.address, settings.workers))):
             workers = f"{settings.workers} worker{'s' if settings.workers > 1 else ''}"
             where = f"127.0.0.1:{settings.port}" if settings.port is not None else stack.address
             print(f"pagoda: ready, {settings.model.resolve().name} on {where} with {workers}", flush=True)
@@ -37,7 +42,7 @@ async def _serve(stack: Stack, settings: UpSettings) -> None:
 
 async def _serve_for(stack: Stack, work: Callable[[str], Awaitable[None]]) -> None:
     async with Supervisor(stack) as supervisor:
-        if not await supervisor.wait_ready(asyncio.create_task(_serving(stack.address))):
+        if not await supervisor.wait_ready(asyncio.create_task(_serving(stack.address, 1))):
             raise DeployError("interrupted", 130)
         task = asyncio.ensure_future(work(stack.address))
         stopping = asyncio.create_task(supervisor.stopping.wait())
@@ -51,8 +56,8 @@ async def _serve_for(stack: Stack, work: Callable[[str], Awaitable[None]]) -> No
         task.result()
 
 
-async def _serving(address: str) -> None:
-    """Waits until the service says that it serves."""
+async def _serving(address: str, num_workers: int) -> None:
+    """Waits until the service says that it serves, with that many workers."""
     path = address.removeprefix("unix:")
     while not await _listens(path):  # noqa: ASYNC110 - no event comes from another process
         await asyncio.sleep(_POLL_S)
@@ -61,6 +66,13 @@ async def _serving(address: str) -> None:
     async with PagodaClient(address) as client:
         while not await client.is_serving():  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
+        while num_workers > 1 and await _count_live(client) < num_workers:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+
+async def _count_live(client: "PagodaClient") -> int:
+    status = await client.get_status()
+    return sum(worker.state == _LIVE for worker in status.workers)
 
 
 async def _listens(path: str) -> bool:

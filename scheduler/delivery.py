@@ -18,6 +18,8 @@ from scheduler.tokenizer import Tokenizer
 
 TURNS_PER_PASS = 4
 """Streams that get the processor between two looks of the event loop at everything else."""
+PASS_INTERVAL_S = 0.0008
+"""Between passes: 5,000 messages a second take about half a core, and leave the other half to the engines."""
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -28,7 +30,7 @@ _ERRORS: dict[str, type[RequestError]] = {"INTERNAL": InternalError, "UNAVAILABL
 
 
 class DeliveryGate:
-    """Keeps hundreds of streams that wake at once from holding up the engines: a few turns per pass of the loop.
+    """Keeps hundreds of streams that wake at once from holding up the engines: a few turns per pass, and a pause.
 
     While a stream waits for its turn its tokens add up, so that under load deltas grow instead of queues.
     """
@@ -53,7 +55,7 @@ class DeliveryGate:
     def _arm(self) -> None:
         if not self._is_armed:
             self._is_armed = True
-            asyncio.get_running_loop().call_soon(self._next_pass)
+            asyncio.get_running_loop().call_later(PASS_INTERVAL_S, self._next_pass)
 
     def _next_pass(self) -> None:
         self._is_armed = False

@@ -13,7 +13,7 @@ from deploy.supervisor import Supervisor
 if TYPE_CHECKING:
     from scheduler.client import PagodaClient
 
-_POLL_S = 0.01
+_POLL_S = 0.02
 _LIVE = 1  # WorkerState.WORKER_STATE_LIVE; the contract is imported late
 
 
@@ -64,8 +64,7 @@ async def _serving(address: str, num_workers: int) -> None:
     from scheduler.client import PagodaClient  # only now: gRPC's import would hold up the workers' start
 
     async with PagodaClient(address) as client:
-        while not await client.is_serving():  # noqa: ASYNC110
-            await asyncio.sleep(_POLL_S)
+        await client.wait_serving()
         while num_workers > 1 and await _count_live(client) < num_workers:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
 

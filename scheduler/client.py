@@ -7,6 +7,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     _GenerateCall = grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]
     _AttachCall = grpc.aio.UnaryStreamCall[pb.AttachRequest, pb.AttachResponse]
 
+# gRPC's health service by hand, for the sake of one dependency less: its messages are at most two bytes.
+_HEALTH, _SERVING = "grpc.health.v1.Health", b"\x08\x01"
 MAX_MESSAGE_BYTES = 64 << 20
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.02, 0.5
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -172,12 +175,22 @@ class PagodaClient:
         return response.text
 
     async def is_serving(self, timeout_s: float = 1.0) -> bool:
-        """Whether the service can take requests (gRPC's health service, by hand: its messages are two bytes)."""
-        check: Any = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        """Whether the service can take requests now."""
+        check: Any = self._channel.unary_unary(f"/{_HEALTH}/Check")
         try:
-            return bytes(await check(b"", timeout=timeout_s)) == b"\x08\x01"  # status = SERVING
+            return bytes(await check(b"", timeout=timeout_s)) == _SERVING
         except grpc.aio.AioRpcError:
             return False
+
+    async def wait_serving(self) -> None:
+        """Waits until the service can take requests, however long it takes to come."""
+        watch: Any = self._channel.unary_stream(f"/{_HEALTH}/Watch")
+        while True:
+            with suppress(grpc.aio.AioRpcError):
+                async for status in watch(b""):
+                    if bytes(status) == _SERVING:
+                        return
+            await asyncio.sleep(FIRST_BACKOFF_S)
 
 
 def is_broken(error: grpc.aio.AioRpcError) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from pagoda.v1 import generation_pb2 as pb
 from pagoda.v1 import generation_pb2_grpc
 
@@ -132,6 +133,20 @@ async def test_gives_up_in_time_on_a_service_that_stays_away():
     assert time.monotonic() - began < 3
 
 
+async def test_waiting_for_a_service_that_is_not_there_yet(unused_tcp_port):
+    async with PagodaClient(f"127.0.0.1:{unused_tcp_port}") as client:
+        waiting = asyncio.create_task(client.wait_serving())
+        await asyncio.sleep(0.2)
+        server = grpc.aio.server()
+        state = health.aio.HealthServicer()
+        await state.set("", health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(state, server)
+        server.add_insecure_port(f"127.0.0.1:{unused_tcp_port}")
+        await server.start()
+        await asyncio.wait_for(waiting, 5)
+        await server.stop(None)
+
+
 async def test_the_deadline_is_of_it_all():
     server, address = await start(Scripted([2] + [0] * 1000))
     async with PagodaClient(address) as client:
@@ -143,9 +158,6 @@ async def test_the_deadline_is_of_it_all():
 
 
 async def test_is_serving_reads_the_health_service():
-    health = pytest.importorskip("grpc_health.v1.health")
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
     server = grpc.aio.server()
     state = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
@@ -154,7 +166,11 @@ async def test_is_serving_reads_the_health_service():
     async with PagodaClient(address) as client:
         await state.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         assert not await client.is_serving()
+        waiting = asyncio.create_task(client.wait_serving())
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
         await state.set("", health_pb2.HealthCheckResponse.SERVING)
+        await asyncio.wait_for(waiting, 5)
         assert await client.is_serving()
     await server.stop(None)
 

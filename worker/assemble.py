@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pagoda.fingerprint import model_fingerprint
 
-from worker.batch import BatchLimits
 from worker.config import WorkerConfig
 from worker.errors import ConfigError, ModelError
 from worker.link import Description, PoolFacts
 from worker.models.spec import read_spec
 from worker.runner import Runner, TimedRunner
+from worker.step import BatchLimits
 
 log = logging.getLogger("pagoda.worker")
 

@@ -84,8 +84,12 @@ class Ledger:
         return self.running
 
     def finish(self, order: Order, output: StepOutput) -> bool:
-        """Keep the result of the running plan; False where its incarnation is over, and the result void."""
-        self.running = None
+        """Keep the result of a plan that ran; False where its incarnation is over, and the result void.
+
+        The next one may have been taken already.
+        """
+        if self.running is order:
+            self.running = None
         if order.incarnation != self.incarnation:
             return False
         self.finished_step_id = output.step_id

@@ -11,14 +11,14 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import grpc
 from pagoda.v1 import worker_pb2 as pb
 
-from worker.batch import BatchLimits
 from worker.errors import MismatchError, NameTakenError, ProtocolError
 from worker.ledger import Ledger, Order
+from worker.step import BatchLimits
 from worker.stream import Stream, reason
 from worker.wire import PROTOCOL_VERSION, StepOutput, decode_plan
 
@@ -87,13 +87,16 @@ class Link:
         """See PlanSource."""
         while True:
             self._plans_ready.get()
-            with self._lock:
-                if self._fatal is not None:
-                    raise self._fatal
-                order = self._ledger.take()
-                self._running_since_s = time.monotonic()
-            if order is not None:
+            if (order := self._take()) is not None:
                 return order
+
+    def poll(self) -> Order | None:
+        """See PlanSource."""
+        try:
+            self._plans_ready.get_nowait()
+        except Empty:
+            return None
+        return self._take()
 
     def has_plan(self) -> bool:
         """See PlanSource."""
@@ -113,6 +116,14 @@ class Link:
             stream = self._stream
         if stream is not None:
             stream.end()
+
+    def _take(self) -> Order | None:
+        """None where the plan that was announced has been given back since."""
+        with self._lock:
+            if self._fatal is not None:
+                raise self._fatal
+            self._running_since_s = time.monotonic()
+            return self._ledger.take()
 
     def _guard(self, target: Callable[[], None]) -> None:
         """A thread that fails by our own mistake takes the process with it: half a link would hang in silence."""

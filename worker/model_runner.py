@@ -7,10 +7,10 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import AttentionMetadata, BlockCopy, Kernels
-from worker.batch import Sampled, SampledRows, StepInputs
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder, TokenBatch
 from worker.sampler import sample
+from worker.step import SEQUENCE, Sampled, SampledRows, Scheduled, StepInputs
 from worker.wire import Plan
 
 
@@ -111,7 +111,5 @@ def _null_inputs(num_seqs: int, query_len: int) -> StepInputs:
         block_tables=np.zeros((num_seqs, 1), np.int32),
         logit_rows=(seqs + 1) * query_len - 1,
         sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
-        rows=seqs,
-        num_run=lens,
-        sampling=seqs,
+        scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs),
     )

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
-from worker.batch import Sampled, StepInputs
 from worker.rng import draw
+from worker.step import Sampled, StepInputs
 from worker.wire import Plan
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from worker.batch import Sampled, SampledRows
 from worker.rng import uniforms
+from worker.step import Sampled, SampledRows
 
 # Most probabilities that are looked at for top_k and top_p before a row is sorted in full.
 FIRST_LOOK = 256

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from pagoda.v1 import worker_pb2 as pb
 
-from worker.batch import Batch, BatchLimits, Sampled
+from worker.batch import Batch
 from worker.errors import ProtocolError
+from worker.step import BatchLimits, Sampled
 from worker.wire import decode_plan
 
 LIMITS = BatchLimits(block_size=16, max_num_seqs=6, max_num_batched_tokens=64, max_model_len=80)
@@ -144,9 +145,13 @@ class RandomPlans(RuleBasedStateMachine):
         assert list(zip(inputs.query_lens.tolist(), inputs.context_lens.tolist(), strict=True)) == lens
         assert inputs.cu_seqlens_q.tolist() == [0, *np.cumsum([q for q, _ in lens]).tolist()]
         tables = [self.model[s].blocks[: -(-self.model[s].num_computed // 16)] for s in wanted]
-        active = [t for t, s in zip(tables, wanted, strict=True) if inputs.num_run[list(wanted).index(s)]]
+        active = [
+            t
+            for i, t in enumerate(tables)
+            if inputs.scheduled.num_computed_tokens[i] > inputs.scheduled.before["num_computed_tokens"][i]
+        ]
         assert [row[: len(t)].tolist() for row, t in zip(inputs.block_tables, active, strict=True)] == active
-        assert inputs.sampling.tolist() == [i for i, _, _ in samples]
+        assert inputs.scheduled.sampling.tolist() == [i for i, _, _ in samples]
         assert inputs.logit_rows.tolist() == [row for _, row, _ in samples]
         self.check_sampling(inputs.sampled, [naive for _, _, naive in samples])
         self.commit(inputs, wanted, [naive for _, _, naive in samples])
@@ -204,6 +209,7 @@ def plan(**columns: object) -> pb.StepPlan:
         ({"copy_src_block_ids": [1], "copy_dst_block_ids": [2]}, "copy columns differ"),
         ({"appended_seq_ids": [7], "appended_num_blocks": [9], "appended_block_ids": range(9)}, "past max_model_len"),
         ({"added": [added(8, naive(tokens=[1] * 81))]}, "sequence 8 has 81 tokens"),
+        ({"added": [added(8, naive(num_computed=4))]}, "sequence 8 has 3 tokens, 3 of them prompt and 4 computed"),
         ({"added": [added(8, naive(tokens=[]))]}, "sequence 8 has 0 tokens"),
         ({"added": [pb.AddedSequence(seq_id=8, token_ids=[1], block_ids=[1], num_blocks=[1, 0])]}, "one KV group"),
         (
@@ -228,7 +234,7 @@ def test_a_full_sequence_samples_no_more() -> None:
     progress = batch.commit(inputs, Sampled(np.array([9]), np.array([True])))
     assert (progress.num_tokens.tolist(), progress.num_computed_tokens.tolist()) == ([1], [79])
     inputs = batch.apply(decode_plan(plan(**one)))
-    assert (inputs.input_ids.tolist(), len(inputs.sampling)) == ([9], 0)
+    assert (inputs.input_ids.tolist(), len(inputs.scheduled.sampling)) == ([9], 0)
     batch.commit(inputs, Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_)))
     inputs = batch.apply(decode_plan(plan(**one)))
     progress = batch.commit(inputs, Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_)))

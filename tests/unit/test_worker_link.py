@@ -1,5 +1,6 @@
 """The link and the loop against a real gRPC server that plays the scheduler: epochs, resends, fences, ends."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -15,10 +16,11 @@ from pagoda.v1 import worker_pb2 as pb
 
 import worker.link
 from tests.unit.worker_harness import TIMEOUT_S, Planner, SchedulerServer, ServerStream, unix_address
-from worker.batch import Batch, BatchLimits, Sampled, StepInputs
+from worker.batch import Batch
 from worker.errors import MismatchError, NameTakenError
 from worker.executor import Executor
 from worker.link import Description, Link, PoolFacts
+from worker.step import BatchLimits, Sampled, StepInputs
 from worker.wire import Plan
 
 LIMITS = BatchLimits(block_size=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=256)
@@ -352,19 +354,18 @@ def _relay(listener: socket.socket, target: tuple[str, int], frozen: threading.E
     """Passes bytes both ways, on every connection, until frozen."""
 
     def pump(source: socket.socket, sink: socket.socket) -> None:
-        while data := source.recv(65536):
-            if frozen.is_set():
-                time.sleep(TIMEOUT_S)
-            sink.sendall(data)
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if frozen.is_set():
+                    time.sleep(TIMEOUT_S)
+                sink.sendall(data)
 
-    try:
+    with contextlib.suppress(OSError):
         while True:
             near = listener.accept()[0]
             far = socket.create_connection(target)
             for pair in ((near, far), (far, near)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
-    except OSError:
-        pass
 
 
 def test_a_broken_plan_ends_the_stream_not_the_worker(server: SchedulerServer, start: Start) -> None:

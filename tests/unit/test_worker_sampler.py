@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from worker.batch import SampledRows
 from worker.rng import draw, uniforms
 from worker.sampler import sample
+from worker.step import SampledRows
 
 VOCAB_SIZE = 600  # more than the sampler looks at first
 

@@ -1,5 +1,6 @@
 """What the worker's tests share: plans built by hand, and a real gRPC server that plays the scheduler."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -216,24 +217,41 @@ class LocalWorker:
     """A whole worker without its link: plans in, results out, in this process."""
 
     def __init__(self, *flags: str) -> None:
-        config = parse_config(["--scheduler", "127.0.0.1:1", "--name", "local", *flags])
-        assembly = assemble(config)
+        assembly = assemble(parse_config(["--scheduler", "127.0.0.1:1", "--name", "local", *flags]))
         self.description = assembly.description
-        self._outputs: list[StepOutput] = []
-        self._executor = Executor(self, Batch(assembly.limits), assembly.runner)
+        self._batch = Batch(assembly.limits)
+        self._runner = assembly.runner
 
-    def run(self, plan: pb.StepPlan) -> pb.StepResult:
-        self._executor.step(Order(decode_plan(plan), "incarnation", 1))
-        return encode_result(self._outputs.pop()).result
+    def run(self, message: pb.StepPlan) -> pb.StepResult:
+        source = OnePlan(Order(decode_plan(message), "incarnation", 1))
+        executor = Executor(source, self._batch, self._runner)
+        executor._registration = 1
+        with contextlib.suppress(OnePlan.Done):
+            executor.run()
+        return encode_result(source.outputs[0]).result
+
+
+class OnePlan:
+    """A PlanSource with one plan."""
+
+    class Done(Exception):  # noqa: N818
+        """It was reported."""
+
+    def __init__(self, order: Order) -> None:
+        self._orders = [order]
+        self.outputs: list[StepOutput] = []
 
     def take(self) -> Order:
-        raise NotImplementedError
+        raise self.Done
+
+    def poll(self) -> Order | None:
+        return self._orders.pop() if self._orders else None
 
     def has_plan(self) -> bool:
         return False
 
     def finish(self, order: Order, output: StepOutput) -> None:
-        self._outputs.append(output)
+        self.outputs.append(output)
 
     def reject(self, order: Order, error: ProtocolError) -> None:
         raise error

@@ -1,0 +1,114 @@
+"""The values that pass between batch, runner and sampler in one step. numpy only: the timer's worker has no torch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What is kept of a sequence beside its tokens and blocks: one record each, so that one operation reads all of it.
+SEQUENCE = np.dtype(
+    [
+        ("num_tokens", np.int64),
+        ("num_prompt_tokens", np.int64),
+        ("num_computed_tokens", np.int64),
+        ("num_blocks", np.int64),
+        ("attempt", np.int64),
+        ("min_tokens", np.int64),
+        ("seed", np.uint64),
+        ("top_k", np.int64),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What plans must keep to: tokens per block, sequences and tokens of a step, tokens of a sequence."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """Who samples in a step, one entry each. forbidden: (entry, token ids that must not be sampled)."""
+
+    temperatures: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    output_indexes: NDArray[np.int64]
+    forbidden: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def take(self, entries: NDArray[np.int64]) -> "SampledRows":
+        """Some of the entries; their forbidden ids are dealt with already."""
+        return SampledRows(
+            temperatures=self.temperatures[entries],
+            top_k=self.top_k[entries],
+            top_p=self.top_p[entries],
+            min_p=self.min_p[entries],
+            seeds=self.seeds[entries],
+            output_indexes=self.output_indexes[entries],
+            forbidden=(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """The plan's sequences, one entry each, for `Batch.commit`.
+
+    rows: of the batch. before: SEQUENCE records before the step. num_computed_tokens: after it. sampling: the entries
+    that sample.
+    """
+
+    rows: NDArray[np.int64]
+    before: NDArray[np.void]
+    num_computed_tokens: NDArray[np.int64]
+    sampling: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One ragged forward over the num_seqs sequences that have tokens to run.
+
+    input_ids, positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
+    context_lens: [num_seqs] int64. block_tables: [num_seqs, max_blocks] int32. logit_rows: [num_samples] int64, the
+    tokens that sample, and `sampled` how.
+    """
+
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    slot_mapping: NDArray[np.int64]
+    cu_seqlens_q: NDArray[np.int32]
+    query_lens: NDArray[np.int64]
+    context_lens: NDArray[np.int64]
+    block_tables: NDArray[np.int32]
+    logit_rows: NDArray[np.int64]
+    sampled: SampledRows
+    scheduled: Scheduled
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One entry per row that sampled: its token, and whether its logits were finite (else the token means nothing)."""
+
+    token_ids: NDArray[np.int64]
+    is_finite: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step did to each scheduled sequence; see StepResult. failed: entries whose logits were not finite."""
+
+    attempts: NDArray[np.int64]
+    num_computed_tokens: NDArray[np.int64]
+    first_output_indexes: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    failed: NDArray[np.int64]

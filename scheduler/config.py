@@ -1,6 +1,7 @@
 """The scheduler's flags: the only place that reads them. A bad value stops the start with its name."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32):
             raise ConfigError(f"--block-size={self.block_size}: must be 16 or 32")
+        if not self.redis_url:
+            raise ConfigError("--redis-url: name a Redis, or set REDIS_URL")
         if not self.listen:
             raise ConfigError("--listen: name at least one address")
         for name in ("max_waiting", "record_ttl_s", "request_ttl_s", "lease_s", "worker_wait_s", "overcommit"):
@@ -53,7 +56,7 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser = argparse.ArgumentParser(prog="scheduler", description="Pagoda's scheduler service")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR")
     parser.add_argument("--listen", action="append", default=[], metavar="HOST:PORT|unix:PATH")
-    parser.add_argument("--redis-url", required=True, metavar="URL")
+    parser.add_argument("--redis-url", default=os.environ.get("REDIS_URL", ""), metavar="URL", help="or $REDIS_URL")
     parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--max-model-len", type=int, default=0, metavar="TOKENS")

@@ -60,7 +60,8 @@ def up(
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus output, in tokens.")] = None,
     port: Port = DEFAULT_PORT,
     redis_url: Annotated[
-        str | None, typer.Option(help="A Redis >= 6.2 or Valkey. Unset: one of our own is started.")
+        str | None,
+        typer.Option(envvar="REDIS_URL", help="A Redis >= 6.2 or Valkey. Unset: one of our own is started."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder for our own Redis. Unset: a temporary one, removed at the end.")
@@ -158,6 +159,9 @@ def _one_of(flags: dict[str, object]) -> None:
 
 def main() -> int:
     """Runs the command line; the exit code."""
+    # Read by gRPC at its import: it logs every lost connection, and would hold up the start of children.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app(standalone_mode=False)
     except DeployError as error:

@@ -18,7 +18,9 @@ from tests.stack import free_port
 
 ROOT = Path(__file__).parents[2]
 PAGODA = [sys.executable, "-m", "deploy.cli"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "REDIS_URL"} | {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"
+}
 TIMEOUT_S = 120
 
 
@@ -29,10 +31,10 @@ def model(tmp_path_factory) -> Path:
     return make_checkpoint("llama3", tmp_path_factory.mktemp("cli") / "llama3")
 
 
-def pagoda(*flags: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*PAGODA, *map(str, flags)], capture_output=True, text=True, timeout=TIMEOUT_S, env=ENVIRONMENT, check=False
-    )
+def pagoda(*flags: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [*PAGODA, *(flag if isinstance(flag, bytes) else str(flag) for flag in flags)]
+    environment = ENVIRONMENT | environment
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
 
 
 def refused(result: "subprocess.CompletedProcess[str]", words: str) -> None:
@@ -180,9 +182,7 @@ def test_a_bad_request_is_one_line(up, case):
 
 
 def test_a_prompt_that_is_not_utf8_is_one_line(up):
-    command = [*PAGODA, "generate", "--port", str(up.port), "--prompt", b"\xff\xfe"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=ENVIRONMENT, check=False)
-    refused(result, "--prompt")
+    refused(up.generate("--prompt", b"\xff\xfe"), "--prompt")
 
 
 def test_status_prints_a_table(up):
@@ -205,19 +205,18 @@ def test_nobody_there_is_one_line():
     refused(pagoda("status", "--port", port), f"nothing answers on port {port}")
 
 
-@pytest.mark.parametrize("victim", ["scheduler", "worker-0"])
+@pytest.mark.parametrize("victim", ["scheduler", "worker-0", "worker-1", "redis"])
 def test_a_kill_in_mid_stream_loses_and_repeats_nothing(up, victim):
     flags = ("--token-ids", "9,8,7", "--max-tokens", 300, "--ignore-eos", "--temperature", 0, "--json")
     expected = json.loads(up.generate(*flags).stdout)
     command = [*PAGODA, "generate", "--port", str(up.port), *map(str, flags[:-1])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, bufsize=0)
     text = process.stdout.read(20)
     before = up.pids()[victim]
     os.kill(before, signal.SIGKILL)
-    text += process.stdout.read()
-    assert process.wait(TIMEOUT_S) == 0
-    process.stdout.close()
-    assert text.decode() == expected["text"] + "\n"
+    rest, err = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, err) == (0, b"")
+    assert (text + rest).decode() == expected["text"] + "\n"
     deadline = time.monotonic() + 30
     while up.pids()[victim] == before or len([w for w in up.status()["workers"] if w["state"] == "live"]) < 2:
         assert time.monotonic() < deadline
@@ -329,9 +328,12 @@ def test_a_broken_model_folder_is_one_line(model, tmp_path, case):
     refused(pagoda("up", "--model", folder, "--port", free_port()), words)
 
 
-def test_an_unreachable_redis_is_one_line(model):
+@pytest.mark.parametrize("given", ["flag", "environment"])
+def test_an_unreachable_redis_is_one_line(model, given):
     url = f"redis://127.0.0.1:{free_port()}/0"
-    refused(pagoda("up", "--model", model, "--port", free_port(), "--redis-url", url), "redis")
+    flags = ("up", "--model", model, "--port", free_port())
+    result = pagoda(*flags, "--redis-url", url) if given == "flag" else pagoda(*flags, REDIS_URL=url)
+    refused(result, "redis")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Knows nothing of requests or streams; needs neither torch nor transformers.
 """
 
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,12 @@ def _defaults(path: Path, generation: dict[str, Any]) -> SamplingDefaults:
     top_p = unset.top_p if values["top_p"] is None else float(values["top_p"])
     if not (0 <= temperature <= 100 and top_k >= 0 and 0 < top_p <= 1):
         raise TokenizerError(f"{path}: temperature={temperature} top_k={top_k} top_p={top_p} is out of range")
-    return SamplingDefaults(temperature, top_k, top_p)
+    return SamplingDefaults(_as_float32(temperature), top_k, _as_float32(top_p))
+
+
+def _as_float32(value: float) -> float:
+    """As a request carries it: a default that came back from a record must draw the same tokens."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def _prepare(backend: tokenizers.Tokenizer, special: dict[str, str]) -> None:

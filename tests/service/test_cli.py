@@ -70,11 +70,15 @@ class Up:
         return self.process.returncode, out, err
 
 
-def start_up(model: Path, folder: Path, *flags: object) -> Up:
+def start_up(model: Path, folder: Path, *flags: object, **environment: str) -> Up:
     port, pids_file = free_port(), folder / "pids.json"
     command = [*PAGODA, "up", "--model", model, "--port", port, "--pids", pids_file, "--dtype", "float32", *flags]
     process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | environment,
     )
     line = process.stdout.readline()
     if not line.startswith("pagoda: ready"):
@@ -258,11 +262,12 @@ def test_sigterm_ends_it_cleanly(up):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_outlives_it(model, tmp_path, how):
-    running = start_up(model, tmp_path, "--num-blocks", 64, "--data", tmp_path / "data")
-    pids = list(running.pids().values())
-    code, _, _ = running.end(how)
-    assert code == (0 if how == signal.SIGINT else -signal.SIGKILL)
-    wait_gone(pids)
+    with tempfile.TemporaryDirectory(prefix="pgd-") as sockets:  # a supervisor that is killed can't remove its own
+        running = start_up(model, tmp_path, "--num-blocks", 64, "--data", tmp_path / "data", TMPDIR=sockets)
+        pids = list(running.pids().values())
+        code, _, _ = running.end(how)
+        assert code == (0 if how == signal.SIGINT else -signal.SIGKILL)
+        wait_gone(pids)
     assert list((tmp_path / "data").rglob("*.aof*"))  # the folder that was named stays
 
 

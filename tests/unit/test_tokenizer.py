@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.chat_template import ChatTemplateError
 from scheduler.tokenizer import SamplingDefaults, Tokenizer, TokenizerError
@@ -149,7 +150,11 @@ def test_eos_ids_and_defaults(tmp_path, generation, config, eos, defaults):
     tokenizer = Tokenizer.load(model_folders.byte_level(tmp_path, **extra))
     assert tokenizer.vocab_size == 500
     assert tokenizer.eos_token_ids == eos
-    assert tokenizer.defaults == defaults
+    found = tokenizer.defaults
+    assert (found.temperature, found.top_p) == pytest.approx((defaults.temperature, defaults.top_p))
+    assert found.top_k == defaults.top_k
+    for value in (found.temperature, found.top_p):  # exactly as a request would carry it
+        assert pb.SamplingParams(temperature=value).temperature == value
 
 
 @pytest.mark.parametrize(

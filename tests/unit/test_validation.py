@@ -117,7 +117,7 @@ def test_what_is_unset_is_filled_in(tokenizer):
     sampling = body.sampling
     assert body.prompt_token_ids == (7,) * 5
     assert (sampling.max_tokens, sampling.min_tokens, sampling.min_p) == (75, 0, 0)
-    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.6, 20, 0.9)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == pytest.approx((0.6, 20, 0.9))
     assert (body.n, body.resumable, body.resume_wait_s) == (1, False, 0)
     assert re.fullmatch("[0-9a-f]{32}", body.request_id)
     again = validate(request(num_prompt_tokens=5), tokenizer, LIMITS)
@@ -126,6 +126,7 @@ def test_what_is_unset_is_filled_in(tokenizer):
     assert 0 <= sampling.seed < 2**64
     assert again.digest == body.digest
     assert len(body.digest) == 16
+    assert RequestBody.from_bytes(body.to_bytes(), body.digest) == body
 
 
 def test_what_is_set_stays(tokenizer):

@@ -26,13 +26,13 @@ class Group:
 
     token_rows: [num_pieces * num_queries] int64, rows of the query.
     block_rows: [num_pieces * num_kv_heads * num_blocks] int64, rows of a layer's keys seen as [blocks * heads, ...].
-    unwritten: [num_pieces, 1, num_blocks * block_size, 1] bool, slots that hold nothing.
+    unwritten_rows: [any] int64, rows of the gathered values seen as [pieces * heads * slots, ...] that hold nothing.
     distances: [num_pieces, 1, 1, num_queries, num_blocks * block_size] int64, position of query minus that of key.
     """
 
     token_rows: torch.Tensor
     block_rows: torch.Tensor
-    unwritten: torch.Tensor
+    unwritten_rows: torch.Tensor
     distances: torch.Tensor
     num_queries: int
 
@@ -95,10 +95,15 @@ class ReferenceKernels:
         return Group(
             token_rows=torch.from_numpy(token_rows.reshape(-1)).to(device),
             block_rows=(tables[:, None, :] * self._shape.num_kv_heads + heads).reshape(-1),
-            unwritten=(key_positions >= context_lens[:, None])[:, None, :, None],
+            unwritten_rows=torch.from_numpy(self._unwritten_rows(pieces.context_lens[members], num_blocks)).to(device),
             distances=(query_positions[:, :, None] - key_positions)[:, None, None],
             num_queries=num_queries,
         )
+
+    def _unwritten_rows(self, context_lens: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
+        num_slots = num_blocks * self._shape.block_size
+        is_unwritten = np.arange(num_slots) >= context_lens[:, None, None]
+        return np.flatnonzero(np.repeat(is_unwritten, self._shape.num_kv_heads, axis=1))
 
     def _kv_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
         """Rows of a layer's keys seen as [blocks * heads * slots, head_dim]: [num_tokens * num_kv_heads]."""
@@ -144,8 +149,8 @@ class ReferenceStep:
         batch = num_pieces * num_kv_heads
 
         keys = self._gather(layer.keys, group).view(batch, -1, head_dim)
-        values = self._gather(layer.values, group).view(num_pieces, num_kv_heads, -1, head_dim)
-        values.masked_fill_(group.unwritten, 0.0)
+        values = self._gather(layer.values, group)
+        values.view(-1, head_dim).index_fill_(0, group.unwritten_rows, 0.0)
         queries = scaled.view(num_pieces, num_queries, num_kv_heads, group_size, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(batch, group_size * num_queries, head_dim)
         scores = torch.bmm(queries, keys.transpose(1, 2))

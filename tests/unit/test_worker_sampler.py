@@ -64,7 +64,7 @@ def exact(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, mi
     ],
 )
 def test_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-    num_samples = 40_000
+    num_samples = 20_000
     logits = random_logits(1)
     wanted = exact(logits[0], temperature, top_k, top_p, min_p)
     found = sample(logits.expand(num_samples, -1).clone(), rows(num_samples, temperature, top_k, top_p, min_p))
@@ -81,7 +81,7 @@ def test_distribution(temperature: float, top_k: int, top_p: float, min_p: float
 
 parameters = st.tuples(
     st.sampled_from([0.0, 0.3, 1.0, 4.0]),
-    st.sampled_from([0, 1, 3, 300, 5000]),
+    st.sampled_from([0, 1, 3, 400, 5000]),
     st.sampled_from([0.0, 0.1, 0.9, 1.0]),
     st.sampled_from([0.0, 0.1, 1.0]),
 )

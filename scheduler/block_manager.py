@@ -132,7 +132,8 @@ class BlockManager:
     def fork(self, parent_id: int, child_id: int, table: Sequence[int], tail: tuple[int, int] | None) -> list[int]:
         """The child's table: `table`'s blocks shared, and, where `tail` = (source block, tokens), a copy of it.
 
-        The copy holds its source until `finish_copies` names its destination.
+        The copy holds its source and its destination until `finish_copies` names the latter: were the child's block
+        reused before, a new owner that issues the copy again would overwrite it. Not for a tail whose own copy runs.
         """
         for block_id in table:
             self._add_reference(block_id)
@@ -140,17 +141,20 @@ class BlockManager:
             self.changes.fork.append((parent_id, child_id, len(table), 0, 0, 0))
             return list(table)
         source, num_tokens = tail
+        assert source not in self._copies, f"block {source} copied before its own copy has run"
         self._add_reference(source)
         copy = self._take()
+        self._ref_counts[copy] += 1
         self._copies[copy] = tail
         self.changes.fork.append((parent_id, child_id, len(table), source, copy, num_tokens))
         return [*table, copy]
 
     def finish_copies(self, destinations: Sequence[int]) -> None:
-        """These copies have run, and their result is committed with the next script: their sources are let go."""
+        """These copies have run, and their result is committed with the next script: they hold nothing any more."""
         for destination in destinations:
             source, _ = self._copies.pop(destination)
             self._drop_reference(source)
+            self._drop_reference(destination)
             self.changes.copied.append(destination)
 
     @property
@@ -170,8 +174,9 @@ class BlockManager:
         for table in tables:
             for block_id in table:
                 counts[block_id] += 1
-        for source, _ in self._copies.values():
+        for destination, (source, _) in self._copies.items():
             counts[source] += 1
+            counts[destination] += 1
         assert counts == self._ref_counts, "ref_count differs from the tables that name the block"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"

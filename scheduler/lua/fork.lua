@@ -1,5 +1,6 @@
 -- fork: a child shares the first blocks of its parent's table, and gets a copy of the partial one.
--- Invariant: shared blocks gain a reference; a copy's source is held, and the copy recorded, until it is done.
+-- Invariant: shared blocks gain a reference; a copy's source and destination are held, and the copy recorded, until it
+-- is done, so that a new owner may issue all recorded copies again, in any order.
 -- rows: parent (8 bytes), child (8 bytes), blocks shared (u32), copy source, destination, tokens (u32; 0: no copy)
 local function fork(rows)
   for at = 1, #rows, 32 do
@@ -15,8 +16,11 @@ local function fork(rows)
     if destination ~= 0 then
       local b = block(source)
       if b[1] == 0 then return refuse('copy of block ' .. source .. ', which nobody references') end
+      if is_copying(source) then return refuse('copy of block ' .. source .. ' before its own copy is done') end
       b[1] = b[1] + 1
       take_free(destination)
+      block(destination)[1] = 2
+      copying[destination] = true
       later('HSET', KEYS[7], destination, struct.pack('<I4I4', source, tokens))
       prefix = prefix .. struct.pack('<I4', destination)
     end

@@ -24,6 +24,7 @@ local refusal = nil            -- the first verb that disagrees says why
 local blocks = {}              -- block_id -> {ref_count, hash}, as it will be
 local index = {}               -- hash -> block_id, or false where it goes
 local tables = {}              -- seq -> packed block ids, as it will be
+local copying = {}             -- block_id -> whether a copy into it runs, as it will be
 local writes = {}              -- commands to run at the end, in order
 
 local function refuse(reason)
@@ -59,6 +60,13 @@ local function table_of(seq)
     tables[seq] = redis.call('HGET', KEYS[4], seq) or ''
   end
   return tables[seq]
+end
+
+local function is_copying(id)
+  if copying[id] == nil then
+    copying[id] = redis.call('HEXISTS', KEYS[7], id) == 1
+  end
+  return copying[id]
 end
 
 local function drop_reference(id)

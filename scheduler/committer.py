@@ -118,13 +118,12 @@ class Committer:
         commit.reply.add_done_callback(self._on_reply)
 
     async def flush(self, applied_step_id: int) -> None:
-        """Returns once everything decided so far is in Redis, or Redis has refused it."""
-        for task in self._recordings:
-            task.cancel()
-        self.send(applied_step_id)
-        replies = [commit.reply for commit in self._in_flight if commit.reply is not None]
-        await asyncio.gather(*replies, return_exceptions=True)
-        await asyncio.sleep(0)  # their callbacks
+        """Returns once everything decided so far is in Redis, ends included, or Redis has refused it."""
+        while not self.has_lost_ownership and (self.changes or self._next.ended or self._in_flight or self._recordings):
+            self.send(applied_step_id)
+            replies = [commit.reply for commit in self._in_flight if commit.reply is not None]
+            await asyncio.gather(*replies, *self._recordings, return_exceptions=True)
+            await asyncio.sleep(0)  # their callbacks
 
     def _on_reply(self, reply: "asyncio.Future[object]") -> None:
         if reply.cancelled():

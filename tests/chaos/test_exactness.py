@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pagoda.v1 import generation_pb2 as pb
-
-from scheduler.client import PagodaClient
 from tests.chaos.pairwise import pairwise, product
 from tests.chaos.reference import reference_of
 from tests.checkpoints import FAMILIES, make_checkpoint
-from tests.stack import ROOT, Stack, greedy, running
+from tests.stack import ROOT, Received, Stack, collect, greedy, running
 
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 NUM_TOKENS = 40
@@ -95,50 +92,22 @@ async def check_case(case: Case, model: Path) -> None:
     requests = [greedy(p, NUM_TOKENS, resumable=True, cache_salt=s) for p, s in zip(prompts, salts, strict=True)]
     async with running(stack), stack.client() as client:
         if case.hits:
-            await asyncio.gather(*(read(client, greedy(p, 1), Received()) for p in prompts))
+            await asyncio.gather(*(collect(client, greedy(p, 1)) for p in prompts))
         received = Received()
-        reading = asyncio.gather(*(read(client, request, received) for request in requests))
+        reading = asyncio.gather(*(collect(client, request, received) for request in requests))
         await received.at_least(len(prompts) * NUM_TOKENS // 4)
         assert not reading.done()
         hurt(stack, case.kill)
         outputs = await asyncio.wait_for(reading, 120)
-        for prompt, (ours, _) in zip(prompts, outputs, strict=True):
+        for prompt, (ours, _, _) in zip(prompts, outputs, strict=True):
             reference_of(model).check(prompt, ours, NUM_TOKENS)
         status = await stack.idle()
-    num_hits = sum(last.usage.num_cached_tokens for _, last in outputs)
+    num_hits = sum(last.usage.num_cached_tokens for _, _, last in outputs)
     assert not (num_hits and not case.hits)
     if case.pool == "ample":
         assert num_hits or not case.hits
     elif case.kill in ("none", "redis") and case.chunk >= 16:  # smaller chunks hold admission back
         assert sum(w.num_preemptions for w in status.workers) > 0
-
-
-class Received:
-    """Counts tokens over several streams."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._changed = asyncio.Condition()
-
-    async def add(self, num_tokens: int) -> None:
-        async with self._changed:
-            self.count += num_tokens
-            self._changed.notify_all()
-
-    async def at_least(self, num_tokens: int) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.count >= num_tokens)
-
-
-async def read(client: PagodaClient, request: pb.GenerateRequest, received: Received) -> tuple[list[int], pb.Delta]:
-    """All token ids and the last delta; the client itself checks that each index comes once and in order."""
-    token_ids: list[int] = []
-    last = pb.Delta()
-    async for delta in client.generate(request):
-        token_ids += delta.token_ids
-        last = delta
-        await received.add(len(delta.token_ids))
-    return token_ids, last
 
 
 def hurt(stack: Stack, kill: str) -> None:

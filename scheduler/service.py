@@ -11,6 +11,7 @@ from pagoda.v1 import generation_pb2 as pb
 from pagoda.v1 import generation_pb2_grpc
 
 from scheduler.delivery import Delivery
+from scheduler.engine import Engine
 from scheduler.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, QueueFullError, UnavailableError
 from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
@@ -18,7 +19,7 @@ from scheduler.recovery import Reviver
 from scheduler.request import RequestBody
 from scheduler.sequence import FinishReason
 from scheduler.status import ServedModel, status_of
-from scheduler.store import RequestStore
+from scheduler.store import OwnershipLostError, RequestStore
 from scheduler.tokenizer import Tokenizer
 from scheduler.validation import Limits, check_token_ids, encode_prompt, validate
 
@@ -42,6 +43,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._live_requests = live_requests
         self._delivery = Delivery(model.tokenizer)
         self._seq_ids: itertools.count[int] | None = None
+        self._accepting: set[asyncio.Task[LiveRequest]] = set()
 
     async def start(self) -> None:
         """Draws the prefix of this scheduler's seq_ids."""
@@ -122,41 +124,74 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             return self._reviver.ended(record, await _in_time(self._requests.load_output(record)))
         if await _in_time(self._requests.is_enrolled(record.worker, record.seq_id)):
             raise UnavailableError("the request's worker is being taken over; resume it in a moment")
-        live = self._reviver.create(RequestBody.from_bytes(record.body, record.digest), record.seq_id)
-        await self._open(live, record.worker)
+        live = self._live_requests.get(request_id)
+        if live is None:
+            live = self._reviver.create(RequestBody.from_bytes(record.body, record.digest), record.seq_id)
+            await self._open(live, (record.worker, record.epoch))
         return live
 
     async def _accept(self, body: RequestBody) -> LiveRequest:
-        """Makes a request ours and durable, and gives it to a worker."""
-        num_waiting = len(self._live_requests) - sum(len(engine.planner.running) for engine in self._fleet.engines)
+        """A new request, durable. A client that leaves meanwhile leaves it as one that was accepted, not half made."""
+        num_waiting = len(self._accepting) + len(self._live_requests)
+        num_waiting -= sum(len(engine.planner.running) for engine in self._fleet.engines)
         if num_waiting >= self._model.max_waiting:
             raise QueueFullError(f"{num_waiting} requests are waiting already; try again later")
+        accepting = asyncio.create_task(self._create(body))
+        self._accepting.add(accepting)
+        accepting.add_done_callback(self._accepting.discard)
+        try:
+            return await asyncio.shield(accepting)
+        except asyncio.CancelledError:
+            accepting.add_done_callback(self._on_accepted_alone)
+            raise
+
+    def _on_accepted_alone(self, accepting: "asyncio.Task[LiveRequest]") -> None:
+        if not accepting.cancelled() and accepting.exception() is None:
+            self._live_requests.expect_client(accepting.result())
+
+    async def _create(self, body: RequestBody) -> LiveRequest:
+        """Makes a request ours and durable, and gives it to a worker."""
         assert self._seq_ids is not None
         live = self._reviver.create(body, next(self._seq_ids))
         engine = self._fleet.choose(live)
         if engine is None:
             raise UnavailableError("the last worker was lost just now; try again")
+        owner, seq_id = engine.committer.owner, live.sequence.seq_id
         is_ours, held_digest, _ = await _in_time(
-            self._requests.create(
-                body.request_id, body.digest, body.to_bytes(), engine.committer.owner, live.sequence.seq_id
-            )
+            self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_id)
         )
         if not is_ours:
             if held_digest != body.digest:
                 raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
             raise UnavailableError("the same request is being accepted just now; send it again")
-        await self._open(live, engine.worker)
+        await self._open(live, owner)
         return live
 
-    async def _open(self, live: LiveRequest, recorded_worker: str) -> None:
+    async def _open(self, live: LiveRequest, recorded_owner: tuple[str, int]) -> None:
         """Gives a request that has a record to a live worker, and lets its record say so."""
-        engine = self._fleet.choose(live)
-        if engine is None:
-            raise UnavailableError("no worker is there; try again later")
-        if engine.worker != recorded_worker or engine.is_lost:
-            await _in_time(self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, 0))
         self._live_requests.add(live)
+        try:
+            engine = await self._choose_owner(live, recorded_owner)
+        except (UnavailableError, OwnershipLostError):
+            live.is_orphaned = True
+            live.notify()
+            self._live_requests.discard(live)
+            raise UnavailableError("no worker can take the request just now; try again") from None
         engine.open(live)
+
+    async def _choose_owner(self, live: LiveRequest, recorded_owner: tuple[str, int]) -> Engine:
+        """The engine that the record names. It was not lost while that was written: what is opened there now counts."""
+        while True:
+            engine = self._fleet.choose(live)
+            if engine is None:
+                raise UnavailableError("no worker is there")
+            owner = engine.committer.owner
+            if owner == recorded_owner:
+                return engine
+            await _in_time(self._requests.own(live.body.request_id, owner, recorded_owner[0], 0))
+            recorded_owner = owner
+            if not engine.is_lost:
+                return engine
 
     def _limits(self) -> Limits:
         pools = [e.planner.blocks.num_blocks * e.planner.limits.block_size for e in self._fleet.engines]

@@ -25,9 +25,9 @@ from scheduler.live_request import Ending, EndState, LiveRequest, LiveRequests
 from scheduler.planner import Planner, PlannerLimits
 from scheduler.recovery import ModelIdentity, Revived, Reviver, lose_worker, restore_running
 from scheduler.redis_pipe import RedisPipe
-from scheduler.sequence import FinishReason, Sequence
+from scheduler.sequence import FinishReason
 from scheduler.step_clock import StepClock
-from scheduler.store import OwnershipLostError, RequestRecord, RequestStore, WorkerImage, WorkerStore
+from scheduler.store import OwnershipLostError, RequestStore, WorkerImage, WorkerStore
 
 log = logging.getLogger("pagoda.fleet")
 
@@ -235,7 +235,7 @@ class Fleet:
     async def _take_over(self, slot: Slot, engine: Engine, image: WorkerImage) -> None:
         """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
         for revived in await self._reviver.revive(image):
-            if not await self._claim(slot, engine, image, revived):
+            if not await self._claim(slot, engine, revived):
                 continue
             live = revived.live
             assert live is not None
@@ -246,7 +246,7 @@ class Fleet:
             else:
                 engine.open(live)
 
-    async def _claim(self, slot: Slot, engine: Engine, image: WorkerImage, revived: Revived) -> bool:
+    async def _claim(self, slot: Slot, engine: Engine, revived: Revived) -> bool:
         """Writes the engine's ownership into a request's record. False: the row is stale, and goes."""
         if revived.live is None or revived.record is None:
             engine.committer.changes.close.append(revived.seq_id)
@@ -255,18 +255,11 @@ class Fleet:
         if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
             engine.committer.changes.forget.append(revived.seq_id)  # a move that was cut short behind its last step
             return False
-        sequence = revived.live.sequence
-        first_index = sequence.segment_first_index
-        await self._requests.own(sequence.request_id, engine.committer.owner, held_by, first_index)
-        self._complete_log(engine, revived.live, first_index, len(image.logs[revived.seq_id]))
+        first_index = revived.live.sequence.num_output_tokens
+        if held_by != slot.name:
+            revived.live.sequence.segment_first_index = first_index
+        await self._requests.own(revived.row.request_id, engine.committer.owner, held_by, first_index)
         return True
-
-    def _complete_log(self, engine: Engine, live: LiveRequest, first_index: int, num_held: int) -> None:
-        """Goes on with the log that a worker's tag has of a request: what was logged elsewhere meanwhile is added."""
-        live.sequence.segment_first_index = first_index
-        missing = live.sequence.output_token_ids[first_index + num_held :]
-        if missing:
-            engine.committer.log_tokens(live, first_index + num_held, missing)
 
     # -- a worker goes ------------------------------------------------------------------------------------------------
 
@@ -317,9 +310,9 @@ class Fleet:
             engine = self.choose(live)
             if engine is None:
                 break
-            first_index, num_held = await self._segment(revived.record, engine.worker, live.sequence)
-            await self._requests.own(live.body.request_id, engine.committer.owner, held_by, first_index)
-            self._complete_log(engine, live, first_index, num_held)
+            sequence = live.sequence
+            sequence.segment_first_index = sequence.num_output_tokens
+            await self._requests.own(sequence.request_id, engine.committer.owner, held_by, sequence.segment_first_index)
             accepted = engine.open(live)
             await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
             if not accepted.done():
@@ -327,13 +320,6 @@ class Fleet:
             moved.forget.append(revived.seq_id)
         if moved:
             await slot.store.commit(moved, 0)
-
-    async def _segment(self, record: RequestRecord, worker: str, sequence: Sequence) -> tuple[int, int]:
-        """(first output index, tokens) of the log that a worker's tag has of a request, or would begin now."""
-        for placed_with, first_index in record.placements:
-            if placed_with == worker:
-                return first_index, len(await self._requests.load_log(worker, sequence.seq_id))
-        return sequence.num_output_tokens, 0
 
     async def _give_up(self, slot: Slot) -> None:
         """No worker came for too long: every request that waits for one ends with UNAVAILABLE."""

@@ -288,16 +288,13 @@ class RequestStore:
         )
 
     async def load_output(self, record: RequestRecord) -> list[int]:
-        """All logged output token ids, over all workers that it was placed with: two that have an index agree on it."""
-        logs = await asyncio.gather(*(self.load_log(worker, record.seq_id) for worker, _ in record.placements))
+        """All logged output token ids, over all workers that it was placed with."""
+        logs = await asyncio.gather(*(load_log(self._pipe, w, record.seq_id) for w, _ in record.placements))
         output: list[int] = []
-        for (_, first_index), token_ids in zip(record.placements, logs, strict=True):
-            output += token_ids[max(0, len(output) - first_index) :]
+        for (_, first_index), tokens in zip(record.placements, logs, strict=True):
+            del output[first_index:]
+            output += tokens
         return output
-
-    async def load_log(self, worker: str, seq_id: int) -> list[int]:
-        """Token ids that one worker's tag has of a sequence; empty where there is none."""
-        return await load_log(self._pipe, worker, seq_id)
 
 
 async def load_log(pipe: RedisPipe, worker: str, seq_id: int) -> list[int]:

@@ -13,6 +13,7 @@ from worker.link import Description, PoolFacts
 from worker.models.spec import read_spec
 from worker.runner import Runner, TimedRunner
 from worker.step import BatchLimits
+from worker.torch_start import import_torch
 
 log = logging.getLogger("pagoda.worker")
 
@@ -61,9 +62,10 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     fingerprint = _fingerprint(model_dir)
 
     # Imported only now: a bad flag or a bad config.json is told at once, not after torch's second.
+    import_torch()
     import torch
 
-    import worker.loading as loading
+    from worker import loading
 
     imported_s = time.perf_counter()
     if config.num_threads is not None:

@@ -25,10 +25,11 @@ from scheduler.malformed import RefuseMalformed
 from scheduler.recovery import Reviver
 from scheduler.redis_check import check_redis
 from scheduler.redis_pipe import RedisPipe
+from scheduler.request_store import RequestStore
+from scheduler.scripts import ALL_SCRIPTS
 from scheduler.sequence import FinishReason
 from scheduler.service import GenerationService
 from scheduler.status import ServedModel
-from scheduler.store import ALL_SCRIPTS, RequestStore
 from scheduler.tokenizer import Tokenizer, TokenizerError
 from scheduler.worker_link import WorkerLinkService
 
@@ -41,7 +42,8 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 1000),
     ("grpc.http2.ping_timeout_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 200),
+    ("grpc.http2.min_ping_interval_without_data_ms", 200),
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.so_reuseport", 0),
 )
@@ -119,9 +121,10 @@ def listen(server: grpc.aio.Server, address: str) -> None:
 
 def main() -> int:
     """The process's exit code: 0 after a signal, 2 for a configuration that can't work, 1 for our bug."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     try:
-        asyncio.run(serve(parse_flags(sys.argv[1:])))
+        config = parse_flags(sys.argv[1:])
+        logging.basicConfig(level=config.log_level, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+        asyncio.run(serve(config))
     except ConfigError as error:
         print(f"scheduler: {error}", file=sys.stderr)  # noqa: T201
         return 2

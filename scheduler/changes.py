@@ -31,11 +31,20 @@ class Changes:
     forget: list[int] = field(default_factory=list)
     """seq_ids that have moved to another worker: the row goes, the log stays with no expiry."""
 
+    segments: dict[int, int] = field(default_factory=dict)
+    """seq_id -> output index at which its log under this worker begins, where that is not 0."""
+
+    def close_row(self, seq_id: int, first_index: int) -> None:
+        """Closes a sequence whose log under this worker begins at `first_index`."""
+        self.close.append(seq_id)
+        if first_index:
+            self.segments[seq_id] = first_index
+
     def take(self) -> "Changes":
         """All rows so far, in a Changes of their own; this one is empty afterwards."""
         taken = Changes(**{f.name: getattr(self, f.name) for f in fields(self)})
         for f in fields(self):
-            setattr(self, f.name, [])
+            setattr(self, f.name, type(getattr(self, f.name))())
         return taken
 
     def __bool__(self) -> bool:

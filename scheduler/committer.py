@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from scheduler.changes import Changes
 from scheduler.live_request import EndState, LiveRequest
+from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.sequence import Sequence
-from scheduler.store import OwnershipLostError, RequestStore, SequenceRow, WorkerStore
+from scheduler.store import SequenceRow, WorkerStore
 
 MAX_COMMITS_IN_FLIGHT = 64
 """Scripts without an answer beyond which no new step is planned: backpressure while Redis is away."""
@@ -74,6 +75,8 @@ class Committer:
     def log_tokens(self, live: LiveRequest, first_index: int, token_ids: list[int]) -> None:
         """Appends output tokens; the streams see them once they are acknowledged."""
         sequence = live.sequence
+        if sequence.segment_first_index:
+            self.changes.segments[sequence.seq_id] = sequence.segment_first_index
         self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, token_ids))
         self._next.logged.append((live, first_index + len(token_ids)))
 
@@ -164,7 +167,7 @@ class Committer:
         except OwnershipLostError as error:
             return self._lose_ownership(error)
         live.end = EndState.unpack(held)
-        self.changes.close.append(sequence.seq_id)
+        self.changes.close_row(sequence.seq_id, sequence.segment_first_index)
         self._events.ended(live)
         return None
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
 
 class ConfigError(Exception):
     """A flag, or what it names, is not usable; one line that says what to do."""
@@ -35,10 +37,13 @@ class SchedulerConfig:
     """How long requests wait while no worker is there, and streams while Redis is away."""
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
+    log_level: str = "INFO"
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32):
             raise ConfigError(f"--block-size={self.block_size}: must be 16 or 32")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"PAGODA_LOG_LEVEL={self.log_level}: must be one of {', '.join(LOG_LEVELS)}")
         if not self.redis_url:
             raise ConfigError("--redis-url: name a Redis, or set REDIS_URL")
         if not self.listen:
@@ -68,5 +73,9 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
     flags = vars(parser.parse_args(argv))
     return SchedulerConfig(
-        model_dir=flags.pop("model"), listen=tuple(flags.pop("listen")), kv_dtype=flags.pop("dtype"), **flags
+        log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO"),
+        model_dir=flags.pop("model"),
+        listen=tuple(flags.pop("listen")),
+        kv_dtype=flags.pop("dtype"),
+        **flags,
     )

@@ -68,6 +68,16 @@ class DeliveryGate:
             self._arm()
 
 
+def num_ready_tokens(live: LiveRequest) -> int:
+    """Logged tokens that may be delivered: an end token waits for the recorded end, for its text never leaves."""
+    sequence = live.sequence
+    num_logged = sequence.num_logged_tokens
+    if live.end is None and num_logged:
+        last_token_id = sequence.token_ids[sequence.num_prompt_tokens + num_logged - 1]
+        return num_logged - (last_token_id in sequence.limits.end_token_ids)
+    return num_logged
+
+
 class Delivery:
     """Makes the deltas of every stream."""
 
@@ -94,10 +104,10 @@ class Delivery:
             is_interrupted = live.is_orphaned or live.num_interruptions != num_interruptions
             if is_interrupted and end is None:
                 raise UnavailableError("the request can't be served from here now; resume it")
-            num_logged = sequence.num_logged_tokens
+            num_ready = num_ready_tokens(live)
             first = sequence.num_prompt_tokens
-            text.push(sequence.token_ids[first + num_pushed : first + num_logged])
-            num_pushed = num_logged
+            text.push(sequence.token_ids[first + num_pushed : first + num_ready])
+            num_pushed = num_ready
             if end is not None:
                 yield self._last(live, end, text, index)
                 return
@@ -107,7 +117,7 @@ class Delivery:
                 index += len(piece.token_ids)
                 self.gate.busy_s += perf_counter() - started
                 yield delta
-            is_news = live.sequence.num_logged_tokens != num_pushed or live.end is not None or live.is_orphaned
+            is_news = num_ready_tokens(live) != num_pushed or live.end is not None or live.is_orphaned
             if not is_news and live.num_interruptions == num_interruptions:
                 await live.changed()
 

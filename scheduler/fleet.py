@@ -8,26 +8,26 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.block_manager import BlockManager, PoolImage
-from scheduler.changes import Changes
 from scheduler.committer import CommitEvents, Committer
 from scheduler.compatibility import Compatibility, RefusedError
 from scheduler.config import SchedulerConfig
 from scheduler.engine import Engine, EngineParts, Link
 from scheduler.errors import UnavailableError
-from scheduler.live_request import Ending, EndState, LiveRequest, LiveRequests
+from scheduler.live_request import Ending, LiveRequest, LiveRequests
+from scheduler.lost_workers import LostWorkers, reclaim
 from scheduler.planner import Planner, PlannerLimits
-from scheduler.recovery import ModelIdentity, Revived, Reviver, lose_worker, restore_running
+from scheduler.recovery import ModelIdentity, Reviver, RowState, restore_running
 from scheduler.redis_pipe import RedisPipe
-from scheduler.sequence import FinishReason
+from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.step_clock import StepClock
-from scheduler.store import OwnershipLostError, RequestStore, WorkerImage, WorkerStore
+from scheduler.store import WorkerImage, WorkerStore
 
 log = logging.getLogger("pagoda.fleet")
 
@@ -70,6 +70,7 @@ class Fleet:
         self._compatibility = model.compatibility
         self._reviver = model.reviver
         self._live_requests = model.live_requests
+        self._lost = LostWorkers(requests, model.reviver, self.choose, self._on_end)
         self.slots: dict[str, Slot] = {}
         self.changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,7 +176,7 @@ class Fleet:
             if meta.incarnation != register.incarnation:
                 if register.highest_step_id > 0:
                     raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
-                image = await self._reclaim(slot, image, register)
+                image = await reclaim(slot.store, image, register.incarnation, register.num_blocks)
                 step_id = 0
             else:
                 step_id = max(meta.committed_step_id, register.highest_step_id)
@@ -234,32 +235,29 @@ class Fleet:
 
     async def _take_over(self, slot: Slot, engine: Engine, image: WorkerImage) -> None:
         """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
-        for revived in await self._reviver.revive(image):
-            if not await self._claim(slot, engine, revived):
-                continue
+        changes = engine.committer.changes
+        for revived in await self._reviver.revive(slot.name, image):
+            table = image.tables.get(revived.seq_id)
             live = revived.live
-            assert live is not None
-            if revived.seq_id in image.tables:
+            if live is None:
+                if table:
+                    engine.planner.blocks.release(revived.seq_id, table)
+                if revived.state is RowState.OVER:
+                    changes.close_row(revived.seq_id, revived.first_index)
+                else:
+                    changes.forget.append(revived.seq_id)
+                continue
+            first_index = live.sequence.num_output_tokens
+            if revived.recorded_worker != slot.name:
+                live.sequence.segment_first_index = first_index
+            owner = engine.committer.owner
+            await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
+            if table:
                 restore_running(live.sequence, image, self._config.block_size)
                 engine.hold(live)
                 engine.planner.adopt_running(live.sequence)
             else:
                 engine.open(live)
-
-    async def _claim(self, slot: Slot, engine: Engine, revived: Revived) -> bool:
-        """Writes the engine's ownership into a request's record. False: the row is stale, and goes."""
-        if revived.live is None or revived.record is None:
-            engine.committer.changes.close.append(revived.seq_id)
-            return False
-        held_by = revived.record.worker
-        if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
-            engine.committer.changes.forget.append(revived.seq_id)  # a move that was cut short behind its last step
-            return False
-        first_index = revived.live.sequence.num_output_tokens
-        if held_by != slot.name:
-            revived.live.sequence.segment_first_index = first_index
-        await self._requests.own(revived.row.request_id, engine.committer.owner, held_by, first_index)
-        return True
 
     # -- a worker goes ------------------------------------------------------------------------------------------------
 
@@ -274,67 +272,15 @@ class Fleet:
                 live.is_orphaned = True
                 live.notify()
             return  # whoever owns it now, or our next seizure, finds everything in Redis
-        await self._reclaim(slot, await slot.store.load(0), None)
+        await reclaim(slot.store, await slot.store.load(0), "", 0)
         slot.is_fenced = True
-
-    async def _reclaim(self, slot: Slot, image: WorkerImage, register: pb.Register | None) -> WorkerImage:
-        """Lays an empty pool for the new incarnation, or none, and counts the loss for all that ran."""
-        after = lose_worker(image)
-        incarnation, num_blocks = ("", 0) if register is None else (register.incarnation, register.num_blocks)
-        changed = [(seq_id, row.pack()) for seq_id, row in after.rows.items() if row != image.rows[seq_id]]
-        replies = [slot.store.reclaim(incarnation, num_blocks)]
-        if changed:
-            replies.append(slot.store.commit(Changes(describe=changed), 0))
-        await asyncio.gather(*replies)
-        return replace(after, pool=PoolImage(num_blocks, {}, {}, {}))
 
     async def _rehome_all(self) -> None:
         for slot in list(self.slots.values()):
             if slot.is_fenced and slot.engine is None and self.engines:
                 async with slot.lock:
                     if slot.engine is None:
-                        await self._rehome(slot)
-
-    async def _rehome(self, slot: Slot) -> None:
-        """Moves a lost worker's requests to live ones: record first, then the new row, then the old row goes."""
-        moved = Changes()
-        for revived in await self._reviver.revive(await slot.store.load(0)):
-            live = revived.live
-            if live is None or revived.record is None:
-                moved.close.append(revived.seq_id)
-                continue
-            held_by = revived.record.worker
-            if held_by != slot.name and await self._requests.is_enrolled(held_by, revived.seq_id):
-                moved.forget.append(revived.seq_id)
-                continue
-            engine = self.choose(live)
-            if engine is None:
-                break
-            sequence = live.sequence
-            sequence.segment_first_index = sequence.num_output_tokens
-            await self._requests.own(sequence.request_id, engine.committer.owner, held_by, sequence.segment_first_index)
-            accepted = engine.open(live)
-            await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
-            if not accepted.done():
-                break
-            moved.forget.append(revived.seq_id)
-        if moved:
-            await slot.store.commit(moved, 0)
-
-    async def _give_up(self, slot: Slot) -> None:
-        """No worker came for too long: every request that waits for one ends with UNAVAILABLE."""
-        ending = EndState(FinishReason.ERROR, 0, "UNAVAILABLE", "no worker came back in time")
-        owner = (slot.name, slot.store.epoch)
-        closed = Changes()
-        for revived in await self._reviver.revive(await slot.store.load(0)):
-            closed.close.append(revived.seq_id)
-            if revived.live is not None and revived.record is not None:
-                await self._requests.own(revived.row.request_id, owner, revived.record.worker, 0)
-                held = await self._requests.end(revived.row.request_id, owner, ending.pack())
-                revived.live.end = EndState.unpack(held)
-                self._on_end(revived.live)
-        if closed:
-            await slot.store.commit(closed, 0)
+                        await self._lost.rehome(slot.name, slot.store)
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
@@ -363,14 +309,14 @@ class Fleet:
             async with slot.lock:
                 if slot.engine is None:
                     meta = await slot.store.seize(0)
-                    await self._reclaim(slot, await slot.store.load(meta.num_blocks), None)
+                    await reclaim(slot.store, await slot.store.load(meta.num_blocks), "", 0)
                     slot.is_fenced = True
             await self._announce()
             await self._rehome_all()
         elif slot.is_fenced and lost_s > self._config.worker_wait_s and not self.engines:
             async with slot.lock:
                 if slot.engine is None:
-                    await self._give_up(slot)
+                    await self._lost.give_up(slot.name, slot.store)
                     slot.lost_since = monotonic()
 
     def _on_end(self, live: LiveRequest) -> None:
@@ -379,12 +325,12 @@ class Fleet:
         if live.num_streams == 0:
             self._live_requests.discard(live)
         if live.sequence.segment_first_index > 0:
-            self._spawn(self._expire_segments(live))
+            self._spawn(self._expire_logs(live))
 
-    async def _expire_segments(self, live: LiveRequest) -> None:
+    async def _expire_logs(self, live: LiveRequest) -> None:
         record = await self._requests.load(live.body.request_id)
-        for worker, _ in record.placements[:-1] if record is not None else ():
-            await self._requests.expire_log(worker, live.sequence.seq_id)
+        if record is not None:
+            await self._requests.expire_logs(record)
 
     async def _announce(self) -> None:
         async with self.changed:

@@ -18,8 +18,13 @@ def worker_key(worker: str, part: str) -> str:
     return f"{{w:{worker}}}:{part}"
 
 
-def log_key(worker: str, seq_id: int) -> bytes:
-    """A sequence's output token ids under this worker: packed little-endian u32."""
+def log_key(worker: str, seq_id: int, first_index: int = 0) -> bytes:
+    """A segment of a sequence's output token ids, from `first_index` on: packed little-endian u32.
+
+    A sequence that comes back to a worker begins another segment there.
+    """
+    if first_index:
+        return b"{w:%b}:log:%x:%d" % (worker.encode(), seq_id, first_index)
     return b"{w:%b}:log:%x" % (worker.encode(), seq_id)
 
 

@@ -5,13 +5,16 @@ One path for all three. What Redis says holds; a request that is still live in t
 
 import asyncio
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from scheduler.block_hash import extend_chain, root_hash
+from scheduler.block_manager import PoolImage
 from scheduler.detokenizer import TextStream
 from scheduler.live_request import Ending, EndState, LiveRequest, LiveRequests
 from scheduler.request import RequestBody
+from scheduler.request_store import RequestRecord, RequestStore
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
-from scheduler.store import RequestRecord, RequestStore, SequenceRow, WorkerImage
+from scheduler.store import SequenceRow, WorkerImage
 from scheduler.tokenizer import Tokenizer
 
 MAX_LOSSES = 3
@@ -27,14 +30,26 @@ class ModelIdentity:
     block_size: int
 
 
+class RowState(Enum):
+    """What a row under a worker's tag turns out to be."""
+
+    LIVE = "live"
+    OVER = "over"
+    """Its request has ended, or its record has expired: the row goes."""
+    MOVED = "moved"
+    """Its request runs on under another worker's tag, and a cut-short move has left the row behind: it goes too."""
+
+
 @dataclass(frozen=True, slots=True)
 class Revived:
-    """A sequence's row, with the request that it belongs to; `live` is None where the row has no live request."""
+    """A sequence's row and what it is; of a LIVE one the request, and the worker that its record names."""
 
     seq_id: int
-    row: SequenceRow
-    record: RequestRecord | None
-    live: LiveRequest | None
+    state: RowState
+    first_index: int
+    """Output index at which the log under the worker's tag begins."""
+    live: LiveRequest | None = None
+    recorded_worker: str = ""
 
 
 class Reviver:
@@ -58,15 +73,17 @@ class Reviver:
         live.end = EndState.unpack(record.end)
         return live
 
-    async def revive(self, image: WorkerImage) -> list[Revived]:
+    async def revive(self, worker: str, image: WorkerImage) -> list[Revived]:
         """All sequences that a worker has a row of, by arrival."""
-        revived = await asyncio.gather(*(self._revive(seq_id, row) for seq_id, row in image.rows.items()))
+        revived = await asyncio.gather(*(self._revive(worker, seq_id, row) for seq_id, row in image.rows.items()))
         return sorted(revived, key=lambda r: r.seq_id)
 
-    async def _revive(self, seq_id: int, row: SequenceRow) -> Revived:
+    async def _revive(self, worker: str, seq_id: int, row: SequenceRow) -> Revived:
         record = await self._requests.load(row.request_id)
         if record is None or record.end or record.seq_id != seq_id:
-            return Revived(seq_id, row, record, None)
+            return Revived(seq_id, RowState.OVER, row.first_index)
+        if record.worker != worker and await self._requests.is_enrolled(record.worker, seq_id):
+            return Revived(seq_id, RowState.MOVED, row.first_index)
         body = RequestBody.from_bytes(record.body, record.digest)
         output = await self._requests.load_output(record)
         sequence = self._sequence(body, seq_id, output)
@@ -83,7 +100,7 @@ class Reviver:
         live.is_accepted = True
         live.stop_text = self._stop_text(body)
         live.ending = live.ending or self._tail_ending(live) or self._loss_ending(sequence)
-        return Revived(seq_id, row, record, live)
+        return Revived(seq_id, RowState.LIVE, row.first_index, live, record.worker)
 
     def _tail_ending(self, live: LiveRequest) -> Ending | None:
         """The end that the log's tail shows, where its owner died before it recorded it."""
@@ -142,9 +159,9 @@ def restore_running(sequence: Sequence, image: WorkerImage, block_size: int) -> 
 
 
 def lose_worker(image: WorkerImage) -> WorkerImage:
-    """The image after its incarnation died: what ran has lost its blocks, and counts the loss."""
+    """The image after its incarnation died: its pool is void; what ran has lost its blocks, and counts the loss."""
     rows = {
         seq_id: replace(row, attempt=row.attempt + 1, num_losses=row.num_losses + 1) if seq_id in image.tables else row
         for seq_id, row in image.rows.items()
     }
-    return replace(image, rows=rows, tables={}, computed={})
+    return replace(image, pool=PoolImage(0, {}, {}, {}), rows=rows, tables={}, computed={})

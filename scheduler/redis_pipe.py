@@ -128,10 +128,11 @@ class RedisPipe:
     async def _serve_connection(self) -> None:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         try:
-            await connection.connect()  # type: ignore[no-untyped-call]
-            for script in self._scripts:
-                await connection.send_command("SCRIPT", "LOAD", script.text)
-                await connection.read_response()
+            async with asyncio.timeout(REPLY_TIMEOUT_S):  # else a network that swallows packets would hold it for ever
+                await connection.connect()  # type: ignore[no-untyped-call]
+                for script in self._scripts:
+                    await connection.send_command("SCRIPT", "LOAD", script.text)
+                    await connection.read_response()
             self.is_up = True
             reader = asyncio.create_task(self._read(connection))
             reader.add_done_callback(lambda _: self._wake.set())

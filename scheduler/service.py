@@ -17,14 +17,15 @@ from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.recovery import Reviver
 from scheduler.request import RequestBody
+from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.sequence import FinishReason
 from scheduler.status import ServedModel, status_of
-from scheduler.store import OwnershipLostError, RequestStore
 from scheduler.tokenizer import Tokenizer
 from scheduler.validation import Limits, check_token_ids, encode_prompt, validate
 
 STORE_TIMEOUT_S = 5.0
 """How long a call waits for Redis before it is told UNAVAILABLE."""
+LONG_REQUEST_BYTES = 4096
 _T = TypeVar("_T")
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -56,7 +57,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Runs a request, or attaches to the one of the same id and body."""
         await self._fleet.wait_for_worker()
-        body = validate(request, self._tokenizer, self._limits())
+        body = await self._validate(request)
         live = await self._find_same(body) or await self._accept(body)
         async with _Attached(self._live_requests, live):
             while not (live.is_accepted or live.end is not None or live.is_orphaned):
@@ -89,6 +90,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             return pb.CancelResponse(cancelled=False)
         self._fleet.end(live, Ending(FinishReason.ABORT))
         return pb.CancelResponse(cancelled=True)
+
+    async def _validate(self, request: pb.GenerateRequest) -> RequestBody:
+        """Long texts are tokenized beside the loop, so that no stream waits for them."""
+        if request.ByteSize() < LONG_REQUEST_BYTES:
+            return validate(request, self._tokenizer, self._limits())
+        return await asyncio.to_thread(validate, request, self._tokenizer, self._limits())
 
     # -- accepting ----------------------------------------------------------------------------------------------------
 

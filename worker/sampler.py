@@ -59,7 +59,7 @@ def _choose(kept: torch.Tensor, rows: SampledRows) -> torch.Tensor:
     Sums are float64: no order of summation shows.
     """
     vocab_size = kept.shape[1]
-    chunks = F.pad(kept, (0, -vocab_size % CHUNK_SIZE)).view(len(kept), -1, CHUNK_SIZE)
+    chunks = F.pad(kept, (0, -vocab_size % CHUNK_SIZE)).view(len(kept), -(-vocab_size // CHUNK_SIZE), CHUNK_SIZE)
     sums = chunks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     targets = _column(uniforms(rows.seeds, rows.output_indexes), kept) * sums[:, -1:]
     chunk = torch.searchsorted(sums, targets, right=True).clamp_(max=sums.shape[1] - 1)

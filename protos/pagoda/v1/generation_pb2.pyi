@@ -177,7 +177,7 @@ class SamplingParams(_message.Message):
     temperature: _builtins.float
     """0 is greedy. Unset: the model's generation_config.json, or 1. Range: 0 to 100, finite."""
     top_k: _builtins.int
-    """Sample among the k likeliest tokens. 0 or unset: no limit."""
+    """Sample among the k likeliest tokens. 0: no limit. Unset: as temperature."""
     top_p: _builtins.float
     """Sample among the likeliest tokens whose probabilities reach this sum. Range: over 0, up to 1. Unset: as temperature."""
     min_p: _builtins.float
@@ -187,7 +187,7 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Tokens to generate at most; at least 1. Unset: as many as the model's length and the pool allow."""
     min_tokens: _builtins.int
-    """No end-of-sequence or stop token before this many tokens."""
+    """No end-of-sequence or stop token before this many tokens; stop texts are not held back."""
     ignore_eos: _builtins.bool
     """Go on past the model's end-of-sequence tokens."""
     presence_penalty: _builtins.float

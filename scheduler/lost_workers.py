@@ -1,0 +1,84 @@
+"""What becomes of a lost worker: its pool is void at once, its requests go to live workers, wait, or are given up.
+
+Works on Redis alone, under the worker's own tag, with every step repeatable: a scheduler that dies in the middle leaves
+nothing that its successor can't tell and finish.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from scheduler.block_manager import PoolImage
+from scheduler.changes import Changes
+from scheduler.engine import Engine
+from scheduler.live_request import EndState, LiveRequest
+from scheduler.recovery import Reviver, RowState, lose_worker
+from scheduler.request_store import RequestStore
+from scheduler.sequence import FinishReason
+from scheduler.store import WorkerImage, WorkerStore
+
+GIVEN_UP = EndState(FinishReason.ERROR, 0, "UNAVAILABLE", "no worker came back in time")
+
+
+async def reclaim(store: WorkerStore, image: WorkerImage, incarnation: str, num_blocks: int) -> WorkerImage:
+    """Lays an empty pool for a new incarnation (none where it is ""), and counts the loss for all that ran."""
+    after = lose_worker(image)
+    changed = [(seq_id, row.pack()) for seq_id, row in after.rows.items() if row != image.rows[seq_id]]
+    replies = [store.reclaim(incarnation, num_blocks)]
+    if changed:
+        replies.append(store.commit(Changes(describe=changed), 0))
+    await asyncio.gather(*replies)
+    return replace(after, pool=PoolImage(num_blocks, {}, {}, {}))
+
+
+class LostWorkers:
+    """`choose` names the live worker for a request; `on_end` is told of requests that are given up."""
+
+    def __init__(
+        self,
+        requests: RequestStore,
+        reviver: Reviver,
+        choose: Callable[[LiveRequest], Engine | None],
+        on_end: Callable[[LiveRequest], None],
+    ) -> None:
+        self._requests = requests
+        self._reviver = reviver
+        self._choose = choose
+        self._on_end = on_end
+
+    async def rehome(self, worker: str, store: WorkerStore) -> None:
+        """Moves the requests to live workers: the record first, then the new row, then the old row goes."""
+        gone = Changes()
+        for revived in await self._reviver.revive(worker, await store.load(0)):
+            if revived.state is RowState.OVER:
+                gone.close_row(revived.seq_id, revived.first_index)
+            elif revived.live is None or await self._move(revived.live, revived.recorded_worker):
+                gone.forget.append(revived.seq_id)
+        if gone:
+            await store.commit(gone, 0)
+
+    async def give_up(self, worker: str, store: WorkerStore) -> None:
+        """No worker came for too long: every request that waits for one ends with UNAVAILABLE."""
+        owner = (worker, store.epoch)
+        gone = Changes()
+        for revived in await self._reviver.revive(worker, await store.load(0)):
+            gone.close_row(revived.seq_id, revived.first_index)
+            live = revived.live
+            if live is not None:
+                first_index = live.sequence.num_output_tokens
+                await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
+                live.end = EndState.unpack(await self._requests.end(live.body.request_id, owner, GIVEN_UP.pack()))
+                self._on_end(live)
+        if gone:
+            await store.commit(gone, 0)
+
+    async def _move(self, live: LiveRequest, recorded_worker: str) -> bool:
+        """Whether the request is durable under another worker's tag now."""
+        engine = self._choose(live)
+        if engine is None:
+            return False
+        first_index = live.sequence.segment_first_index = live.sequence.num_output_tokens
+        await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_index)
+        accepted = engine.open(live)
+        await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
+        return accepted.done()

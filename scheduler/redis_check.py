@@ -1,6 +1,8 @@
 """Looks at a Redis before it is trusted with the truth."""
 
 import asyncio
+import contextlib
+import logging
 import re
 
 from redis.asyncio import Redis
@@ -10,6 +12,8 @@ from redis.exceptions import RedisError
 
 from scheduler.config import ConfigError
 
+log = logging.getLogger("pagoda.redis")
+
 MIN_VERSION = (6, 2)
 START_TIMEOUT_S = 5.0
 RETRY_DELAY_S = 0.02
@@ -18,7 +22,9 @@ RETRY_DELAY_S = 0.02
 async def check_redis(url: str) -> None:
     """Raises ConfigError for a Redis that is out of reach, older than 6.2, or that would evict what it holds."""
     try:
-        client = Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=2.0, socket_connect_timeout=2.0)
+        client = Redis.from_url(
+            url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=2.0, socket_connect_timeout=2.0
+        )
     except ValueError as error:
         raise ConfigError(f"--redis-url: {error}") from None
     try:
@@ -31,8 +37,19 @@ async def check_redis(url: str) -> None:
             raise ConfigError(
                 f"--redis-url: its maxmemory-policy is {policy}, which drops live requests; set it to noeviction"
             )
+        await _warn_of_late_writes(client)
     finally:
         await client.aclose()
+
+
+async def _warn_of_late_writes(client: "Redis") -> None:
+    """With everysec, a Redis whose disk is slow answers before it has written, for up to two seconds."""
+    with contextlib.suppress(RedisError):  # CONFIG may be forbidden
+        config = await client.config_get("appendonly", "appendfsync")
+        if config.get("appendonly") == "yes" and config.get("appendfsync") == "everysec":
+            log.warning(
+                "appendfsync is everysec: a Redis that is killed may lose what it acknowledged; set no or always"
+            )
 
 
 async def _info(client: "Redis") -> dict[str, object]:

@@ -69,7 +69,7 @@ def test_what_was_written_survives_a_kill(server, folder):
 def test_its_settings(server, folder):
     child = start(server, folder)
     try:
-        for name, value in {"maxmemory-policy": "noeviction", "appendfsync": "everysec", "port": "0"}.items():
+        for name, value in {"maxmemory-policy": "noeviction", "appendfsync": "no", "port": "0"}.items():
             assert ask(folder, "CONFIG", "GET", name).split(b"\r\n")[4] == value.encode()
         mode = os.stat(folder / "r.sock").st_mode & 0o777  # noqa: PTH116
         assert mode == 0o700

@@ -26,6 +26,8 @@ class Command:
     argv: tuple[str, ...]
     quiet_start: bool = False
     """What it says before everything is ready is chatter."""
+    environment: tuple[tuple[str, str], ...] = ()
+    """What others of this machine must not read off the command line."""
 
 
 class ChildLog:
@@ -73,6 +75,7 @@ class Child:
         self._last_line = ""
         self._process = subprocess.Popen(
             command.argv,
+            env={**os.environ, **dict(command.environment)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -63,7 +63,6 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
     listen = [f"unix:{socket_path}"] + ([f"127.0.0.1:{settings.port}"] if settings.port is not None else [])
     flags = {
         "model": settings.model,
-        "redis-url": redis_url,
         "block-size": settings.block_size,
         "dtype": settings.dtype,
         "max-model-len": settings.max_model_len,
@@ -72,7 +71,8 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
         "overcommit": settings.overcommit,
     }
     addresses = [part for address in listen for part in ("--listen", address)]
-    return Command("scheduler", (sys.executable, "-m", "scheduler", *addresses, *_flags(flags)))
+    argv = (sys.executable, "-m", "scheduler", *addresses, *_flags(flags))
+    return Command("scheduler", argv, environment=(("REDIS_URL", redis_url),))  # it may hold a password
 
 
 def worker_commands(settings: UpSettings, socket_path: Path) -> list[Command]:

@@ -43,8 +43,9 @@ def test_each_gpu_worker_has_its_own_device_and_the_memory_as_given():
 
 
 def test_what_is_not_given_is_left_to_the_processes():
-    bare = scheduler_command(UpSettings(Path("m")), SOCKET, "unix:///r").argv[3:]
-    assert bare == ("--listen", f"unix:{SOCKET}", "--model", "m", "--redis-url", "unix:///r")
+    command = scheduler_command(UpSettings(Path("m")), SOCKET, "redis://:secret@host")
+    assert command.argv[3:] == ("--listen", f"unix:{SOCKET}", "--model", "m")
+    assert command.environment == (("REDIS_URL", "redis://:secret@host"),), "a password is on the command line"
     given = UpSettings(
         Path("m"), port=5, block_size=32, dtype="float16", max_model_len=9, record_ttl_s=3, overcommit=1.5
     )

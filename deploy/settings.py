@@ -61,7 +61,7 @@ def check(settings: UpSettings) -> None:
 def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -> Command:
     """`python -m scheduler` on the port for clients and on the unix socket for workers."""
     listen = [f"unix:{socket_path}"] + ([f"127.0.0.1:{settings.port}"] if settings.port is not None else [])
-    flags = {
+    flags: dict[str, object] = {
         "model": settings.model,
         "block-size": settings.block_size,
         "dtype": settings.dtype,

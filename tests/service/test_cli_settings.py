@@ -55,14 +55,18 @@ def test_what_is_not_given_is_left_to_the_processes():
     assert argv[argv.index("--block-size") :] == (*expected, "--record-ttl-s", "3", "--overcommit", "1.5")
 
 
-def test_every_flag_is_one_that_the_processes_know():
+def test_every_flag_is_one_that_the_processes_know(monkeypatch):
     from scheduler.config import parse_flags
     from worker.config import parse_config
 
     everything = UpSettings(
         Path("m"), 2, "cpu", "float32", "1GiB", None, 16, 64, 8, 128, 5, None, None, None, 3, 7, 1.5
     )
-    assert parse_flags(scheduler_command(everything, SOCKET, "unix:///r").argv[3:]).overcommit == 1.5
+    command = scheduler_command(everything, SOCKET, "unix:///r")
+    for name, value in command.environment:
+        monkeypatch.setenv(name, value)
+    config = parse_flags(command.argv[3:])
+    assert (config.overcommit, config.redis_url) == (1.5, "unix:///r")
     assert parse_config(worker_commands(everything, SOCKET)[1].argv[3:]).max_num_seqs == 8
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
@@ -44,7 +45,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._live_requests = live_requests
         self._delivery = Delivery(model.tokenizer)
         self._seq_ids: itertools.count[int] | None = None
-        self._accepting: set[asyncio.Task[LiveRequest]] = set()
+        self._accepting: dict[str, _Acceptance] = {}
 
     async def start(self) -> None:
         """Draws the prefix of this scheduler's seq_ids."""
@@ -58,7 +59,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Runs a request, or attaches to the one of the same id and body."""
         await self._fleet.wait_for_worker()
         body = await self._validate(request)
-        live = await self._find_same(body) or await self._accept(body)
+        live = await self._find(body.request_id) or await self._accept(body)
+        if live.body.digest != body.digest:
+            raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
         async with _Attached(self._live_requests, live):
             while not (live.is_accepted or live.end is not None or live.is_orphaned):
                 await live.changed()
@@ -99,13 +102,6 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     # -- accepting ----------------------------------------------------------------------------------------------------
 
-    async def _find_same(self, body: RequestBody) -> LiveRequest | None:
-        """The request of this id, if there is one; it must have this body."""
-        live = await self._find(body.request_id)
-        if live is not None and live.body.digest != body.digest:
-            raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
-        return live
-
     async def _find(self, request_id: str) -> LiveRequest | None:
         """A request that is live here, or is over and not expired; waits for one whose worker is being taken over."""
         live = self._live_requests.get(request_id)
@@ -139,22 +135,33 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     async def _accept(self, body: RequestBody) -> LiveRequest:
         """A new request, durable. A client that leaves meanwhile leaves it as one that was accepted, not half made."""
+        live = self._live_requests.get(body.request_id)
+        if live is not None:
+            return live  # the same request came twice at once, and the other was faster
+        acceptance = self._accepting.get(body.request_id) or self._begin_accepting(body)
+        acceptance.num_waiting += 1
+        try:
+            live = await asyncio.shield(acceptance.task)
+        except asyncio.CancelledError:
+            acceptance.task.add_done_callback(lambda _: self._expect_client(acceptance))
+            raise
+        finally:
+            acceptance.num_waiting -= 1
+        return live
+
+    def _begin_accepting(self, body: RequestBody) -> "_Acceptance":
         num_waiting = len(self._accepting) + len(self._live_requests)
         num_waiting -= sum(len(engine.planner.running) for engine in self._fleet.engines)
         if num_waiting >= self._model.max_waiting:
             raise QueueFullError(f"{num_waiting} requests are waiting already; try again later")
-        accepting = asyncio.create_task(self._create(body))
-        self._accepting.add(accepting)
-        accepting.add_done_callback(self._accepting.discard)
-        try:
-            return await asyncio.shield(accepting)
-        except asyncio.CancelledError:
-            accepting.add_done_callback(self._on_accepted_alone)
-            raise
+        acceptance = self._accepting[body.request_id] = _Acceptance(asyncio.create_task(self._create(body)))
+        acceptance.task.add_done_callback(lambda _: self._accepting.pop(body.request_id))
+        return acceptance
 
-    def _on_accepted_alone(self, accepting: "asyncio.Task[LiveRequest]") -> None:
-        if not accepting.cancelled() and accepting.exception() is None:
-            self._live_requests.expect_client(accepting.result())
+    def _expect_client(self, acceptance: "_Acceptance") -> None:
+        task = acceptance.task
+        if not task.cancelled() and task.exception() is None and acceptance.num_waiting == 0:
+            self._live_requests.expect_client(task.result())
 
     async def _create(self, body: RequestBody) -> LiveRequest:
         """Makes a request ours and durable, and gives it to a worker."""
@@ -222,6 +229,14 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Ids to text."""
         check_token_ids("token_ids", request.token_ids, self._tokenizer)
         return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids))
+
+
+@dataclass(slots=True, eq=False)
+class _Acceptance:
+    """A request that is being made durable, and how many calls wait for that."""
+
+    task: asyncio.Task[LiveRequest]
+    num_waiting: int = 0
 
 
 class _Attached:

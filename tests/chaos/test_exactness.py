@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from tests.chaos.pairwise import pairwise, product
 from tests.chaos.reference import reference_of
 from tests.checkpoints import FAMILIES, make_checkpoint

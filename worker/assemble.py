@@ -62,7 +62,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     fingerprint = _fingerprint(model_dir)
 
     # Imported only now: a bad flag or a bad config.json is told at once, not after torch's second.
-    import_torch()
+    import_torch(config.device)
     import torch
 
     from worker import loading

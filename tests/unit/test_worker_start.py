@@ -322,7 +322,7 @@ def test_without_a_model_torch_is_not_imported() -> None:
 
 def test_torch_imports_in_part_and_whole_when_asked() -> None:
     code = (
-        "import gc, sys; from worker.torch_start import import_torch; import_torch(); import torch; "
+        "import gc, sys; from worker.torch_start import import_torch; import_torch('cpu'); import torch; "
         "assert gc.isenabled() and 'torch._meta_registrations' not in sys.modules; "
         "assert torch.ones(2).sum().item() == 2; import torch._meta_registrations; "
         "assert (torch.empty(3, 4, device='meta') @ torch.empty(4, 5, device='meta')).shape == (3, 5)"

@@ -1,5 +1,6 @@
 """python -m worker: one worker process. Exit codes: 0 asked to end, 2 bad flag or model, 3 mismatch, 4 name taken."""
 
+import gc
 import logging
 import os
 import signal
@@ -35,6 +36,8 @@ def _serve(config: WorkerConfig) -> None:
     from worker.link import Link
 
     parts = assemble(config)
+    # What is there now stays: a collection that walks through all of torch takes longer than a step.
+    gc.freeze()
     link = Link(config.schedulers, parts.description)
     link.start()
     try:

@@ -59,6 +59,7 @@ def _assemble_timed(config: WorkerConfig, step_s: float) -> Assembly:
 def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     started_s = time.perf_counter()
     spec = read_spec(model_dir)
+    limits = _limits(config, spec.max_position_embeddings)
     fingerprint = _fingerprint(model_dir)
 
     # Imported only now: a bad flag or a bad config.json is told at once, not after torch's second.
@@ -71,7 +72,6 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     loaded = loading.load(config, spec, model_dir)
-    limits = _limits(config, spec.max_position_embeddings)
     calibrated_step_s, runner = loading.start(config, loaded)
     dtype = str(loaded.pool.blocks.dtype).removeprefix("torch.")
     log.info(

@@ -174,7 +174,7 @@ class Link:
 
     def _handle(self, stream: Stream, response: pb.ConnectResponse) -> None:
         match response.WhichOneof("message"):
-            case "plan":
+            case "plan" if stream.is_registered:
                 self._receive(response.plan)
             case "registered":
                 self._registered(stream, response.registered)
@@ -182,8 +182,8 @@ class Link:
                 self._refused(response.refused)
             case "redirect":
                 stream.redirected_to = response.redirect.address
-            case unknown:
-                raise ProtocolError(f"message {unknown} is not known to this worker")
+            case unexpected:
+                raise ProtocolError(f"message {unexpected} came where it means nothing")
 
     def _receive(self, message: pb.StepPlan) -> None:
         plan = decode_plan(message)

@@ -386,6 +386,15 @@ def test_a_broken_plan_ends_the_stream_not_the_worker(server: SchedulerServer, s
     assert list(stream.run(planner.plan({1: 3})).num_computed_tokens) == [3]
 
 
+def test_a_plan_before_registration_ends_the_stream(server: SchedulerServer, start: Start) -> None:
+    worker = start(server.address)
+    stream = server.accept()
+    send(stream, one_sequence().plan({1: 3}))
+    assert stream.ended()
+    assert server.accept().registered(1) == []
+    assert worker.runner.steps == []
+
+
 @pytest.mark.parametrize("step_id", [1, 2])
 def test_a_repeated_step_ends_the_stream(step_id: int, server: SchedulerServer, start: Start) -> None:
     start(server.address)

@@ -137,8 +137,7 @@ class Planner:
     @property
     def num_queued_prefill_tokens(self) -> int:
         """Tokens of prompts that no plan covers yet, for the choice of a worker."""
-        running = sum(s.num_unplanned_tokens for s in self.running)
-        return running + sum(len(s.token_ids) for s in self.waiting)
+        return sum([s.num_unplanned_tokens for s in self.running]) + self.waiting.num_tokens
 
     def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
         """Tokens of a prompt with this chain that are neither published nor being computed here."""

@@ -17,10 +17,12 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._queues: dict[tuple[int, str], list[tuple[int, Sequence]]] = {}  # (priority, tenant) -> heap by arrival
         self._served_tokens: dict[str, int] = {}
-        self._num_sequences = 0
+        self._num_tokens_of: dict[int, int] = {}  # seq_id -> its tokens when it was queued
+        self.num_tokens = 0
+        """Tokens of all sequences, counted as they were queued."""
 
     def __len__(self) -> int:
-        return self._num_sequences
+        return len(self._num_tokens_of)
 
     def push(self, sequence: Sequence) -> None:
         """Queues a sequence by its arrival: seq_ids grow with it, so a preempted one goes before later arrivals."""
@@ -30,7 +32,8 @@ class WaitingQueue:
             served = self._served_tokens.get(sequence.tenant, 0)
             self._served_tokens[sequence.tenant] = max(served, min(active, default=served))
         heappush(self._queues.setdefault(key, []), (sequence.seq_id, sequence))
-        self._num_sequences += 1
+        self._num_tokens_of[sequence.seq_id] = len(sequence.token_ids)
+        self.num_tokens += len(sequence.token_ids)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out wherever it stands."""
@@ -38,7 +41,7 @@ class WaitingQueue:
         heap = self._queues[key]
         heap.remove((sequence.seq_id, sequence))
         heap.sort()
-        self._num_sequences -= 1
+        self.num_tokens -= self._num_tokens_of.pop(sequence.seq_id)
         if not heap:
             del self._queues[key]
             self._forget_idle_tenants()

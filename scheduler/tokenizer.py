@@ -63,7 +63,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with the special tokens that the model's post-processor adds."""
-        return list(self._backend.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """The ids of a conversation of (role, content), up to where the assistant speaks.
@@ -73,7 +73,11 @@ class Tokenizer:
         if self._template is None:
             raise ChatTemplateError("the model has no chat template; send text or token ids")
         # The template writes the special tokens itself: the post-processor would double them.
-        return list(self._backend.encode(self._template.render(messages), add_special_tokens=False).ids)
+        return self._encode(self._template.render(messages), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # As a batch of one: only that lets other threads run meanwhile, and megabytes take seconds.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the ids; special tokens are left out, incomplete characters show as U+FFFD."""

@@ -1,59 +1,22 @@
 """Who may take up which stream where, and what becomes of a request whose client goes away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 from pagoda.v1 import generation_pb2 as pb
-from pagoda.v1 import generation_pb2_grpc
 
 from scheduler.client import PagodaClient
 from scheduler.detokenizer import TextStream
 from scheduler.tokenizer import Tokenizer
+from tests.service.calls import Stub, attach, begun, failure
 from tests.stack import Stack, collect, started
 from tests.timed import timed_request, timed_tokens
 
 LONG = 4000
-Stub = generation_pb2_grpc.GenerationStub
-
-
-async def attach(stub: Stub, request_id: str, next_index: int) -> tuple[list[int], str, pb.Delta]:
-    """As `collect`, from an index on; checks that the stream begins there."""
-    token_ids: list[int] = []
-    text = ""
-    last = pb.Delta()
-    async for response in stub.Attach(pb.AttachRequest(request_id=request_id, next_index=[next_index])):
-        assert response.request_id == request_id
-        if response.HasField("delta"):
-            last = response.delta
-            assert last.index == next_index + len(token_ids)
-            token_ids += last.token_ids
-            text += last.text
-    return token_ids, text, last
-
-
-async def failure(call: object) -> tuple[grpc.StatusCode, str]:
-    """How a call or a stream fails."""
-    try:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call  # type: ignore[misc]
-    except grpc.aio.AioRpcError as error:
-        return error.code(), str(error.details())
-    raise AssertionError("it did not fail")
-
-
-async def begun(call: AsyncIterator[pb.GenerateResponse], num_tokens: int = 1) -> None:
-    """Reads a stream until that many tokens have come."""
-    async for response in call:
-        if response.delta.index + len(response.delta.token_ids) >= num_tokens:
-            return
-    raise AssertionError("the stream ended before")
 
 
 # -- the same request_id ----------------------------------------------------------------------------------------------

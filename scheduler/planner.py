@@ -85,6 +85,7 @@ class Planner:
             self._give_back(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
             self.waiting.remove(sequence)
+            self._num_free_at_refusal = None  # what was refused may be gone
         sequence.status = SequenceStatus.FINISHED
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
 

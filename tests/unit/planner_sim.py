@@ -1,0 +1,389 @@
+"""One worker's planner from arrivals to ends, without Redis and without a network, in rounds.
+
+Planner, block manager, results and plans are the real ones; Redis is a delay until a script is acknowledged, and the
+worker a physical pool in which every slot says what is written in it. A round is what the engine does when it wakes,
+and what the worker does meanwhile: one plan. Every round asserts what must always hold.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+from pagoda.v1 import worker_pb2 as pb
+
+from scheduler.block_hash import root_hash
+from scheduler.block_manager import BlockManager
+from scheduler.changes import Changes
+from scheduler.committer import Committer
+from scheduler.live_request import Ending, LiveRequest
+from scheduler.planner import Planner, PlannerLimits, ScheduledRow
+from scheduler.request import RequestBody
+from scheduler.results import Results, Step
+from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
+from scheduler.wire import StepNumbers, build_plan
+
+END = 0
+"""The end-of-sequence token; no prompt holds it."""
+MAX_PLANS_IN_FLIGHT = 2
+CANCELLED = Ending(FinishReason.ABORT)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request as its client makes it. Rounds count from 0."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    stops_after: int = 10**9
+    """Output tokens before the model would end by itself."""
+    round: int = 0
+    cancel_round: int | None = None
+    priority: int = 0
+    tenant: str = ""
+    salt: str = ""
+    ignores_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SimLimits:
+    """What the worker can run, and how far Redis is away."""
+
+    num_blocks: int
+    block_size: int = 4
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 16
+    overcommit: float = 1.0
+    lookahead: int = 2
+    ack_rounds: int = 1
+    """Rounds from a script to its answer; 0: before the next round begins."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """What the worker knows of a sequence."""
+
+    attempt: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    num_computed: int
+    block_ids: list[int]
+    salt: str
+
+
+@dataclass(slots=True)
+class SimWorker:
+    """Runs plans in order. Reads only what is written, writes only what nobody else reads."""
+
+    block_size: int
+    next_token: Callable[[int, int], int]
+    """(seq_id, output index) -> the token: sampling is reproducible."""
+    salts: dict[int, str] = field(default_factory=dict)
+    pool: dict[int, list[int | None]] = field(default_factory=dict)
+    held: dict[int, _Held] = field(default_factory=dict)
+    last_step_id: int = 0
+
+    def run(self, plan: pb.StepPlan) -> pb.StepResult:
+        """The result of the next plan."""
+        assert plan.step_id == self.last_step_id + 1
+        self.last_step_id = plan.step_id
+        for block_id in plan.freed_block_ids:
+            self.pool[block_id] = [None] * self.block_size
+        for seq_id in plan.removed_seq_ids:
+            del self.held[seq_id]
+        for added in plan.added:
+            assert added.seq_id not in self.held, "added twice"
+            self.held[added.seq_id] = _Held(
+                added.attempt,
+                list(added.token_ids),
+                added.num_prompt_tokens,
+                added.num_computed_tokens,
+                list(added.block_ids),
+                self.salts[added.seq_id],
+            )
+        at = 0
+        for seq_id, count in zip(plan.appended_seq_ids, plan.appended_num_blocks, strict=True):
+            self.held[seq_id].block_ids += plan.appended_block_ids[at : at + count]
+            at += count
+        result = pb.StepResult(epoch=plan.epoch, step_id=plan.step_id)
+        for seq_id, count in zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True):
+            self._run_row(seq_id, count, result)
+        return result
+
+    def _run_row(self, seq_id: int, count: int, result: pb.StepResult) -> None:
+        held = self.held[seq_id]
+        end = held.num_computed + count
+        assert len(set(held.block_ids)) == len(held.block_ids), "a block twice in one table"
+        assert end <= len(held.tokens), "scheduled beyond the tokens that there are"
+        assert end <= len(held.block_ids) * self.block_size, "scheduled beyond its blocks"
+        content = hash((held.salt, "root"))
+        for position, token in enumerate(held.tokens[:end]):
+            content = hash((content, token))
+            slots = self.pool.setdefault(held.block_ids[position // self.block_size], [None] * self.block_size)
+            if position >= held.num_computed:
+                slots[position % self.block_size] = content
+            assert slots[position % self.block_size] == content, f"{seq_id} reads what is not its own at {position}"
+        held.num_computed = end
+        output_index = len(held.tokens) - held.num_prompt_tokens
+        samples = end == len(held.tokens)
+        if samples:
+            held.tokens.append(self.next_token(seq_id, output_index))
+            result.token_ids.append(held.tokens[-1])
+        result.seq_ids.append(seq_id)
+        result.attempts.append(held.attempt)
+        result.num_computed_tokens.append(end)
+        result.first_output_indexes.append(output_index)
+        result.num_tokens.append(int(samples))
+
+
+class SimCommitter:
+    """Has the face of a Committer that Results needs; scripts are answered some rounds later."""
+
+    def __init__(self, changes: Changes) -> None:
+        self.changes = changes
+        self.logs: dict[int, list[int]] = {}
+        self.ended: list[LiveRequest] = []
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int, int]]]] = deque()
+
+    def log_tokens(self, live: LiveRequest, first_index: int, token_ids: list[int]) -> None:
+        """Appends to the log, which is contiguous."""
+        log = self.logs.setdefault(live.sequence.seq_id, [])
+        assert first_index == len(log)
+        log += token_ids
+        self.changes.append.append((live.sequence.seq_id, first_index, token_ids))
+
+    def note_computed(self, sequence: Sequence, has_caught_up: bool) -> None:
+        """As the real one."""
+        sequence.has_computed_record = not has_caught_up
+
+    def end(self, live: LiveRequest) -> None:
+        """A sequence is over."""
+        self.ended.append(live)
+
+    def send(self, reserved: Iterable[Sequence], answer_round: int) -> Changes:
+        """The next script."""
+        self._in_flight.append((answer_round, [(s, s.attempt, len(s.block_ids)) for s in reserved]))
+        return self.changes.take()
+
+    def answer(self, now: int) -> None:
+        """Everything whose answer is due."""
+        while self._in_flight and self._in_flight[0][0] <= now:
+            for sequence, attempt, num_blocks in self._in_flight.popleft()[1]:
+                if sequence.attempt == attempt:
+                    sequence.num_acked_blocks = num_blocks
+
+
+@dataclass(slots=True)
+class Round:
+    """What one round decided, for tests that look at the order of things and for transcripts."""
+
+    number: int
+    results: list[tuple[pb.StepResult, Step]]
+    plans: list[tuple[pb.StepPlan, list[ScheduledRow]]]
+    changes: Changes
+
+
+class Simulation:
+    """Runs arrivals to their ends."""
+
+    def __init__(self, limits: SimLimits, arrivals: Iterable[Arrival]) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.num_blocks, Changes())
+        planner_limits = PlannerLimits(
+            limits.block_size, limits.max_num_seqs, limits.max_num_batched_tokens, limits.overcommit
+        )
+        self.planner = Planner(planner_limits, self.blocks)
+        self.committer = SimCommitter(self.blocks.changes)
+        self.live: dict[int, LiveRequest] = {}
+        self.results = Results(self.planner, cast(Committer, self.committer), self.live)
+        self.arrivals = list(arrivals)
+        self.worker = SimWorker(limits.block_size, self.next_token)
+        self.round_number = 0
+        self.rounds: list[Round] = []
+        self.admitted_order: list[int] = []
+        self._in_flight: deque[Step] = deque()
+        self._plans: deque[pb.StepPlan] = deque()
+        self._arrived_results: list[pb.StepResult] = []
+        self._next_step_id = 1
+
+    def __repr__(self) -> str:
+        return f"Simulation({self.limits}, {self.arrivals})"
+
+    def next_token(self, seq_id: int, output_index: int) -> int:
+        """What the model says."""
+        return END if output_index >= self.arrivals[seq_id - 1].stops_after else 1 + (seq_id * 7 + output_index) % 5
+
+    def expected_output(self, seq_id: int) -> list[int]:
+        """What a client gets that stays to the end; the END token is part of it."""
+        arrival = self.arrivals[seq_id - 1]
+        output = [self.next_token(seq_id, i) for i in range(arrival.max_tokens)]
+        if END in output and not arrival.ignores_eos:
+            del output[output.index(END) + 1 :]
+        return output
+
+    def sequence(self, seq_id: int) -> Sequence:
+        """By its number: arrivals count from 1."""
+        return self.live[seq_id].sequence
+
+    # -- rounds -------------------------------------------------------------------------------------------------------
+
+    def run(self, max_rounds: int = 5000) -> "Simulation":
+        """Until everything has ended; asserts that it does, and that every client got exactly its tokens."""
+        while len(self.committer.ended) < len(self.arrivals):
+            assert self.round_number < max_rounds, f"stuck: {self.describe()}"
+            self.step()
+        for _ in range(MAX_PLANS_IN_FLIGHT + 1):
+            self.step()
+        for seq_id, live in self.live.items():
+            expected, log = self.expected_output(seq_id), self.committer.logs.get(seq_id, [])
+            if live.ending is CANCELLED:
+                assert log == expected[: len(log)]
+            else:
+                assert log == expected
+        assert self.blocks.num_referenced_blocks == 0
+        assert not self.worker.held
+        return self
+
+    def until(self, condition: Callable[[], bool], max_rounds: int = 500) -> None:
+        """Rounds, at least one, until something is so."""
+        for _ in range(max_rounds):
+            self.step()
+            if condition():
+                return
+        raise AssertionError(f"never: {self.describe()}")
+
+    def describe(self) -> str:
+        """Where everything stands."""
+        rows = [
+            f"{s.seq_id}:{s.status.value}/{s.num_computed_tokens}" for s in (x.sequence for x in self.live.values())
+        ]
+        return f"round {self.round_number}, {self.blocks.num_available_blocks} blocks available, {' '.join(rows)}"
+
+    def step(self) -> Round:
+        """One round."""
+        self._arrive_and_cancel()
+        self.committer.answer(self.round_number)
+        results = self._apply_results()
+        plans = self._plan_ahead()
+        running_before = {s.seq_id for s in self.planner.running}
+        self.planner.grow_and_admit(self.limits.lookahead)
+        self.admitted_order += [s.seq_id for s in self.planner.running if s.seq_id not in running_before]
+        self.planner.redescribed.clear()
+        changes = self.committer.send(self.planner.reserved, self.round_number + self.limits.ack_rounds)
+        self.planner.reserved.clear()
+        if not self.limits.ack_rounds:
+            self.committer.answer(self.round_number)
+        self._check(plans)
+        if self._plans:
+            self._arrived_results.append(self.worker.run(self._plans.popleft()))
+        self.rounds.append(Round(self.round_number, results, plans, changes))
+        self.round_number += 1
+        return self.rounds[-1]
+
+    def _arrive_and_cancel(self) -> None:
+        for seq_id, arrival in enumerate(self.arrivals, start=1):
+            if arrival.round == self.round_number:
+                self._open(seq_id, arrival)
+            live = self.live.get(seq_id)
+            if arrival.cancel_round == self.round_number and live is not None:
+                self.cancel(seq_id)
+
+    def cancel(self, seq_id: int) -> None:
+        """A client goes."""
+        live = self.live[seq_id]
+        if live.sequence.status is not SequenceStatus.FINISHED:
+            self.results.finish(live, CANCELLED)
+
+    def _open(self, seq_id: int, arrival: Arrival) -> None:
+        limits = SequenceLimits(arrival.max_tokens, frozenset((END,)), arrival.ignores_eos)
+        if arrival.ignores_eos:
+            limits = SequenceLimits(arrival.max_tokens, frozenset(), ignores_eos=True)
+        sequence = Sequence(
+            seq_id=seq_id,
+            request_id=f"r{seq_id}",
+            choice=0,
+            token_ids=list(arrival.prompt),
+            num_prompt_tokens=len(arrival.prompt),
+            limits=limits,
+            root_hash=root_hash("model", "float32", "", arrival.salt),
+            priority=arrival.priority,
+            tenant=arrival.tenant,
+        )
+        self.worker.salts[seq_id] = arrival.salt
+        self.live[seq_id] = LiveRequest(cast(RequestBody, None), sequence)
+        self.planner.enqueue(sequence)
+
+    def _apply_results(self) -> list[tuple[pb.StepResult, Step]]:
+        applied = []
+        for result in self._arrived_results:
+            step = self._in_flight.popleft()
+            assert step.step_id == result.step_id
+            self.results.apply(step, result)
+            applied.append((result, step))
+        self._arrived_results.clear()
+        return applied
+
+    def _plan_ahead(self) -> list[tuple[pb.StepPlan, list[ScheduledRow]]]:
+        plans = []
+        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
+            before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
+            rows = self.planner.schedule()
+            if not rows:
+                break
+            self._check_rows(rows, before)
+            numbers = StepNumbers(1, self._next_step_id, 0)
+            plan = build_plan(numbers, rows, self.planner.removed, _NO_SAMPLERS)
+            self.planner.removed.clear()
+            plan.freed_block_ids.extend(self.blocks.freed_block_ids)
+            self.blocks.freed_block_ids.clear()
+            self._in_flight.append(Step(self._next_step_id, rows, sum(row.num_tokens for row in rows)))
+            self._plans.append(plan)
+            self._next_step_id += 1
+            plans.append((plan, rows))
+        if not self._in_flight and self.planner.removed:  # nothing runs: the next plan will say so
+            for seq_id in self.planner.removed:
+                del self.worker.held[seq_id]
+            self.planner.removed.clear()
+        return plans
+
+    # -- what must always hold ----------------------------------------------------------------------------------------
+
+    def _check_rows(self, rows: list[ScheduledRow], unplanned_before: dict[int, int]) -> None:
+        assert sum(row.num_tokens for row in rows) <= self.limits.max_num_batched_tokens, "over the token budget"
+        assert len(rows) <= self.limits.max_num_seqs, "over max_num_seqs"
+        assert len({row.sequence.seq_id for row in rows}) == len(rows), "a sequence twice in a step"
+        for row in rows:
+            capacity = row.sequence.num_acked_blocks * self.limits.block_size
+            assert row.num_tokens > 0
+            assert row.sequence.num_planned_tokens <= capacity, "a plan needs blocks that Redis has not acknowledged"
+        if len(self.planner.running) <= self.limits.max_num_batched_tokens:
+            planned = {row.sequence.seq_id for row in rows}
+            for sequence in self.planner.running:
+                num_planned = sequence.num_planned_tokens
+                has_room = num_planned < sequence.num_acked_blocks * self.limits.block_size
+                is_decode = unplanned_before[sequence.seq_id] == 1 and has_room
+                assert not is_decode or sequence.seq_id in planned, "a decode starves beside prefills"
+
+    def _check(self, plans: list[tuple[pb.StepPlan, list[ScheduledRow]]]) -> None:
+        assert len(self.planner.running) <= self.limits.max_num_seqs
+        sequences = [live.sequence for live in self.live.values()]
+        self.blocks.check(s.block_ids for s in sequences)
+        waiting = {s.seq_id for s in self.planner.waiting}
+        running = {s.seq_id for s in self.planner.running}
+        assert not waiting & running
+        for sequence in sequences:
+            is_over = sequence.status is SequenceStatus.FINISHED
+            assert is_over or sequence.seq_id in waiting | running, "a sequence that nobody will run"
+            assert (sequence.seq_id in running) == (sequence.status is SequenceStatus.RUNNING)
+            assert sequence.block_ids == [] or sequence.seq_id in running
+            assert sequence.num_computed_tokens <= sequence.num_planned_tokens
+            known = len(sequence.token_ids) + sequence.num_planned_samples
+            assert sequence.num_planned_tokens <= known
+
+
+class _NoSamplers(dict[int, pb.SamplerParams]):
+    def __missing__(self, seq_id: int) -> pb.SamplerParams:
+        return pb.SamplerParams()
+
+
+_NO_SAMPLERS = _NoSamplers()

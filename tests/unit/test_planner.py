@@ -1,0 +1,75 @@
+"""The planner by random loads: whatever arrives, everything ends with exactly its tokens, and no rule is broken.
+
+The simulation asserts after every round: the budgets, that plans name acknowledged blocks only, that every block is
+free, referenced or cached, that decodes don't starve beside prefills, and that no slot is read that was not written
+for exactly these tokens.
+"""
+
+import os
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.planner_sim import Arrival, SimLimits, Simulation
+
+IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
+NUM_EXAMPLES = 2000 if IS_LONG else 200
+PREFIXES = [(1,) * 4, (1,) * 8, (1, 2) * 6, (2,) * 12, ()]
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    """Up to a dozen requests, many with a common prefix."""
+    found = []
+    for _ in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from(PREFIXES)) + (3,) * draw(st.integers(0, 9))
+        found.append(
+            Arrival(
+                prompt or (4,),
+                draw(st.integers(1, 24)),
+                stops_after=draw(st.sampled_from([0, 1, 3, 9, 99])),
+                round=draw(st.sampled_from([0, 0, 0, 1, 5, 20])),
+                cancel_round=draw(st.sampled_from([None, None, None, None, 2, 6, 15])),
+                priority=draw(st.sampled_from([0, 0, 0, 1, -1])),
+                tenant=draw(st.sampled_from(["", "a", "b"])),
+                salt=draw(st.sampled_from(["", "", "", "s"])),
+                ignores_eos=draw(st.booleans()),
+            )
+        )
+    return found
+
+
+@st.composite
+def simulations(draw: st.DrawFn) -> Simulation:
+    """The largest request just fits, or there is more room; the worker may be narrow, and Redis far away."""
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    requests = draw(arrivals())
+    largest = max(-(-(len(a.prompt) + a.max_tokens - 1) // block_size) for a in requests)
+    limits = SimLimits(
+        num_blocks=largest + draw(st.integers(0, 12)),
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 8)),
+        max_num_batched_tokens=draw(st.sampled_from([1, 2, 7, 16, 64])),
+        overcommit=draw(st.sampled_from([0.5, 1.0, 3.0, 100.0])),
+        lookahead=draw(st.integers(2, 9)),
+        ack_rounds=draw(st.integers(0, 4)),
+    )
+    return Simulation(limits, requests)
+
+
+def test_everything_ends_with_exactly_its_tokens() -> None:
+    met: Counter[str] = Counter()
+
+    @settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=not IS_LONG)
+    @given(simulations())
+    def runs(simulation: Simulation) -> None:
+        counters = simulation.run().planner.counters
+        met["preemptions"] += counters.num_preemptions
+        met["hits"] += counters.num_prefix_hit_tokens > 0
+        met["runs"] += 1
+
+    runs()
+    print(f"\n{met['runs']} runs, {met['hits']} with hits, {met['preemptions']} preemptions")
+    assert met["hits"] > met["runs"] // 10
+    assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"

@@ -1,6 +1,7 @@
 """`python -m scheduler`: puts the scheduler together, serves, and ends cleanly on SIGINT and SIGTERM."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -100,6 +101,8 @@ async def serve(config: SchedulerConfig) -> None:
         listen(server, address)
     await server.start()
     log.info("serving %s on %s", config.model_dir, ", ".join(config.listen))
+    gc.collect()
+    gc.freeze()  # what is here now stays: no collection need walk through it in the middle of a step
     following = asyncio.create_task(follow_progress(health, fleet, pipe))
     await stop.wait()
     following.cancel()

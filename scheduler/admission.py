@@ -6,8 +6,10 @@ will still grow is its own limit, or, where it may stop earlier, what sequences 
 al., "Past-Future Scheduler for LLM Serving under SLA Guarantees", 2025). Pure.
 """
 
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
+from itertools import accumulate
 
 from scheduler.sequence import Sequence
 
@@ -19,22 +21,30 @@ class OutputLengths:
     """Lengths of the outputs that ended lately by a stop, to foretell those that run."""
 
     def __init__(self, num_kept: int = 256) -> None:
-        self._lengths: deque[int] = deque(maxlen=num_kept)
+        self._lengths: deque[int] = deque()
+        self._num_kept = num_kept
+        self._sorted: list[int] = []
+        self._sums: list[int] = [0]
+        """Entry i: the sum of the i longest."""
 
     def add(self, num_output_tokens: int) -> None:
         """Notes the length of an output that ended by itself."""
         self._lengths.append(num_output_tokens)
+        insort(self._sorted, num_output_tokens)
+        if len(self._lengths) > self._num_kept:
+            self._sorted.remove(self._lengths.popleft())
+        self._sums = list(accumulate(reversed(self._sorted), initial=0))
 
     def expected_remaining(self, sequence: Sequence) -> int:
         """Tokens that the sequence will probably still generate, at most its limit."""
         num_outputs = sequence.num_output_tokens
         most = sequence.limits.max_output_tokens - num_outputs
-        if sequence.limits.ignores_eos or len(self._lengths) < MIN_HISTORY:
+        if sequence.limits.ignores_eos or len(self._sorted) < MIN_HISTORY:
             return most
-        longer = [length for length in self._lengths if length > num_outputs]
-        if not longer:
+        num_longer = len(self._sorted) - bisect_right(self._sorted, num_outputs)
+        if not num_longer:
             return most
-        return min(most, sum(longer) // len(longer) - num_outputs + 1)
+        return min(most, self._sums[num_longer] // num_longer - num_outputs + 1)
 
 
 def peak_blocks(sequences: Iterable[Sequence], lengths: OutputLengths, block_size: int) -> int:
@@ -44,12 +54,16 @@ def peak_blocks(sequences: Iterable[Sequence], lengths: OutputLengths, block_siz
     """
     growths = []
     for sequence in sequences:
-        remaining = lengths.expected_remaining(sequence)
-        private = sequence.num_shared_blocks * block_size
-        growths.append((remaining, len(sequence.token_ids) - private))
+        shared = sequence.num_shared_blocks * block_size
+        growths.append((lengths.expected_remaining(sequence), max(0, len(sequence.token_ids) - shared)))
     growths.sort(reverse=True)
-    peak = held_blocks = 0
+    peak = num_full = 0
+    num_by_fill = [0] * block_size  # how many sequences have so many tokens in their last, partial block
     for position, (remaining, num_tokens) in enumerate(growths, start=1):
-        held_blocks += -(-max(0, num_tokens) // block_size)
-        peak = max(peak, held_blocks + -(-position * remaining // block_size))
+        num_full += num_tokens // block_size
+        num_by_fill[num_tokens % block_size] += 1
+        num_more, rest = divmod(remaining, block_size)
+        num_partial = position - (num_by_fill[0] if rest == 0 else 0)
+        num_overflowing = sum(num_by_fill[block_size - rest + 1 :]) if rest else 0
+        peak = max(peak, num_full + position * num_more + num_partial + num_overflowing)
     return peak

@@ -10,15 +10,15 @@ import asyncio
 import contextlib
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import redis
 
-from pagoda.v1 import generation_pb2 as pb
 from tests.checkpoints import make_checkpoint
 from tests.stack import ROOT, Stack, greedy, running
 
@@ -60,9 +60,7 @@ async def run(case: Case, model: Path, seconds: float) -> Figures:
         if case.added_redis_s:
             stack.redis_url = f"unix://{stack.directory}/slow.sock"
             stack.start_redis()
-            delay = str(case.added_redis_s / 2)
-            command = [sys.executable, "-m", "tests.load.slow_proxy", f"{stack.directory}/slow.sock"]
-            proxy = subprocess.Popen([*command, str(stack.redis_socket), delay], cwd=ROOT)
+            proxy = _start_proxy(stack, case.added_redis_s / 2)
             cleanup.callback(proxy.kill)
         async with running(stack):
             return await _measure(case, stack, seconds)
@@ -97,6 +95,11 @@ async def _measure(case: Case, stack: Stack, seconds: float) -> Figures:
         redis_round_trip_s=new.redis_round_trip_s,
         link_s=(new.phase_s["link"] - old.phase_s["link"]) / steps,
     )
+
+
+def _start_proxy(stack: Stack, delay_s: float) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "tests.load.slow_proxy", f"{stack.directory}/slow.sock"]
+    return subprocess.Popen([*command, str(stack.redis_socket), str(delay_s)], cwd=ROOT)
 
 
 def _start_clients(case: Case, stack: Stack, max_tokens: int) -> "subprocess.Popen[bytes]":
@@ -138,20 +141,27 @@ def make_model(directory: Path) -> Path:
 
 def print_row(case: Case, f: Figures) -> None:
     """One line; times in microseconds unless it says ms."""
+    times_s = (f.scheduler_cpu_s, f.engine_s, f.delivery_s, f.redis_script_s, f.redis_round_trip_s, f.link_s)
+    widths = ("9.2f", "8.2f", "9.2f", "8.0f", "9.0f", "7.0f")
     print(
         f"{case.step_s * 1e3:5.0f} ms {case.num_sequences:5d} {'yes' if case.streamed else 'no':>8s}"
         f" {case.added_redis_s * 1e3:6.0f} ms {f.steps_per_s:9.1f} {f.gap_p50_s * 1e6:8.0f} {f.gap_p99_s * 1e6:8.0f}"
-        f" {100 * f.back_to_back:6.1f} % {f.scheduler_cpu_s * 1e6:9.2f} {f.engine_s * 1e6:8.2f}"
-        f" {f.delivery_s * 1e6:9.2f} {f.redis_script_s * 1e6:8.0f} {f.redis_round_trip_s * 1e6:9.0f} {f.link_s * 1e6:7.0f}",
+        f" {100 * f.back_to_back:6.1f} % " + " ".join(format(t * 1e6, w) for t, w in zip(times_s, widths, strict=True)),
         flush=True,
     )
+
+
+def median(runs: list[Figures]) -> Figures:
+    """Figure by figure."""
+    return Figures(*(statistics.median(values) for values in zip(*map(astuple, runs), strict=True)))
 
 
 def main() -> None:
     """All cases, or those that the flags name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=6.0, help="length of one run")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of one run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each case; medians are printed")
     parser.add_argument("--step-ms", type=float, nargs="*", default=[2, 5, 20])
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 64, 256])
     parser.add_argument("--no-slow-redis", action="store_true")
@@ -180,16 +190,18 @@ async def bench(flags: argparse.Namespace) -> None:
 
 
 async def compare(base: Case, model: Path, flags: argparse.Namespace) -> None:
-    """One case without streams, with them, and with a slow Redis, whose ratio is printed."""
-    plain = await run(base, model, flags.seconds)
-    print_row(base, plain)
-    print_row(replace(base, streamed=True), await run(replace(base, streamed=True), model, flags.seconds))
-    if not flags.no_slow_redis:
-        slow_case = replace(base, added_redis_s=0.005)
-        slow = await run(slow_case, model, flags.seconds)
-        print_row(slow_case, slow)
-        fewer = 100 * (1 - slow.steps_per_s / plain.steps_per_s)
-        print(f"         5 ms more to Redis and back: {fewer:.1f} % fewer steps/s")
+    """One case without streams, with them, and with a slow Redis: in turn, medians over the rounds."""
+    slow = replace(base, added_redis_s=0.005)
+    cases = [base, replace(base, streamed=True), *([] if flags.no_slow_redis else [slow])]
+    runs: dict[Case, list[Figures]] = {case: [] for case in cases}
+    for _ in range(flags.rounds):
+        for case in cases:
+            runs[case].append(await run(case, model, flags.seconds))
+    for case in cases:
+        print_row(case, median(runs[case]))
+    if slow in runs:
+        ratios = [s.steps_per_s / p.steps_per_s for s, p in zip(runs[slow], runs[base], strict=True)]
+        print(f"         5 ms more to Redis and back: {100 * (1 - statistics.median(ratios)):.1f} % fewer steps/s")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Fairness is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): the
 tenant that has been served the fewest tokens goes first, and one that comes back from idleness starts level with the
-least served of the active ones. Pure.
+least served of the active ones, or with the last one that waited: idleness saves no credit. Pure.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._queues: dict[tuple[int, str], list[tuple[int, Sequence]]] = {}  # (priority, tenant) -> heap by arrival
         self._served_tokens: dict[str, int] = {}
+        self._last_to_leave = ""
+        """The tenant whose last waiting sequence went last."""
         self._num_tokens_of: dict[int, int] = {}  # seq_id -> its tokens when it was queued
         self.num_tokens = 0
         """Tokens of all sequences, counted as they were queued."""
@@ -29,8 +31,8 @@ class WaitingQueue:
         key = (sequence.priority, sequence.tenant)
         if not any(tenant == sequence.tenant for _, tenant in self._queues):
             active = [self._served_tokens[tenant] for _, tenant in self._queues]
-            served = self._served_tokens.get(sequence.tenant, 0)
-            self._served_tokens[sequence.tenant] = max(served, min(active, default=served))
+            level = min(active) if active else self._served_tokens.get(self._last_to_leave, 0)
+            self._served_tokens[sequence.tenant] = max(self._served_tokens.get(sequence.tenant, 0), level)
         heappush(self._queues.setdefault(key, []), (sequence.seq_id, sequence))
         self._num_tokens_of[sequence.seq_id] = len(sequence.token_ids)
         self.num_tokens += len(sequence.token_ids)
@@ -44,6 +46,8 @@ class WaitingQueue:
         self.num_tokens -= self._num_tokens_of.pop(sequence.seq_id)
         if not heap:
             del self._queues[key]
+            if not any(tenant == sequence.tenant for _, tenant in self._queues):
+                self._last_to_leave = sequence.tenant
             self._forget_idle_tenants()
 
     def charge(self, tenant: str, num_tokens: int) -> None:
@@ -68,5 +72,5 @@ class WaitingQueue:
     def _forget_idle_tenants(self) -> None:
         """Keeps the counters of as many idle tenants as there are active ones, and at least 1,000."""
         if len(self._served_tokens) > 1000 + 2 * len(self._queues):
-            active = {tenant for _, tenant in self._queues}
+            active = {self._last_to_leave, *(tenant for _, tenant in self._queues)}
             self._served_tokens = {t: served for t, served in self._served_tokens.items() if t in active}

@@ -1,4 +1,5 @@
-"""python -m worker: one worker process. Exit codes: 0 asked to end, 2 bad flag or model, 3 mismatch, 4 name taken."""
+"""python -m worker: one worker process. Exit codes: 0 asked to end, 1 error within, 2 bad flag or
+model, 3 mismatch, 4 name taken."""
 
 import gc
 import logging
@@ -26,6 +27,9 @@ def main() -> int:
     except WorkerError as error:
         sys.stderr.write(f"worker: {error}\n")
         return error.exit_code
+    except Exception:
+        logging.getLogger("pagoda.worker").exception("ended by an error of its own or of its device")
+        return 1
     return 0
 
 

@@ -113,7 +113,10 @@ class Link:
         log.error("ended the stream: %s", error)
         with self._lock:
             self._ledger.reject(order)
+            self._ledger.stream_lost()  # what waits behind it must not run without it
             stream = self._stream
+            if stream is not None:
+                stream.is_registered = False
         if stream is not None:
             stream.end()
 
@@ -133,7 +136,8 @@ class Link:
             self._end_process(error)
 
     def _connect_forever(self) -> None:
-        next_address, num_failures, logged = 0, 0, ""
+        next_address, num_failures = 0, 0
+        logged: dict[str, str] = {}
         redirected: str | None = None
         while not self._closed.is_set():
             address = redirected or self._addresses[next_address % len(self._addresses)]
@@ -141,10 +145,11 @@ class Link:
             why = self._serve(stream)
             if stream.is_registered:
                 num_failures = 0
+                logged.clear()
             elif redirected or stream.redirected_to is None:
                 next_address += 1
-            if f"{address} {why}" != logged and not self._closed.is_set():
-                logged = f"{address} {why}"
+            if logged.get(address) != why and not self._closed.is_set():
+                logged[address] = why
                 log.warning("no stream to %s: %s", address, why)
             redirected = stream.redirected_to
             if redirected is None or num_failures > 0:
@@ -163,6 +168,7 @@ class Link:
                     return f"redirected to {stream.redirected_to}"
             return "closed by the scheduler"
         except grpc.RpcError as error:
+            self._name_taken_since_s = None
             return reason(error)
         except ProtocolError as error:
             return str(error)
@@ -174,20 +180,22 @@ class Link:
 
     def _handle(self, stream: Stream, response: pb.ConnectResponse) -> None:
         match response.WhichOneof("message"):
-            case "plan" if stream.is_registered:
-                self._receive(response.plan)
+            case "plan":
+                self._receive(stream, response.plan)
             case "registered":
                 self._registered(stream, response.registered)
             case "refused":
                 self._refused(response.refused)
             case "redirect":
                 stream.redirected_to = response.redirect.address
-            case unexpected:
-                raise ProtocolError(f"message {unexpected} came where it means nothing")
+            case unknown:
+                raise ProtocolError(f"message {unknown} is not known to this worker")
 
-    def _receive(self, message: pb.StepPlan) -> None:
+    def _receive(self, stream: Stream, message: pb.StepPlan) -> None:
         plan = decode_plan(message)
         with self._lock:
+            if not stream.is_registered:
+                raise ProtocolError(f"plan {plan.step_id} came without registration")
             if self._ledger.receive(plan):
                 self._plans_ready.put(None)
 

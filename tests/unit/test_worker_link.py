@@ -368,21 +368,37 @@ def _relay(listener: socket.socket, target: tuple[str, int], frozen: threading.E
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
 
+def planner_free_step(step_id: int) -> pb.StepPlan:
+    """A plan that runs sequence 1 for a token it has not: nothing, but a step all the same."""
+    return pb.StepPlan(epoch=1, step_id=step_id, committed_step_id=1, scheduled_seq_ids=[1], num_scheduled_tokens=[1])
+
+
 def test_a_broken_plan_ends_the_stream_not_the_worker(server: SchedulerServer, start: Start) -> None:
-    start(server.address)
+    worker = start(server.address)
     stream = server.accept()
     stream.registered(1)
     planner = one_sequence()
     planner.apply(stream.run(planner.plan({1: 3})))
     bad = planner.plan({1: 1})
     bad.scheduled_seq_ids[0] = 99
+    planner.add(2, [1, 2])
+    good = planner.plan({2: 2})
+    worker.runner.hold()
+    send(stream, planner_free_step(2))
+    assert worker.runner.started.wait(TIMEOUT_S)
+    bad.step_id, good.step_id = 3, 4
     send(stream, bad)
-    assert stream.ended()
+    send(stream, good)
+    while worker.link._ledger.num_waiting < 2:
+        time.sleep(0.001)
+    worker.runner.gate.set()
     stream = server.accept()
-    assert stream.register.highest_step_id == 2
-    assert stream.registered(2, committed_step_id=1) == [2]  # taken, and never run
+    assert stream.register.highest_step_id == 3
+    assert sorted(stream.registered(2, committed_step_id=1)) == [3, 4]  # neither was run, the good one included
+    assert stream.receive("result").step_id == 2  # whether or not it was sent before the end
+    assert worker.runner.steps == [1, 2]
     planner = one_sequence(epoch=2)
-    planner.step_id = 2
+    planner.step_id = 3
     assert list(stream.run(planner.plan({1: 3})).num_computed_tokens) == [3]
 
 

@@ -38,12 +38,15 @@ class OwnersAndPlans(RuleBasedStateMachine):
         self.dropped: list[int] = []
         self.finished: list[int] = []
 
-    @precondition(lambda self: not self.is_registered)
     @rule(grows=st.integers(0, 2), behind=st.integers(0, 3))
     def register(self, grows: int, behind: int) -> None:
-        """The owner has committed some of what was finished, and numbers on from the highest step it hears of."""
-        self.epoch += grows or (self.epoch == 0)
-        self.next_step_id = max(self.ledger.highest_step_id, self.committed) + 1
+        """The owner has committed some of what was finished, and numbers on from the highest step it hears of.
+
+        One that registers the worker again on the same stream has seized it anew, and its epoch has grown.
+        """
+        self.epoch += max(grows, self.epoch == 0 or self.is_registered)
+        if not self.is_registered:
+            self.next_step_id = max(self.ledger.highest_step_id, self.committed) + 1
         self.committed = max(self.committed, max(self.finished, default=0) - behind)
         self.dropped += self.ledger.registered(self.epoch, self.committed)
         self.is_registered = True

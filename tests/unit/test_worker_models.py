@@ -105,6 +105,37 @@ def test_blocks_of_32(family: str, directory: Path) -> None:
     assert generate(worker, planner, 10, random.Random(0)) == reference(family, directory)
 
 
+def test_sequences_sent_again_in_full_keep_their_blocks(directory: Path) -> None:
+    """As a new owner sends them: what is computed is not computed again, and nothing else is believed."""
+    worker, planner = start("llama3", directory, 16)
+    shuffle = random.Random(3)
+    outputs = {}
+    while planner.sequences:
+        for seq_id in shuffle.sample(sorted(planner.sequences), len(planner.sequences) // 2):
+            planner.send_in_full(seq_id)
+        scheduled = {s.seq_id: min(9, s.num_tokens - s.num_computed) for s in planner.sequences.values()}
+        planner.apply(worker.run(planner.plan(scheduled)))
+        for sequence in list(planner.sequences.values()):
+            if len(sequence.output) == NUM_OUTPUT:
+                outputs[sequence.seq_id] = sequence.output
+                planner.remove(sequence.seq_id)
+    assert [outputs[seq_id] for seq_id in sorted(outputs)] == reference("llama3", directory)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_forks_go_on_from_copied_blocks(family: str, directory: Path) -> None:
+    worker, planner = start(family, directory, 16)
+    for step in range(NUM_OUTPUT):
+        for seq_id in range(len(PROMPT_LENS)):
+            if step == seq_id + 3:  # each at another fill of its last block
+                planner.fork(seq_id, 100 + seq_id)
+        scheduled = {s.seq_id: s.num_tokens - s.num_computed for s in planner.sequences.values()}
+        planner.apply(worker.run(planner.plan(scheduled)))
+    outputs = [planner.sequences[seq_id].output for seq_id in range(len(PROMPT_LENS))]
+    children = [planner.sequences[100 + seq_id].output for seq_id in range(len(PROMPT_LENS))]
+    assert outputs == children == reference(family, directory)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_near(dtype: str, directory: Path) -> None:
     """First tokens only: random weights have near ties, and after one other token the texts have nothing in common."""

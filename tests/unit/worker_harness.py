@@ -53,20 +53,39 @@ class Planner:
         self.freed: list[int] = []
         self.removed: list[int] = []
         self.added: list[pb.AddedSequence] = []
+        self.copies: list[tuple[int, int, int]] = []
 
     def add(self, seq_id: int, prompt: Sequence[int], **sampler: Any) -> None:
-        sequence = PlannedSequence(seq_id, list(prompt), [])
-        self.sequences[seq_id] = sequence
+        self.sequences[seq_id] = PlannedSequence(seq_id, list(prompt), [])
+        self.send_in_full(seq_id, **sampler)
+
+    def send_in_full(self, seq_id: int, **sampler: Any) -> None:
+        """Whatever the worker knows of the sequence, it begins anew from this."""
+        sequence = self.sequences[seq_id]
         self.added.append(
             pb.AddedSequence(
                 seq_id=seq_id,
                 attempt=1,
-                token_ids=prompt,
-                num_prompt_tokens=len(prompt),
-                num_blocks=[0],
+                token_ids=sequence.prompt + sequence.output,
+                num_prompt_tokens=len(sequence.prompt),
+                num_computed_tokens=sequence.num_computed,
+                block_ids=sequence.block_ids,
+                num_blocks=[len(sequence.block_ids)],
                 sampler=pb.SamplerParams(**({"top_p": 1.0} | sampler)),
             )
         )
+
+    def fork(self, seq_id: int, child_id: int) -> None:
+        """A copy of the sequence: it shares full blocks, and gets a copy of the last where that is partly filled."""
+        parent = self.sequences[seq_id]
+        num_full, num_in_last = divmod(parent.num_computed, self.block_size)
+        blocks = parent.block_ids[:num_full]
+        if num_in_last:
+            self.copies.append((parent.block_ids[num_full], self.free.pop(), num_in_last))
+            blocks.append(self.copies[-1][1])
+        child = PlannedSequence(child_id, list(parent.prompt), blocks, list(parent.output), parent.num_computed)
+        self.sequences[child_id] = child
+        self.send_in_full(child_id)
 
     def remove(self, seq_id: int) -> None:
         sequence = self.sequences.pop(seq_id)
@@ -81,7 +100,11 @@ class Planner:
         plan.removed_seq_ids.extend(self.removed)
         plan.freed_block_ids.extend(self.freed)
         plan.added.extend(self.added)
-        self.removed, self.freed, self.added = [], [], []
+        for src, dst, num_tokens in self.copies:
+            plan.copy_src_block_ids.append(src)
+            plan.copy_dst_block_ids.append(dst)
+            plan.copy_num_tokens.append(num_tokens)
+        self.removed, self.freed, self.added, self.copies = [], [], [], []
         for seq_id, num_tokens in scheduled.items():
             sequence = self.sequences[seq_id]
             end = sequence.num_computed + num_tokens

@@ -81,8 +81,9 @@ class Stack:
 
     def start_redis(self) -> None:
         """Starts or restarts Redis on the same append-only file."""
-        flags = ("--port", "0", "--unixsocket", str(self.redis_socket), "--save", "", "--appendonly", "yes", "--appendfsync", "no")
-        command = [str(redis_binary()), *flags, "--dir", str(self.directory), *self.redis_flags]
+        flags = ("--port", "0", "--unixsocket", str(self.redis_socket), "--save", "")
+        log_flags = ("--appendonly", "yes", "--appendfsync", "no")
+        command = [str(redis_binary()), *flags, *log_flags, "--dir", str(self.directory), *self.redis_flags]
         with (self.directory / "redis.log").open("ab") as log:
             self.processes["redis"] = subprocess.Popen(command, stdout=log, stderr=log)
 

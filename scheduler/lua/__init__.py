@@ -3,6 +3,7 @@
 from importlib.resources import files
 
 STEP_PARTS = (
+    "fence",
     "prelude",
     "append",
     "computed",
@@ -19,6 +20,6 @@ STEP_PARTS = (
 
 
 def load_script(name: str) -> str:
-    """The text of one script; "step" is assembled from its parts."""
-    parts = STEP_PARTS if name == "step" else (name,)
+    """The text of one script; those that are numbered are assembled from their parts."""
+    parts = {"step": STEP_PARTS, "reclaim": ("fence", "reclaim")}.get(name, (name,))
     return "\n".join(files(__package__).joinpath(f"{part}.lua").read_text("utf-8") for part in parts)

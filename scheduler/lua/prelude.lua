@@ -1,24 +1,12 @@
--- prelude: the fence, and the working copy that the verbs change. Nothing is written before every verb has agreed.
+-- prelude: the working copy that the verbs change, behind the fence. Nothing is written before every verb has agreed.
 -- KEYS  1 meta (hash), 2 pool (string), 3 index (hash), 4 tables (hash), 5 seqs (hash), 6 computed (hash),
 --       7 copies (hash), 8.. logs of the sequences that are appended to or closed
 -- ARGV  1 epoch, 2 n, 3 committed step_id, 4 seconds that a closed log is kept, 5.. one packed string per verb,
 --       in the order append, computed, publish, copied, fork, release, describe, reserve, close, forget
--- returns "done" where n was applied before; else "ok"; errors: STALE (another owner), GAP (n-1 is not here),
---       REFUSED (a block or sequence is not in the expected state)
--- Invariant: a script numbered (epoch, n) is applied once, whole, and only on top of n-1.
+-- returns "ok", and what the fence answers; error: REFUSED (a block or sequence is not in the expected state)
 -- pool: per block id 20 bytes: ref_count (u32), block_hash (16 bytes, zeros: none). Integers are little-endian.
 local BLOCK_BYTES = 20
 local NO_HASH = string.rep('\0', 16)
-
-local meta = redis.call('HMGET', KEYS[1], 'epoch', 'n')
-if meta[1] ~= ARGV[1] then
-  return redis.error_reply('STALE epoch ' .. ARGV[1] .. ', the owner has ' .. tostring(meta[1]))
-end
-local held, number = tonumber(meta[2] or '0'), tonumber(ARGV[2])
-if number <= held then return 'done' end
-if number ~= held + 1 then
-  return redis.error_reply('GAP script ' .. ARGV[2] .. ' on top of ' .. held)
-end
 
 local refusal = nil            -- the first verb that disagrees says why
 local blocks = {}              -- block_id -> {ref_count, hash}, as it will be

@@ -37,8 +37,7 @@ class Results:
 
     def apply(self, step: Step, result: pb.StepResult) -> None:
         """A result of a plan of ours, whose rows it follows. Raises ProtocolError where it does not."""
-        if len(result.seq_ids) != len(step.rows):
-            raise ProtocolError(f"result of step {step.step_id} has {len(result.seq_ids)} rows, not {len(step.rows)}")
+        _check_shape(result, len(step.rows))
         token_ids = list(result.token_ids)
         failed = set(result.failed_seq_ids)
         at = 0
@@ -55,15 +54,22 @@ class Results:
             if sequence.seq_id in failed:
                 self.finish(self._live[sequence.seq_id], NOT_FINITE)
             elif tokens:
+                if not row.samples:
+                    raise ProtocolError(f"tokens of a sequence whose prompt is not done in step {step.step_id}")
                 self._append(sequence, first_index, tokens)
 
     def apply_resent(self, result: pb.StepResult) -> None:
         """A result of a step that an earlier owner planned: matched by sequence, attempt and index."""
+        _check_shape(result, len(result.seq_ids))
+        failed = set(result.failed_seq_ids)
         for row in result_rows(result):
             live = self._live.get(row.seq_id)
             if live is None or live.sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence = live.sequence
+            if row.seq_id in failed:
+                self.finish(live, NOT_FINITE)
+                continue
             if sequence.attempt == row.attempt and row.num_computed_tokens > sequence.num_computed_tokens:
                 sequence.num_computed_tokens = sequence.num_planned_tokens = row.num_computed_tokens
                 self._committer.note_computed(sequence, has_caught_up=bool(row.token_ids))
@@ -87,6 +93,8 @@ class Results:
         if row.samples:
             sequence.num_planned_samples -= 1
         shortfall = row.num_tokens - (num_computed - sequence.num_computed_tokens)
+        if not 0 <= shortfall <= row.num_tokens:
+            raise ProtocolError(f"{num_computed} tokens computed, of {sequence.num_planned_tokens} planned")
         if shortfall:
             sequence.num_planned_tokens -= shortfall
         sequence.num_computed_tokens = num_computed
@@ -115,6 +123,18 @@ class Results:
         self._planner.publish_computed(sequence)
         if reason is not None:
             self.finish(live, Ending(reason))
+
+
+def _check_shape(result: pb.StepResult, num_rows: int) -> None:
+    """Raises ProtocolError where the columns do not belong together."""
+    columns = (result.seq_ids, result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
+    lengths = [len(column) for column in columns]
+    if lengths != [num_rows] * len(columns):
+        raise ProtocolError(f"result of step {result.step_id} has columns of {lengths}, not {num_rows} rows")
+    if sum(result.num_tokens) != len(result.token_ids):
+        raise ProtocolError(
+            f"result of step {result.step_id} has {len(result.token_ids)} tokens, not what its rows say"
+        )
 
 
 def stop_reason(live: LiveRequest, token: int, num_output_tokens: int) -> FinishReason | None:

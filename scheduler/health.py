@@ -1,6 +1,7 @@
 """Health that follows step progress, not the process: SERVING while some worker steps and Redis answers."""
 
 import asyncio
+import itertools
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
@@ -10,6 +11,7 @@ from scheduler.fleet import Fleet
 from scheduler.redis_pipe import RedisPipe
 
 INTERVAL_S = 0.1
+TURNS_PER_PING = 10
 MAX_REDIS_WAIT_S = 2.0
 SERVICES = ("", generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name)
 
@@ -23,7 +25,10 @@ def is_healthy(fleet: Fleet, pipe: RedisPipe) -> bool:
 async def follow_progress(servicer: health_aio.HealthServicer, fleet: Fleet, pipe: RedisPipe) -> None:
     """Keeps the standard health service up to date, for ever."""
     last: bool | None = None
-    while True:
+    ping: asyncio.Future[object] | None = None
+    for turn in itertools.count():
+        if turn % TURNS_PER_PING == 0 and (ping is None or ping.done()):
+            ping = pipe.send("PING")  # so that a Redis that stands still shows while nobody asks it anything
         healthy = is_healthy(fleet, pipe)
         if healthy is not last:
             status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING

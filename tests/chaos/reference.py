@@ -41,8 +41,10 @@ class Reference:
 
     def _generate(self, prompt: list[int], num_tokens: int) -> list[int]:
         with torch.no_grad():
+            input_ids = torch.tensor([prompt])
             output = self._model.generate(
-                torch.tensor([prompt]),
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),  # else ids equal to the padding would be left out
                 max_new_tokens=num_tokens,
                 min_new_tokens=num_tokens,
                 do_sample=False,

@@ -1,6 +1,7 @@
 """`python -m tests.load.slow_proxy LISTEN TARGET DELAY_S`: a unix-socket proxy that delays each direction."""
 
 import asyncio
+import contextlib
 import sys
 
 
@@ -19,10 +20,12 @@ async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay
                 return
 
     writing = asyncio.create_task(write())
-    while data := await reader.read(1 << 20):
-        chunks.put_nowait((loop.time() + delay_s, data))
+    with contextlib.suppress(ConnectionError):  # either end may be killed
+        while data := await reader.read(1 << 20):
+            chunks.put_nowait((loop.time() + delay_s, data))
     chunks.put_nowait((loop.time() + delay_s, b""))
-    await writing
+    with contextlib.suppress(ConnectionError):
+        await writing
 
 
 async def main(listen: str, target: str, delay_s: float) -> None:

@@ -231,8 +231,13 @@ def test_ctrl_c_cancels_the_request(up):
     command = [*PAGODA, "generate", "--port", str(up.port), "--token-ids", "1,2", "--max-tokens", "480", "--ignore-eos"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     process.stdout.read(5)
+    workers = [pid for name, pid in up.pids().items() if name.startswith("worker")]
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # so that the request can't end before the signal is there
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=TIMEOUT_S)
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
     assert process.returncode in (130, -signal.SIGINT)
     deadline = time.monotonic() + 10
     while up.status()["num_live_requests"]:

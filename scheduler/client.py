@@ -122,7 +122,8 @@ class PagodaClient:
             call = self._open(request, progress, left_s)
             try:
                 async for response in call:
-                    backoff_s, last_progress = FIRST_BACKOFF_S, time.monotonic()
+                    if response.HasField("delta") or not progress.accepted:
+                        backoff_s, last_progress = FIRST_BACKOFF_S, time.monotonic()
                     progress.accepted = True
                     if response.HasField("delta"):
                         progress.count(response.delta)

@@ -28,6 +28,7 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
         self.code = code
         self.calls: list[str] = []
         self.bad_index = False
+        self.breaks_before_tokens = False
 
     async def Generate(self, request, context):  # noqa: N802
         self.calls.append(f"generate {request.request_id}")
@@ -43,6 +44,8 @@ class Scripted(generation_pb2_grpc.GenerationServicer):
         num_messages = self.breaks.pop(0) if self.breaks else len(TOKENS)
         if num_messages > 0:
             yield None
+        if self.breaks_before_tokens:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no worker came back in time")
         for index in range(start, len(TOKENS), 2):
             if num_messages == 0:
                 if self.code is None:
@@ -131,6 +134,20 @@ async def test_gives_up_in_time_on_a_service_that_stays_away():
             await collect(client, pb.GenerateRequest(text="hi"))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert time.monotonic() - began < 3
+
+
+async def test_gives_up_in_time_on_a_request_that_is_found_and_fails_each_time():
+    servicer = Scripted([1] + [1] * 1000)
+    server, address = await start(servicer)
+    servicer.breaks_before_tokens = True
+    began = time.monotonic()
+    async with PagodaClient(address, give_up_s=0.5) as client:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await collect(client, pb.GenerateRequest(request_id="r"))
+    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - began < 5
+    assert len(servicer.calls) < 15
+    await server.stop(0)
 
 
 async def test_waiting_for_a_service_that_is_not_there_yet(unused_tcp_port):

@@ -6,6 +6,7 @@ Timed workers: what a request generates is known beforehand, so that any token l
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -189,6 +190,22 @@ async def test_worker_kills_while_requests_begin_and_end_all_the_time(model: Pat
         await stack.idle()
 
 
+async def test_a_restarted_worker_has_nothing_cached(model: Path) -> None:
+    """Its name is the same, its blocks are not: an entry of its former life would be read as garbage."""
+    async with running(timed_stack(model)) as stack, stack.client() as client:
+        request = timed_request(1, 5, 100)
+        for cached in (0, 96):
+            assert (await collect(client, request))[2].usage.num_cached_tokens == cached
+        stack.kill("worker-0")
+        stack.start_worker(0)
+        await stack.until(lambda s: s.workers[0].state == pb.WORKER_STATE_LIVE and s.workers[0].epoch > 1)
+        with stack.redis() as redis:
+            assert not redis.exists("{w:worker-0}:index")
+        for cached in (0, 96):
+            assert (await collect(client, request))[2].usage.num_cached_tokens == cached
+        await stack.idle()
+
+
 # -- scheduler --------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +302,48 @@ async def test_a_scheduler_killed_while_it_moves_a_lost_workers_requests(model: 
         await stack.idle()
 
 
+async def test_requests_whose_client_can_not_come_back_end_with_the_scheduler(model: Path) -> None:
+    """The next one aborts what is not resumable, and keeps what is."""
+    async with running(timed_stack(model)) as stack:
+        async with grpc.aio.insecure_channel(stack.address) as channel:
+            stub = generation_pb2_grpc.GenerationStub(channel)
+            calls = [stub.Generate(timed_request(i, 3000, request_id=f"r{i}", resumable=i == 0)) for i in range(4)]
+            for call in calls:
+                async for response in call:
+                    if response.delta.index > 10:
+                        break
+            stack.kill("scheduler")
+            stack.start_scheduler()
+        await stack.until(lambda s: [w.num_running for w in s.workers] == [1])
+        async with stack.client() as client:
+            await client.cancel("r0")
+            for i in range(4):
+                deltas = [delta async for delta in client.attach(f"r{i}")]
+                tokens = [token_id for delta in deltas for token_id in delta.token_ids]
+                assert deltas[-1].finish_reason == pb.FINISH_REASON_ABORT
+                assert len(tokens) > 10
+                assert tokens == timed_tokens(i, 3000)[: len(tokens)]
+        await stack.idle()
+
+
+@pytest.mark.parametrize("names", [("scheduler",), ("worker-0",), ("worker-0", "worker-1", "scheduler")], ids="-".join)
+async def test_processes_that_are_asked_to_end_lose_nothing(model: Path, names: Iterable[str]) -> None:
+    async with running(timed_stack(model, 2)) as stack, stack.client() as client:
+        load = Load(client, 8, 200)
+        await load.share(0.2)
+        for name in names:
+            stack.kill(name, signal.SIGTERM)
+            stack.processes[name].wait(5)
+        for name in names:
+            if name == "scheduler":
+                stack.start_scheduler()
+            else:
+                stack.start_worker(int(name[-1]))
+        await load.check()
+        await stack.idle()
+        assert "Traceback" not in stack.log("scheduler") + stack.log("worker-0")
+
+
 # -- Redis ------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +368,23 @@ async def test_a_redis_that_stood_still(model: Path) -> None:
             await asyncio.sleep(2.5)
         await load.check()
         assert (await stack.idle()).workers[0].epoch == 1
+
+
+@pytest.mark.parametrize("name", ["worker-0", "scheduler"])
+async def test_a_process_that_dies_while_redis_is_away(model: Path, name: str) -> None:
+    async with running(timed_stack(model, 2)) as stack, stack.client() as client:
+        load = Load(client, 8, 200)
+        await load.share(0.2)
+        stack.kill("redis")
+        stack.kill(name)
+        if name == "scheduler":
+            stack.start_scheduler()
+        else:
+            stack.start_worker(0)
+        await asyncio.sleep(0.5)  # so that it finds nobody
+        stack.start_redis()
+        await load.check()
+        await stack.idle()
 
 
 async def test_a_storm(model: Path) -> None:

@@ -138,10 +138,12 @@ async def test_what_every_kind_of_end_leaves_behind_is_what_is_documented(stack:
 async def test_a_reader_that_stalls_costs_little_and_delays_nobody(stack: Stack) -> None:
     """It reads one message and stops, with thousands of tokens to come."""
     num_slow, num_tokens = 4, 3000
-    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
+    # A small window, and a connection of its own: what is not read soon waits in the service.
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(stack.address, options=options) as channel, stack.client() as client:
         stub = Stub(channel)
-        stalled = [stub.Generate(timed_request(4000 + i, num_tokens, request_id=f"slow{i}")) for i in range(num_slow)]
+        names = [f"{i}".ljust(128, "x") for i in range(num_slow)]  # long, so that few messages fill the connection
+        stalled = [stub.Generate(timed_request(4000 + i, num_tokens, request_id=n)) for i, n in enumerate(names)]
         for call in stalled:
             await begun(call)
         before_bytes = stack.rss_bytes("scheduler")

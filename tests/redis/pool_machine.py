@@ -254,11 +254,12 @@ class PoolMachine(RuleBasedStateMachine):
         self._refused(self.stale[-1 - pick % len(self.stale)], "STALE")
 
     def send_wrong_content(self, pick: int, amount: int) -> None:
-        """The right number with content that does not fit what Redis holds, behind a row that would."""
+        """The right number with content that does not fit what Redis holds, between rows that would."""
         meta = self._meta()
         image = self._run(self.owner.store.load(int(meta.get(b"num_blocks", 0))))
         wrongs = wrong_changes(image)
         name, wrong = wrongs[pick % len(wrongs)]
+        wrong.append.insert(0, (NOBODY, 0, [1]))  # would fit, and so would the row behind
         wrong.describe.append((NOBODY, b"never written"))
         wire = FaultyWire(self.pipe, self.loop)
         store = WorkerStore(wire, WORKER, LOG_TTL_S)

@@ -201,6 +201,7 @@ class Simulation:
         self.round_number = 0
         self.rounds: list[Round] = []
         self.admitted_order: list[int] = []
+        self._contents: dict[bytes, int] = {}  # block_hash -> what a block of that hash holds in its last slot
         self._in_flight: deque[Step] = deque()
         self._plans: deque[pb.StepPlan] = deque()
         self._arrived_results: list[pb.StepResult] = []
@@ -273,7 +274,7 @@ class Simulation:
         self.planner.reserved.clear()
         if not self.limits.ack_rounds:
             self.committer.answer(self.round_number)
-        self._check(plans)
+        self._check()
         if self._plans:
             self._arrived_results.append(self.worker.run(self._plans.popleft()))
         self.rounds.append(Round(self.round_number, results, plans, changes))
@@ -364,7 +365,7 @@ class Simulation:
                 is_decode = unplanned_before[sequence.seq_id] == 1 and has_room
                 assert not is_decode or sequence.seq_id in planned, "a decode starves beside prefills"
 
-    def _check(self, plans: list[tuple[pb.StepPlan, list[ScheduledRow]]]) -> None:
+    def _check(self) -> None:
         assert len(self.planner.running) <= self.limits.max_num_seqs
         sequences = [live.sequence for live in self.live.values()]
         self.blocks.check(s.block_ids for s in sequences)
@@ -379,6 +380,12 @@ class Simulation:
             assert sequence.num_computed_tokens <= sequence.num_planned_tokens
             known = len(sequence.token_ids) + sequence.num_planned_samples
             assert sequence.num_planned_tokens <= known
+        for block_id, hash_ in self.blocks.image().hashes.items():
+            slots = self.worker.pool[block_id]
+            content = slots[-1]
+            assert content is not None, "published before it was written"
+            assert None not in slots, "published before it was written"
+            assert self._contents.setdefault(hash_, content) == content, "one hash, two contents"
 
 
 class _NoSamplers(dict[int, pb.SamplerParams]):

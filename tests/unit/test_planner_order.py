@@ -27,6 +27,18 @@ def test_a_long_prompt_is_chunked_beside_decodes_that_never_wait() -> None:
     assert all(plan.get(seq_id) == 1 for plan in mixed for seq_id in (1, 2, 3))
 
 
+def test_decodes_go_first_whatever_the_order_in_which_a_new_owner_found_them() -> None:
+    """Adopted sequences come in no order: a long prompt may stand before those that talk."""
+    limits = SimLimits(64, BLOCK, max_num_batched_tokens=8)
+    talkers = [Arrival((1 + i,) * 3, 30, ignores_eos=True) for i in range(3)]
+    simulation = Simulation(limits, [*talkers, Arrival((9,) * 50, 4, round=6, ignores_eos=True)])
+    simulation.until(lambda: len(simulation.planner.running) == 4)
+    simulation.planner.running.reverse()
+    simulation.run()
+    mixed = [plan for plan in counts_by_plan(simulation) if plan.get(4, 0) > 1]
+    assert all(plan.get(seq_id) == 1 for plan in mixed for seq_id in (1, 2, 3))
+
+
 def test_a_prompt_is_admitted_only_with_room_for_all_of_it() -> None:
     """Chunked admission without that check: two half-done prompts that wait for each other's blocks."""
     limits = SimLimits(20, BLOCK, max_num_batched_tokens=8, overcommit=100.0)

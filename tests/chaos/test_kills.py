@@ -154,6 +154,25 @@ async def drain(call: object) -> None:
         pass
 
 
+async def test_a_worker_that_finds_its_name_taken_when_it_wakes(model: Path) -> None:
+    """The one that came in its place keeps the name: the two do not alternate."""
+    async with running(timed_stack(model)) as stack, stack.client() as client:
+        load = Load(client, 4, 400)
+        await load.share(0.1)
+        first = stack.processes["worker-0"]
+        with stack.stopped("worker-0"):
+            stack.start_worker(0)
+            status = await stack.until(lambda s: s.workers[0].state == pb.WORKER_STATE_LIVE and s.workers[0].epoch > 1)
+            epoch = status.workers[0].epoch
+            second, stack.processes["worker-0"] = stack.processes["worker-0"], first
+        stack.processes["second"] = second
+        await load.check()
+        while "REFUSED_REASON_NAME_TAKEN" not in stack.log("worker-0"):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert (await collect(client, timed_request(99, 5)))[0] == timed_tokens(99, 5)
+        assert (await stack.idle()).workers[0].epoch == epoch
+
+
 async def test_requests_that_come_back_to_a_worker_they_have_left(model: Path) -> None:
     async with running(timed_stack(model, 2)) as stack, stack.client() as client:
         load = Load(client, 8, 500)
@@ -238,6 +257,16 @@ async def test_a_new_scheduler_repeats_no_prefill(model: Path, prompt_tokens: in
         done = [sum(w.num_step_tokens for w in status.workers) for status in (before, after)]
         assert sum(done) <= total
         assert [w.epoch for w in after.workers] == [2, 2]
+
+
+async def test_a_new_scheduler_keeps_the_prefix_cache(model: Path) -> None:
+    async with running(timed_stack(model)) as stack, stack.client() as client:
+        request = timed_request(1, 5, 100)
+        await collect(client, request)
+        stack.kill("scheduler")
+        stack.start_scheduler()
+        assert (await collect(client, request))[2].usage.num_cached_tokens == 96
+        await stack.idle()
 
 
 async def test_a_scheduler_killed_while_it_accepts(model: Path) -> None:

@@ -80,6 +80,19 @@ async def test_one_salts_prefix_is_no_hit_for_another(stack: Stack) -> None:
             assert (await collect(client, request))[2].usage.num_cached_tokens == cached
 
 
+@pytest.mark.parametrize("overcommit", ["1", "8"])
+async def test_prompts_that_nearly_fill_the_pool_all_get_through(timed_model: Path, overcommit: str) -> None:
+    """In small chunks: prefills that are half done must not hold all blocks and wait for each other."""
+    flags = ("--timed-step-s", "0", "--num-blocks", "20", "--max-num-batched-tokens", "32")
+    stack = Stack(timed_model, 1, ("--overcommit", overcommit), flags)
+    async with running(stack), stack.client() as client:
+        seeds = range(1, 13)
+        requests = [timed_request(seed, 30, 200 + 7 * seed) for seed in seeds]
+        results = await asyncio.wait_for(asyncio.gather(*(collect(client, r) for r in requests)), 30)
+        assert [token_ids for token_ids, _, _ in results] == [timed_tokens(seed, 30) for seed in seeds]
+        await stack.idle()
+
+
 # -- leavers ----------------------------------------------------------------------------------------------------------
 
 

@@ -144,7 +144,7 @@ async def test_a_worker_that_does_not_register_first(stack: Stack, message: dict
 
 def result_of(plan: pb.StepPlan, **changes: Any) -> pb.StepResult:
     """What a worker that samples token 7 says of the first plan of one sequence."""
-    computed = [a.num_computed_tokens + n for a, n in zip(plan.added, plan.num_scheduled_tokens, strict=True)]
+    computed = [a.num_computed_tokens + n for a, n in zip(plan.added, plan.num_scheduled_tokens, strict=False)]
     fields: dict[str, Any] = {
         "epoch": plan.epoch,
         "step_id": plan.step_id,
@@ -202,3 +202,31 @@ async def test_results_that_come_twice_count_once(stack: Stack) -> None:
         for task in busy:
             task.cancel()
         await asyncio.gather(*busy, return_exceptions=True)
+
+
+async def test_a_worker_that_lives_but_steps_no_more_is_lost(stack: Stack) -> None:
+    """Its heart beats on; the step that it runs is over time. Its request goes on elsewhere, token for token."""
+    num_tokens = 300
+    async with FakeWorker(stack) as worker, stack.client() as client:
+        await worker.send(register=register(stack, incarnation="hangs"))
+        assert await worker.receive()
+        reading = [asyncio.create_task(collect(client, timed_request(20_000 + i, num_tokens, 300))) for i in range(2)]
+        plan = await worker.plan()
+        sequence = plan.added[0]
+        expected = timed_tokens(sequence.sampler.seed, num_tokens)
+        for index in range(12):
+            row = {
+                "attempts": [sequence.attempt],
+                "num_computed_tokens": [300 + index],
+                "first_output_indexes": [index],
+                "num_tokens": [1],
+                "token_ids": [expected[index]],
+            }
+            await worker.send(result=result_of(plan, **row))
+            plan = await worker.plan()
+        beating = asyncio.create_task(worker.beat())
+        while await worker.receive() is not None:
+            pass
+        beating.cancel()
+        for i, task in enumerate(reading):
+            assert (await asyncio.wait_for(task, TIMEOUT_S))[0] == timed_tokens(20_000 + i, num_tokens)

@@ -1,6 +1,6 @@
 """The peak that a batch can reach, against growing it token by token; and what is expected of outputs."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.admission import MIN_HISTORY, OutputLengths, peak_blocks
@@ -28,6 +28,7 @@ def grown(sequences: list[Sequence], block_size: int) -> int:
     return peak
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(
@@ -53,6 +54,7 @@ def test_sequences_in_lockstep_are_no_reason_to_preempt() -> None:
     assert simulation.planner.counters.num_preemptions == 0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=MIN_HISTORY, max_size=80), st.integers(0, 60), st.integers(61, 99))
 def test_what_is_expected_is_the_mean_of_those_that_went_on_longer(kept: list[int], so_far: int, most: int) -> None:
     lengths = OutputLengths(num_kept=40)

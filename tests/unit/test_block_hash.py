@@ -6,7 +6,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.block_hash import HASH_BYTES, block_hash, extend_chain, root_hash
@@ -16,6 +16,7 @@ KEYS = st.tuples(*[st.text(max_size=6)] * 4)
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=12)
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_roots_differ_wherever_a_key_differs(one: tuple[str, ...], other: tuple[str, ...]) -> None:
     assert (root_hash(*one) == root_hash(*other)) == (one == other)
@@ -41,6 +42,7 @@ def test_a_tenants_salt_reaches_every_block_of_its_chain() -> None:
     assert len({hash_ for hashes in chains for hash_ in hashes}) == 12
 
 
+@settings(deadline=None)
 @given(IDS, IDS)
 def test_blocks_differ_wherever_an_id_differs(one: list[int], other: list[int]) -> None:
     root = root_hash("m", "float32", "", "")
@@ -64,6 +66,7 @@ def test_hashes_are_long_not_predictable_and_the_same_in_every_process() -> None
         assert subprocess.check_output([sys.executable, "-c", program], env=env, text=True).strip() == here
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=40), st.lists(st.integers(0, 40), max_size=4), st.sampled_from([1, 4, 16]))
 def test_a_chain_grows_by_its_full_blocks_in_whatever_steps(ids: list[int], cuts: list[int], block_size: int) -> None:
     root = root_hash("m", "float32", "", "")

@@ -1,5 +1,6 @@
 """Who is next, against a queue that is written down as plainly as the rule."""
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -79,6 +80,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueue = QueueMachine.TestCase
+TestQueue.settings = settings(deadline=None, max_examples=60)
 
 
 def test_a_tenant_that_was_idle_is_level_with_the_least_served_of_those_that_wait() -> None:

@@ -36,11 +36,13 @@ async def piped(url: str) -> AsyncIterator[tuple[RedisPipe, WorkerStore]]:
     """A pipe and a seized worker with an empty pool."""
     pipe = RedisPipe(url, ALL_SCRIPTS)
     pipe.start()
-    store = WorkerStore(pipe, WORKER, 600)
-    await store.seize(0)
-    await store.reclaim("incarnation-1", 8)
-    yield pipe, store
-    await pipe.close()
+    try:
+        store = WorkerStore(pipe, WORKER, 600)
+        await store.seize(0)
+        await store.reclaim("incarnation-1", 8)
+        yield pipe, store
+    finally:
+        await pipe.close()
 
 
 async def send_through(store: WorkerStore, harm: Callable[[], Awaitable[None]]) -> None:

@@ -1,14 +1,16 @@
 """The persistent batch: what the worker knows of each sequence, kept from plan to plan in columns.
 
 Owns tokens, block tables, progress and sampler parameters. Touches no tensor: numpy only, vectorised over the
-sequences of a plan, since it runs in the gap between two steps.
+sequences of a plan. A step goes through `apply` (what it will run), `read`, `begin` and `commit`; the next plan may be
+applied between `begin` and `commit`, that is, while the step runs: all that it changes is known by then but the tokens
+that it samples, and those are read last. So the gap between two steps holds one `commit` and one `read`.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker.errors import ProtocolError
-from worker.step import SEQUENCE, BatchLimits, Progress, Sampled, SampledRows, Scheduled, StepInputs
+from worker.step import SEQUENCE, BatchLimits, Sampled, SampledRows, Scheduled, StepInputs
 from worker.wire import AddedSequence, Plan
 
 
@@ -22,8 +24,12 @@ class Batch:
         self._last_rows: tuple[list[int], NDArray[np.int64]] | None = None
         # More sequences may be known than run in a step: then rows are added. Untouched zeros take no memory.
         self._free_rows = list(range(limits.max_num_seqs))
+        # A running step will still write its tokens into its rows: what goes meanwhile is free after it.
+        self._is_running = False
+        self._freed_meanwhile: list[int] = []
         self._sequences = np.zeros(limits.max_num_seqs, SEQUENCE)
-        self._token_ids = np.zeros((limits.max_num_seqs, limits.max_model_len), np.int32)
+        self._token_ids = np.zeros((limits.max_num_seqs, limits.max_model_len), np.int64)
+        self._flat_token_ids = self._token_ids.reshape(-1)
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._block_tables = np.zeros((limits.max_num_seqs, max_blocks), np.int32)
         self._one_each = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
@@ -33,13 +39,11 @@ class Batch:
 
     def clear(self) -> None:
         """Forget all sequences."""
-        self._row_of.clear()
-        self._last_rows = None
-        self._end_token_ids.clear()
-        self._free_rows = list(range(len(self._sequences)))
+        for seq_id in list(self._row_of):
+            self._remove(seq_id)
 
     def apply(self, plan: Plan) -> StepInputs:
-        """Make the plan's changes and return what it runs.
+        """Make the plan's changes and return what it runs, as if the step that runs sampled all that it is to.
 
         Raises ProtocolError where it names an unknown sequence, or breaks a limit; the batch is then half changed.
         """
@@ -49,34 +53,39 @@ class Batch:
             self._add(added)
         if plan.appended_seq_ids:
             self._append_blocks(plan)
-        return self._build(plan)
+        return self.build(plan)
 
-    def commit(self, inputs: StepInputs, sampled: Sampled) -> Progress:
-        """Record what the step of `inputs` computed and sampled."""
-        scheduled, is_good = inputs.scheduled, sampled.is_finite
-        rows, sampling = scheduled.rows, scheduled.sampling
-        self._sequences["num_computed_tokens"][rows] = scheduled.num_computed_tokens
-        good, token_ids = sampling[is_good], sampled.token_ids[is_good]
-        ends = scheduled.before["num_tokens"]
-        self._token_ids[rows[good], ends[good]] = token_ids
-        num_tokens = np.zeros(len(rows), np.int64)
-        num_tokens[good] = 1
-        self._sequences["num_tokens"][rows] = ends + num_tokens
-        return Progress(
-            attempts=scheduled.before["attempt"],
-            num_computed_tokens=scheduled.num_computed_tokens,
-            first_output_indexes=ends - scheduled.before["num_prompt_tokens"],
-            num_tokens=num_tokens,
-            token_ids=token_ids,
-            failed=sampling[~is_good],
-        )
+    def read(self, inputs: StepInputs) -> None:
+        """Fill in the token ids that the step reads; the step before it has been committed."""
+        np.take(self._flat_token_ids, inputs.id_places, out=inputs.input_ids)
+
+    def begin(self, inputs: StepInputs) -> None:
+        """Count the step as done, but for its tokens."""
+        scheduled = inputs.scheduled
+        self._is_running = True
+        self._sequences["num_computed_tokens"][scheduled.rows] = scheduled.num_computed_tokens
+        self._sequences["num_tokens"][scheduled.sampling_rows] += 1
+
+    def commit(self, inputs: StepInputs, sampled: Sampled) -> None:
+        """Record what the step that began with `inputs` sampled."""
+        scheduled = inputs.scheduled
+        places, token_ids = scheduled.sampled_places, sampled.token_ids
+        if not sampled.all_finite:
+            is_good = sampled.is_finite
+            self._sequences["num_tokens"][scheduled.sampling_rows[~is_good]] -= 1
+            places, token_ids = places[is_good], token_ids[is_good]
+        self._flat_token_ids[places] = token_ids
+        self._is_running = False
+        if self._freed_meanwhile:
+            self._free_rows += self._freed_meanwhile
+            self._freed_meanwhile = []
 
     def _remove(self, seq_id: int) -> None:
         row = self._row_of.pop(seq_id, None)
         if row is not None:
             self._last_rows = None
             self._end_token_ids.pop(row, None)
-            self._free_rows.append(row)
+            (self._freed_meanwhile if self._is_running else self._free_rows).append(row)
 
     def _add(self, added: AddedSequence) -> None:
         """A sequence that is known already begins anew: its owner sent it in full."""
@@ -108,6 +117,7 @@ class Batch:
         size = len(self._sequences)
         self._sequences = np.concatenate((self._sequences, np.zeros_like(self._sequences)))
         self._token_ids = np.concatenate((self._token_ids, np.zeros_like(self._token_ids)))
+        self._flat_token_ids = self._token_ids.reshape(-1)
         self._block_tables = np.concatenate((self._block_tables, np.zeros_like(self._block_tables)))
         self._free_rows.extend(range(size + 1, 2 * size))
         return size
@@ -138,7 +148,8 @@ class Batch:
             self._last_rows = (plan.scheduled_seq_ids, self._rows(plan.scheduled_seq_ids, plan))
         return self._last_rows[1]
 
-    def _build(self, plan: Plan) -> StepInputs:
+    def build(self, plan: Plan) -> StepInputs:
+        """What a plan runs whose changes have been made; changes nothing."""
         rows = self._scheduled_rows(plan)
         before = self._sequences[rows]
         known, computed = before["num_tokens"], before["num_computed_tokens"]
@@ -147,7 +158,7 @@ class Batch:
         context_lens = computed + num_run
         num_tokens = self._check(plan, num_run, context_lens, before)
         sampling = np.flatnonzero((context_lens == known) & (num_run > 0) & (known < self._limits.max_model_len))
-        scheduled = Scheduled(rows, before, context_lens, sampling)
+        scheduled = self._scheduled(rows, before, context_lens, sampling)
         if num_tokens == len(rows) and num_run.all():  # one token each: nothing is ragged
             token_rows, positions, logit_rows = rows, computed, sampling
             cu_seqlens_q = self._one_each[: num_tokens + 1]
@@ -165,7 +176,8 @@ class Batch:
         max_blocks = -(-int(context_lens.max(initial=0)) // block_size)
         block_ids = self._block_tables[token_rows, positions // block_size]
         return StepInputs(
-            input_ids=self._token_ids[token_rows, positions].astype(np.int64),
+            input_ids=np.empty(num_tokens, np.int64),
+            id_places=token_rows * self._limits.max_model_len + positions,
             positions=positions,
             slot_mapping=block_ids * np.int64(block_size) + positions % block_size,
             cu_seqlens_q=cu_seqlens_q,
@@ -175,6 +187,25 @@ class Batch:
             logit_rows=logit_rows,
             sampled=self._sampled_rows(scheduled),
             scheduled=scheduled,
+        )
+
+    def _scheduled(
+        self,
+        rows: NDArray[np.int64],
+        before: NDArray[np.void],
+        num_computed_tokens: NDArray[np.int64],
+        sampling: NDArray[np.int64],
+    ) -> Scheduled:
+        is_all = len(sampling) == len(rows)
+        sampling_rows = rows if is_all else rows[sampling]
+        ends = before["num_tokens"] if is_all else before["num_tokens"][sampling]
+        return Scheduled(
+            rows=rows,
+            before=before,
+            num_computed_tokens=num_computed_tokens,
+            sampling=sampling,
+            sampling_rows=sampling_rows,
+            sampled_places=sampling_rows * self._limits.max_model_len + ends,
         )
 
     def _check(

@@ -1,38 +1,47 @@
 """The worker's loop: take a plan, apply it, run it, report it. Runs on the main thread; the link's threads do I/O.
 
-A result is reported once the next plan is applied, just before that runs (or at once, where no plan waits): the thread
-that encodes and sends it then works in the shadow of the step, and not in the gap before it, where it would contend
-for the interpreter.
+Between two steps only what needs the tokens of the first is done. While a step runs, the loop reports the one before
+it and applies the plan of the next, as soon as that is there.
 """
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from worker.batch import Batch
 from worker.errors import ProtocolError
 from worker.ledger import Order
-from worker.runner import Runner
-from worker.step import Progress, StepInputs
-from worker.wire import Plan, StepOutput
+from worker.runner import Runner, RunningStep
+from worker.step import Progress, Sampled, Scheduled, StepInputs
+from worker.wire import StepOutput
 
 
 class PlanSource(Protocol):
-    """Where plans come from and results go."""
+    """Where plans come from and results go. A plan that was taken counts as begun."""
 
     def take(self) -> Order:
-        """The next plan to run, now being run. Blocks; raises where the process must end."""
+        """The next plan to run. Blocks; raises where the process must end."""
 
-    def poll(self) -> Order | None:
-        """`take`, or None where it would block."""
-
-    def has_plan(self) -> bool:
-        """Whether `take` would return at once."""
+    def take_within(self, seconds: float) -> Order | None:
+        """`take`, or None where none comes in time."""
 
     def finish(self, order: Order, output: StepOutput) -> None:
         """Report a plan that was taken and run."""
 
     def reject(self, order: Order, error: ProtocolError) -> None:
         """Give the plan that was taken back unrun, and end the stream it came by."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A step without its report. Seconds of the step, of the gap before it; whether its plan was there in time."""
+
+    order: Order
+    scheduled: Scheduled
+    sampled: Sampled
+    step_s: float
+    gap_s: float
+    back_to_back: bool
 
 
 class Executor:
@@ -43,21 +52,48 @@ class Executor:
         self._batch = batch
         self._runner = runner
         self._registration = 0
-        self._unreported: tuple[Order, StepOutput] | None = None
+        self._unreported: _Ran | None = None
         self._last_end = time.perf_counter()
-        self._back_to_back = False
 
     def run(self) -> None:
         """Until the source raises."""
+        order: Order | None = None
+        inputs: StepInputs | None = None
         while True:
-            order = self._source.poll()
+            is_back_to_back = order is not None
             if order is None:
                 self._report()
                 order = self._source.take()
-            inputs = self._apply(order)
-            self._report()
-            if inputs is not None:
-                self._unreported = (order, self._compute(order.plan, inputs))
+            if inputs is None:
+                inputs = self._apply(order)
+            order, inputs = (None, None) if inputs is None else self._run(order, inputs, is_back_to_back)
+
+    def _run(self, order: Order, inputs: StepInputs, is_back_to_back: bool) -> tuple[Order | None, StepInputs | None]:
+        """Run one step; the plan that is there at its end, and what that runs, if it is known already."""
+        self._batch.read(inputs)
+        self._runner.prepare(order.plan)
+        start = time.perf_counter()
+        running = self._runner.launch(inputs)
+        self._batch.begin(inputs)
+        self._report()
+        following, following_inputs = self._apply_meanwhile(running)
+        sampled = running.wait()
+        end = time.perf_counter()
+        self._batch.commit(inputs, sampled)
+        if following is not None and following_inputs is not None and not sampled.all_finite:
+            following_inputs = self._batch.build(following.plan)
+        self._unreported = _Ran(order, inputs.scheduled, sampled, end - start, start - self._last_end, is_back_to_back)
+        self._last_end = end
+        return following or self._source.take_within(0.0), following_inputs
+
+    def _apply_meanwhile(self, running: RunningStep) -> tuple[Order | None, StepInputs | None]:
+        """Wait for the next plan or the end of the step, and apply the plan if it comes first."""
+        while (patience_s := running.patience_s()) > 0:
+            order = self._source.take_within(patience_s)
+            if order is not None:
+                inputs = self._apply(order)
+                return (None, None) if inputs is None else (order, inputs)
+        return None, None
 
     def _apply(self, order: Order) -> StepInputs | None:
         """What the plan runs; None where it is broken, and was given back."""
@@ -73,24 +109,14 @@ class Executor:
             self._source.reject(order, error)
             return None
 
-    def _compute(self, plan: Plan, inputs: StepInputs) -> StepOutput:
-        """Run one step, and record what it did."""
-        self._runner.prepare(plan)
-        start = time.perf_counter()
-        sampled = self._runner.run(inputs)
-        end = time.perf_counter()
-        timing = (end - start, start - self._last_end, self._back_to_back)
-        self._last_end, self._back_to_back = end, self._source.has_plan()
-        return _output(plan, self._batch.commit(inputs, sampled), timing)
-
     def _report(self) -> None:
-        if self._unreported is not None:
-            self._source.finish(*self._unreported)
-            self._unreported = None
+        ran, self._unreported = self._unreported, None
+        if ran is not None:
+            self._source.finish(ran.order, _output(ran))
 
 
-def _output(plan: Plan, progress: Progress, timing: tuple[float, float, bool]) -> StepOutput:
-    """timing: seconds of the step, seconds of the gap before it, whether its plan was there in time."""
+def _output(ran: _Ran) -> StepOutput:
+    plan, progress = ran.order.plan, Progress.of(ran.scheduled, ran.sampled)
     return StepOutput(
         epoch=plan.epoch,
         step_id=plan.step_id,
@@ -101,7 +127,7 @@ def _output(plan: Plan, progress: Progress, timing: tuple[float, float, bool]) -
         num_tokens=progress.num_tokens,
         token_ids=progress.token_ids,
         failed_seq_ids=[plan.scheduled_seq_ids[i] for i in progress.failed.tolist()],
-        step_s=timing[0],
-        gap_s=timing[1],
-        back_to_back=timing[2],
+        step_s=ran.step_s,
+        gap_s=ran.gap_s,
+        back_to_back=ran.back_to_back,
     )

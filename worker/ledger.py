@@ -15,7 +15,7 @@ from worker.wire import Plan, StepOutput
 log = logging.getLogger("pagoda.worker")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Order:
     """A plan to run, with the incarnation and the registration under which it came."""
 
@@ -32,11 +32,16 @@ class Ledger:
         self.highest_epoch = 0
         self.highest_step_id = 0
         self.finished_step_id = 0
-        self.running: Order | None = None
+        self._begun: deque[Order] = deque()
         self._registration = 0
         self._waiting: deque[Order] = deque()
         self._given_back: list[int] = []
         self._results: deque[StepOutput] = deque()
+
+    @property
+    def running(self) -> Order | None:
+        """The first plan that was taken and not finished."""
+        return self._begun[0] if self._begun else None
 
     @property
     def num_waiting(self) -> int:
@@ -76,20 +81,17 @@ class Ledger:
         return True
 
     def take(self) -> Order | None:
-        """The next plan, now running; None where none waits."""
+        """The next plan, which now runs or will as soon as the one before it has; None where none waits."""
         if not self._waiting:
             return None
-        self.running = self._waiting.popleft()
-        self.highest_step_id = self.running.plan.step_id
-        return self.running
+        order = self._waiting.popleft()
+        self._begun.append(order)
+        self.highest_step_id = order.plan.step_id
+        return order
 
     def finish(self, order: Order, output: StepOutput) -> bool:
-        """Keep the result of a plan that ran; False where its incarnation is over, and the result void.
-
-        The next one may have been taken already.
-        """
-        if self.running is order:
-            self.running = None
+        """Keep the result of a plan that ran; False where its incarnation is over, and the result void."""
+        self._begun.remove(order)
         if order.incarnation != self.incarnation:
             return False
         self.finished_step_id = output.step_id
@@ -97,8 +99,8 @@ class Ledger:
         return True
 
     def reject(self, order: Order) -> None:
-        """Give the running plan back as one that was never started."""
-        self.running = None
+        """Give a plan that was taken back as one that was never started."""
+        self._begun.remove(order)
         if order.incarnation == self.incarnation:
             self._given_back.append(order.plan.step_id)
 

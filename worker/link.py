@@ -90,22 +90,23 @@ class Link:
             if (order := self._take()) is not None:
                 return order
 
-    def poll(self) -> Order | None:
+    def take_within(self, seconds: float) -> Order | None:
         """See PlanSource."""
         try:
-            self._plans_ready.get_nowait()
+            if seconds > 0:
+                self._plans_ready.get(timeout=seconds)
+            else:
+                self._plans_ready.get_nowait()
         except Empty:
             return None
         return self._take()
 
-    def has_plan(self) -> bool:
-        """See PlanSource."""
-        return self._ledger.num_waiting > 0
-
     def finish(self, order: Order, output: StepOutput) -> None:
         """See PlanSource."""
         with self._lock:
-            if self._ledger.finish(order, output) and self._stream is not None and self._stream.is_registered:
+            is_kept = self._ledger.finish(order, output)
+            self._running_since_s = time.monotonic()
+            if is_kept and self._stream is not None and self._stream.is_registered:
                 self._stream.send(output)
 
     def reject(self, order: Order, error: ProtocolError) -> None:
@@ -125,7 +126,8 @@ class Link:
         with self._lock:
             if self._fatal is not None:
                 raise self._fatal
-            self._running_since_s = time.monotonic()
+            if self._ledger.running is None:
+                self._running_since_s = time.monotonic()
             return self._ledger.take()
 
     def _guard(self, target: Callable[[], None]) -> None:

@@ -1,6 +1,7 @@
 """Runs steps of a real model: batch columns to tensors, one forward, sampling."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from kernels import AttentionMetadata, BlockCopy, Kernels
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder, TokenBatch
-from worker.sampler import sample
+from worker.runner import RunningStep
+from worker.sampler import choose, to_sampled
 from worker.step import SEQUENCE, Sampled, SampledRows, Scheduled, StepInputs
 from worker.wire import Plan
 
@@ -21,23 +23,28 @@ class ModelRunner:
         self._decoder = decoder
         self._kernels = kernels
         self._pool = pool
+        self._is_on_gpu = pool.blocks.device.type != "cpu"
 
     def prepare(self, plan: Plan) -> None:
         """Copy the plan's blocks."""
         if plan.copies:
             self._kernels.copy_blocks(self._pool.blocks, [BlockCopy(*copy) for copy in plan.copies])
 
-    @torch.inference_mode()
-    def run(self, inputs: StepInputs) -> Sampled:
+    def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
+        return EnqueuedStep(self._enqueue(inputs)) if self._is_on_gpu else DeferredStep(self._enqueue, inputs)
+
+    @torch.inference_mode()
+    def _enqueue(self, inputs: StepInputs) -> torch.Tensor:
+        """The step's choices, as `choose` returns them; on a GPU they are still being computed."""
         if not len(inputs.input_ids):
-            return Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_))
+            return torch.zeros((2, 0), dtype=torch.int64)
         logits = self._decoder.forward(
             TokenBatch(self._upload(inputs.input_ids), self._upload(inputs.positions), self._upload(inputs.logit_rows)),
             self._kernels.prepare(self._metadata(inputs)),
             self._pool.layers,
         )
-        return sample(logits, inputs.sampled)
+        return choose(logits, inputs.sampled)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(
@@ -51,6 +58,42 @@ class ModelRunner:
 
     def _upload(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._pool.blocks.device, non_blocking=True)
+
+
+class EnqueuedStep:
+    """A step in the GPU's queue; see RunningStep."""
+
+    # Between two looks at the queue: short beside a step, long beside a look.
+    LOOK_S = 200e-6
+
+    def __init__(self, choices: torch.Tensor) -> None:
+        self._choices = choices
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done.record()
+
+    def patience_s(self) -> float:
+        """See RunningStep."""
+        return 0.0 if self._done.query() else self.LOOK_S  # type: ignore[no-untyped-call]
+
+    def wait(self) -> Sampled:
+        """See RunningStep."""
+        return to_sampled(self._choices)
+
+
+class DeferredStep:
+    """A step on the CPU: it needs the cores itself, so it runs when it is waited for. See RunningStep."""
+
+    def __init__(self, enqueue: Callable[[StepInputs], torch.Tensor], inputs: StepInputs) -> None:
+        self._enqueue = enqueue
+        self._inputs = inputs
+
+    def patience_s(self) -> float:
+        """See RunningStep."""
+        return 0.0
+
+    def wait(self) -> Sampled:
+        """See RunningStep."""
+        return to_sampled(self._enqueue(self._inputs))
 
 
 class PoisoningRunner:
@@ -71,18 +114,18 @@ class PoisoningRunner:
                 self._pool.poison_block(block_id, offset if i == 0 else 0)
         self._runner.prepare(plan)
 
-    def run(self, inputs: StepInputs) -> Sampled:
+    def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
-        return self._runner.run(inputs)
+        return self._runner.launch(inputs)
 
 
 def warm_up(runner: ModelRunner, block_size: int) -> float:
     """Run a prompt of one block, then single tokens, in the null block; seconds that the fastest of those took."""
-    runner.run(_null_inputs(1, block_size))
+    runner.launch(_null_inputs(1, block_size)).wait()
     times_s = []
     for _ in range(3):
         start = time.perf_counter()
-        runner.run(_null_inputs(1, 1))
+        runner.launch(_null_inputs(1, 1)).wait()
         times_s.append(time.perf_counter() - start)
     return min(times_s)
 
@@ -91,7 +134,7 @@ def profile(runner: ModelRunner, max_num_batched_tokens: int, block_size: int, d
     """Bytes that a step of `max_num_batched_tokens` takes on a CUDA `device` beside weights and pool."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner.run(_null_inputs(max(1, max_num_batched_tokens // block_size), block_size))
+    runner.launch(_null_inputs(max(1, max_num_batched_tokens // block_size), block_size)).wait()
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
@@ -103,6 +146,7 @@ def _null_inputs(num_seqs: int, query_len: int) -> StepInputs:
     none, none32 = np.zeros(num_seqs, np.int64), np.zeros(num_seqs, np.float32)
     return StepInputs(
         input_ids=tokens,
+        id_places=tokens,
         positions=tokens,
         slot_mapping=np.tile(np.arange(query_len, dtype=np.int64), num_seqs),
         cu_seqlens_q=(np.arange(num_seqs + 1) * query_len).astype(np.int32),
@@ -111,5 +155,5 @@ def _null_inputs(num_seqs: int, query_len: int) -> StepInputs:
         block_tables=np.zeros((num_seqs, 1), np.int32),
         logit_rows=(seqs + 1) * query_len - 1,
         sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
-        scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs),
+        scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs, seqs, seqs),
     )

@@ -6,8 +6,18 @@ from typing import Protocol
 import numpy as np
 
 from worker.rng import draw
-from worker.step import Sampled, StepInputs
+from worker.step import Sampled, SampledRows, StepInputs
 from worker.wire import Plan
+
+
+class RunningStep(Protocol):
+    """A step on its way."""
+
+    def patience_s(self) -> float:
+        """Seconds in which the caller may do something else before it asks again; 0: it is to `wait`."""
+
+    def wait(self) -> Sampled:
+        """What was sampled, once the step is done."""
 
 
 class Runner(Protocol):
@@ -16,8 +26,8 @@ class Runner(Protocol):
     def prepare(self, plan: Plan) -> None:
         """Do what a plan asks of the pool before its writes: copy blocks."""
 
-    def run(self, inputs: StepInputs) -> Sampled:
-        """Compute one step and wait for it: write its KV, sample for its `sampled` rows."""
+    def launch(self, inputs: StepInputs) -> RunningStep:
+        """Begin one step, which writes its KV and samples for its `sampled` rows; returns without waiting for it."""
 
 
 class TimedRunner:
@@ -30,10 +40,23 @@ class TimedRunner:
     def prepare(self, plan: Plan) -> None:
         """Nothing to copy."""
 
-    def run(self, inputs: StepInputs) -> Sampled:
+    def launch(self, inputs: StepInputs) -> "TimedStep":
         """See Runner."""
-        end = time.perf_counter() + self._step_s
-        rows = inputs.sampled
-        token_ids = (draw(rows.seeds, rows.output_indexes) % np.uint64(self._vocab_size)).astype(np.int64)
-        time.sleep(max(0.0, end - time.perf_counter()))
-        return Sampled(token_ids, np.ones(len(token_ids), np.bool_))
+        return TimedStep(time.perf_counter() + self._step_s, inputs.sampled, self._vocab_size)
+
+
+class TimedStep:
+    """See RunningStep. Its caller has the processor to itself until the end, as beside an accelerator."""
+
+    def __init__(self, end: float, rows: SampledRows, vocab_size: int) -> None:
+        self._end = end
+        self._token_ids = (draw(rows.seeds, rows.output_indexes) % np.uint64(vocab_size)).astype(np.int64)
+
+    def patience_s(self) -> float:
+        """See RunningStep."""
+        return self._end - time.perf_counter()
+
+    def wait(self) -> Sampled:
+        """See RunningStep."""
+        time.sleep(max(0.0, self.patience_s()))
+        return Sampled(self._token_ids, np.ones(len(self._token_ids), np.bool_))

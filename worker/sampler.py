@@ -22,8 +22,11 @@ FIRST_LOOK = 256
 CHUNK_SIZE = 256
 
 
-def sample(logits: torch.Tensor, rows: SampledRows) -> Sampled:
-    """logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids."""
+def choose(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+    """Token ids, and whether the logits were finite (1 or 0): [2, num_rows] int64, on the device of the logits.
+
+    logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids.
+    """
     is_finite = logits.sum(dim=-1).isfinite()
     for row, forbidden in rows.forbidden:
         logits[row, [token_id for token_id in forbidden if token_id < logits.shape[1]]] = float("-inf")
@@ -35,8 +38,13 @@ def sample(logits: torch.Tensor, rows: SampledRows) -> Sampled:
         if len(random):
             on_device = torch.from_numpy(random).to(logits.device)
             token_ids[on_device] = _sample_random(logits[on_device], rows.take(random))
-    both = torch.stack((token_ids, is_finite.long())).cpu().numpy()
-    return Sampled(both[0], both[1].astype(np.bool_))
+    return torch.stack((token_ids, is_finite.long()))
+
+
+def to_sampled(choices: torch.Tensor) -> Sampled:
+    """`choices` of `choose` on the host; waits for them."""
+    token_ids, is_finite = choices.cpu().numpy()
+    return Sampled(token_ids, is_finite.astype(np.bool_))
 
 
 def _sample_random(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:

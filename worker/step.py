@@ -61,28 +61,32 @@ class SampledRows:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """The plan's sequences, one entry each, for `Batch.commit`.
+    """The plan's sequences, one entry each.
 
     rows: of the batch. before: SEQUENCE records before the step. num_computed_tokens: after it. sampling: the entries
-    that sample.
+    that sample; sampling_rows: their rows; sampled_places: where their tokens go in the batch's flat token ids.
     """
 
     rows: NDArray[np.int64]
     before: NDArray[np.void]
     num_computed_tokens: NDArray[np.int64]
     sampling: NDArray[np.int64]
+    sampling_rows: NDArray[np.int64]
+    sampled_places: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """One ragged forward over the num_seqs sequences that have tokens to run.
 
-    input_ids, positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
+    input_ids: [num_tokens] int64, unset until `Batch.read` finds them at id_places of the batch's flat token ids.
+    id_places, positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
     context_lens: [num_seqs] int64. block_tables: [num_seqs, max_blocks] int32. logit_rows: [num_samples] int64, the
     tokens that sample, and `sampled` how.
     """
 
     input_ids: NDArray[np.int64]
+    id_places: NDArray[np.int64]
     positions: NDArray[np.int64]
     slot_mapping: NDArray[np.int64]
     cu_seqlens_q: NDArray[np.int32]
@@ -101,6 +105,11 @@ class Sampled:
     token_ids: NDArray[np.int64]
     is_finite: NDArray[np.bool_]
 
+    @property
+    def all_finite(self) -> bool:
+        """Whether nothing failed."""
+        return bool(self.is_finite.all())
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -112,3 +121,18 @@ class Progress:
     num_tokens: NDArray[np.int64]
     token_ids: NDArray[np.int64]
     failed: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, scheduled: Scheduled, sampled: Sampled) -> "Progress":
+        """Of a step that has run."""
+        is_good = sampled.is_finite
+        num_tokens = np.zeros(len(scheduled.rows), np.int64)
+        num_tokens[scheduled.sampling[is_good]] = 1
+        return cls(
+            attempts=scheduled.before["attempt"],
+            num_computed_tokens=scheduled.num_computed_tokens,
+            first_output_indexes=scheduled.before["num_tokens"] - scheduled.before["num_prompt_tokens"],
+            num_tokens=num_tokens,
+            token_ids=sampled.token_ids[is_good],
+            failed=scheduled.sampling[~is_good],
+        )

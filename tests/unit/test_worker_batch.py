@@ -1,4 +1,4 @@
-"""The batch against a naive model under random plans, and the plans that it refuses."""
+"""The batch against a naive model under random plans, some applied while a step runs, and the plans that it refuses."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from pagoda.v1 import worker_pb2 as pb
 
 from worker.batch import Batch
 from worker.errors import ProtocolError
-from worker.step import BatchLimits, Sampled
+from worker.step import BatchLimits, Progress, Sampled, StepInputs
 from worker.wire import decode_plan
 
 LIMITS = BatchLimits(block_size=16, max_num_seqs=6, max_num_batched_tokens=64, max_model_len=80)
@@ -30,6 +30,20 @@ class Naive:
     seed: int
     min_tokens: int
     end_token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A step that has begun: what each of its sequences is to be after it, and which sample."""
+
+    inputs: StepInputs
+    naives: list[Naive]
+    computed: list[int]
+    samples: list[Naive]
+
+
+UNKNOWN = -1
+"""Stands in a naive sequence for the token that a running step is to sample."""
 
 
 def added(seq_id: int, naive: Naive) -> pb.AddedSequence:
@@ -62,6 +76,7 @@ class RandomPlans(RuleBasedStateMachine):
         self.touched: set[int] = set()
         self.next_seq_id = 1
         self.next_block = 1
+        self.running: Running | None = None
 
     def blocks(self, count: int) -> list[int]:
         self.next_block += count
@@ -114,17 +129,24 @@ class RandomPlans(RuleBasedStateMachine):
             budget -= max(0, min(num_tokens, len(naive.tokens) - naive.num_computed))
             self.plan.scheduled_seq_ids.append(seq_id)
             self.plan.num_scheduled_tokens.append(num_tokens)
+        plan = decode_plan(self.plan)
+        if not data.draw(st.booleans(), label="meanwhile"):
+            self.commit()
         if budget < 0:
             with pytest.raises(ProtocolError, match="limits"):
-                self.batch.apply(decode_plan(self.plan))
+                self.batch.apply(plan)
         else:
-            self.check(wanted)
+            inputs = self.batch.apply(plan)
+            self.commit()
+            inputs = self.batch.build(plan)  # nothing may have changed, but for what failed
+            self.batch.read(inputs)
+            self.batch.begin(inputs)
+            self.check(inputs, wanted)
         step_id = self.plan.step_id + 1
         self.plan = pb.StepPlan(epoch=1, step_id=step_id)
         self.touched = set()
 
-    def check(self, wanted: dict[int, int]) -> None:
-        inputs = self.batch.apply(decode_plan(self.plan))
+    def check(self, inputs: StepInputs, wanted: dict[int, int]) -> None:
         assert len(self.batch) == len(self.model)
         ids, positions, slots, lens, samples = [], [], [], [], []
         for i, (seq_id, num_tokens) in enumerate(wanted.items()):
@@ -153,8 +175,12 @@ class RandomPlans(RuleBasedStateMachine):
         assert [row[: len(t)].tolist() for row, t in zip(inputs.block_tables, active, strict=True)] == active
         assert inputs.scheduled.sampling.tolist() == [i for i, _, _ in samples]
         assert inputs.logit_rows.tolist() == [row for _, row, _ in samples]
-        self.check_sampling(inputs.sampled, [naive for _, _, naive in samples])
-        self.commit(inputs, wanted, [naive for _, _, naive in samples])
+        sampling = [naive for _, _, naive in samples]
+        self.check_sampling(inputs.sampled, sampling)
+        naives = [self.model[s] for s in wanted]
+        self.running = Running(inputs, naives, [n.num_computed for n in naives], sampling)
+        for naive in sampling:
+            naive.tokens.append(UNKNOWN)
 
     def check_sampling(self, sampled: object, samples: list[Naive]) -> None:
         assert sampled.seeds.tolist() == [n.seed for n in samples]  # type: ignore[attr-defined]
@@ -165,18 +191,24 @@ class RandomPlans(RuleBasedStateMachine):
         found = {i: ids for i, ids in sampled.forbidden if ids}  # type: ignore[attr-defined]
         assert found == {i: ids for i, ids in forbidden.items() if ids}
 
-    def commit(self, inputs: object, wanted: dict[int, int], samples: list[Naive]) -> None:
+    def commit(self) -> None:
         """Every third row that samples fails."""
+        running, self.running = self.running, None
+        if running is None:
+            return
+        samples = running.samples
         tokens = np.arange(len(samples), dtype=np.int64) + 1000
         is_finite = np.arange(len(samples)) % 3 != 2
-        progress = self.batch.commit(inputs, Sampled(tokens, is_finite))  # type: ignore[arg-type]
-        indexes = [len(self.model[s].tokens) - self.model[s].num_prompt for s in wanted]
+        sampled = Sampled(tokens, is_finite)
+        self.batch.commit(running.inputs, sampled)
         for naive, token, good in zip(samples, tokens.tolist(), is_finite.tolist(), strict=True):
+            assert naive.tokens.pop() == UNKNOWN
             naive.tokens += [token] * good
-        naives = [self.model[s] for s in wanted]
-        assert progress.attempts.tolist() == [n.attempt for n in naives]
-        assert progress.num_computed_tokens.tolist() == [n.num_computed for n in naives]
-        assert progress.first_output_indexes.tolist() == indexes
+        indexes = [len(n.tokens) - n.num_prompt for n in running.naives]
+        progress = Progress.of(running.inputs.scheduled, sampled)
+        assert progress.attempts.tolist() == [n.attempt for n in running.naives]
+        assert progress.num_computed_tokens.tolist() == running.computed
+        assert (progress.first_output_indexes + progress.num_tokens).tolist() == indexes
         assert progress.token_ids.tolist() == tokens[is_finite].tolist()
         assert progress.num_tokens.sum() == is_finite.sum()
         assert len(progress.failed) == (~is_finite).sum()
@@ -230,15 +262,22 @@ def test_a_full_sequence_samples_no_more() -> None:
     batch = Batch(LIMITS)
     row = naive(tokens=[5] * 79, num_computed=78, blocks=[1, 2, 3, 4, 5])
     one = {"scheduled_seq_ids": [7], "num_scheduled_tokens": [1]}
-    inputs = batch.apply(decode_plan(plan(added=[added(7, row)], **one)))
-    progress = batch.commit(inputs, Sampled(np.array([9]), np.array([True])))
+    inputs, progress = run(batch, plan(added=[added(7, row)], **one), [9])
     assert (progress.num_tokens.tolist(), progress.num_computed_tokens.tolist()) == ([1], [79])
-    inputs = batch.apply(decode_plan(plan(**one)))
+    inputs, progress = run(batch, plan(**one), [])
     assert (inputs.input_ids.tolist(), len(inputs.scheduled.sampling)) == ([9], 0)
-    batch.commit(inputs, Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_)))
-    inputs = batch.apply(decode_plan(plan(**one)))
-    progress = batch.commit(inputs, Sampled(np.zeros(0, np.int64), np.zeros(0, np.bool_)))
+    inputs, progress = run(batch, plan(**one), [])
     assert (len(inputs.input_ids), progress.num_tokens.tolist()) == (0, [0])
+
+
+def run(batch: Batch, message: pb.StepPlan, token_ids: list[int]) -> tuple[StepInputs, Progress]:
+    """A whole step that samples these."""
+    inputs = batch.apply(decode_plan(message))
+    sampled = Sampled(np.array(token_ids, np.int64), np.ones(len(token_ids), np.bool_))
+    batch.read(inputs)
+    batch.begin(inputs)
+    batch.commit(inputs, sampled)
+    return inputs, Progress.of(inputs.scheduled, sampled)
 
 
 def test_forgetting_an_unknown_sequence_is_no_error() -> None:

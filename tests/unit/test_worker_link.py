@@ -36,28 +36,45 @@ DESCRIPTION = Description(
 
 
 class GatedRunner:
-    """Takes as long as the test wants; token ids count up."""
+    """Takes as long as the test wants; token ids count up. With `is_patient` its steps leave their caller free."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.started = threading.Event()
         self.steps: list[int] = []
-        self._last = 0
+        self.is_patient = False
+        self.last = 0
 
     def prepare(self, plan: Plan) -> None:
         self.steps.append(plan.step_id)
 
-    def run(self, inputs: StepInputs) -> Sampled:
-        self.started.set()
-        assert self.gate.wait(TIMEOUT_S)
-        first = self._last
-        self._last += len(inputs.logit_rows)
-        return Sampled(np.arange(first, self._last, dtype=np.int64), np.ones(self._last - first, np.bool_))
+    def launch(self, inputs: StepInputs) -> "GatedStep":
+        return GatedStep(self, len(inputs.logit_rows))
 
     def hold(self) -> None:
         self.started.clear()
         self.gate.clear()
+
+
+class GatedStep:
+    """Begins when it is launched or, without patience, when it is waited for."""
+
+    def __init__(self, runner: GatedRunner, num_samples: int) -> None:
+        self.runner = runner
+        self.num_samples = num_samples
+        if runner.is_patient:
+            runner.started.set()
+
+    def patience_s(self) -> float:
+        return 0.001 if self.runner.is_patient and not self.runner.gate.is_set() else 0.0
+
+    def wait(self) -> Sampled:
+        self.runner.started.set()
+        assert self.runner.gate.wait(TIMEOUT_S)
+        first = self.runner.last
+        self.runner.last += self.num_samples
+        return Sampled(np.arange(first, self.runner.last, dtype=np.int64), np.ones(self.num_samples, np.bool_))
 
 
 class RunningWorker:
@@ -141,8 +158,10 @@ def test_registers_with_what_it_is(server: SchedulerServer, start: Start) -> Non
     assert stream.registered(1) == []
 
 
-def test_runs_plans_in_order_and_tells_its_times(server: SchedulerServer, start: Start) -> None:
+@pytest.mark.parametrize("is_patient", [False, True])
+def test_runs_plans_in_order_and_tells_its_times(is_patient: bool, server: SchedulerServer, start: Start) -> None:
     worker = start(server.address)
+    worker.runner.is_patient = is_patient
     stream = server.accept()
     stream.registered(3)
     planner = one_sequence(epoch=3)
@@ -205,6 +224,33 @@ def test_a_new_owner_gets_results_again_and_hears_what_was_dropped(server: Sched
     assert (result.epoch, result.step_id, list(result.num_computed_tokens)) == (2, 4, [4])
     assert worker.runner.steps == [1, 2, 3, 4]
     assert second.register.incarnation == incarnation
+
+
+def test_a_plan_applied_while_a_step_runs_counts_as_begun(server: SchedulerServer, start: Start) -> None:
+    """A new owner numbers on from it, gets its result, and hears only of what waits behind it."""
+    worker = start(server.address)
+    worker.runner.is_patient = True
+    stream = server.accept()
+    stream.registered(1)
+    planner = one_sequence()
+    worker.runner.hold()
+    for num_tokens in (3, 1, 1):  # step 1 runs, 2 is applied, 3 waits
+        send(stream, planner.plan({1: num_tokens}))
+        planner.sequences[1].num_computed += num_tokens
+    assert worker.runner.started.wait(TIMEOUT_S)
+    while (worker.link._ledger.highest_step_id, worker.link._ledger.num_waiting) != (2, 1):
+        time.sleep(0.001)
+    stream.end()
+    second = server.accept()
+    assert second.register.highest_step_id == 2
+    assert second.registered(2) == [3]
+    worker.runner.gate.set()
+    results = [second.receive("result") for _ in range(2)]
+    assert [(r.epoch, r.step_id, list(r.token_ids)) for r in results] == [(1, 1, [0]), (1, 2, [1])]
+    planner = one_sequence(epoch=2)
+    planner.step_id = 2
+    assert list(second.run(planner.plan({1: 3})).num_computed_tokens) == [3]
+    assert worker.runner.steps == [1, 2, 3]
 
 
 def test_what_a_new_owner_does_not_send_has_ended(server: SchedulerServer, start: Start) -> None:
@@ -373,7 +419,8 @@ def planner_free_step(step_id: int) -> pb.StepPlan:
     return pb.StepPlan(epoch=1, step_id=step_id, committed_step_id=1, scheduled_seq_ids=[1], num_scheduled_tokens=[1])
 
 
-def test_a_broken_plan_ends_the_stream_not_the_worker(server: SchedulerServer, start: Start) -> None:
+@pytest.mark.parametrize("is_patient", [False, True])
+def test_a_broken_plan_ends_the_stream_not_the_worker(is_patient: bool, server: SchedulerServer, start: Start) -> None:
     worker = start(server.address)
     stream = server.accept()
     stream.registered(1)
@@ -386,6 +433,7 @@ def test_a_broken_plan_ends_the_stream_not_the_worker(server: SchedulerServer, s
     worker.runner.hold()
     send(stream, planner_free_step(2))
     assert worker.runner.started.wait(TIMEOUT_S)
+    worker.runner.is_patient = is_patient
     bad.step_id, good.step_id = 3, 4
     send(stream, bad)
     send(stream, good)

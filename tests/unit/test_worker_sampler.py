@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from worker.rng import draw, uniforms
-from worker.sampler import sample
-from worker.step import SampledRows
+from worker.sampler import choose, to_sampled
+from worker.step import Sampled, SampledRows
 
 VOCAB_SIZE = 600  # more than the sampler looks at first
+
+
+def sample(logits: torch.Tensor, rows: SampledRows) -> Sampled:
+    return to_sampled(choose(logits, rows))
 
 
 def rows(

@@ -265,13 +265,12 @@ class OnePlan:
         self.outputs: list[StepOutput] = []
 
     def take(self) -> Order:
-        raise self.Done
+        if not self._orders:
+            raise self.Done
+        return self._orders.pop()
 
-    def poll(self) -> Order | None:
-        return self._orders.pop() if self._orders else None
-
-    def has_plan(self) -> bool:
-        return False
+    def take_within(self, seconds: float) -> Order | None:
+        return None
 
     def finish(self, order: Order, output: StepOutput) -> None:
         self.outputs.append(output)

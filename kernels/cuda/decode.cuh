@@ -1,0 +1,155 @@
+// Attention of few query rows over many tokens.
+//
+// The rows that share a KV head (its group, times the tokens where there are several) fill one tile of the MMA. Warps
+// take the item's tiles in turn, each with a ring of its own and no barrier between them, and are merged at the end.
+// Where a sequence is done in parts, the last part to arrive merges all, in order: which one that is changes nothing.
+#pragma once
+
+#include <type_traits>
+
+#include "fma.cuh"
+#include "merge.cuh"
+#include "mma.cuh"
+#include "tiles.cuh"
+
+using TileMath = std::conditional_t<kIsFloat32, FmaMath<Element>, MmaMath<Element>>;
+
+// Shared memory: the warps' rings, and over them, once they are done with, what the warps have summed; then the
+// queries, and a flag. As many warps as have room with three stages each, and a fourth stage if that fits too.
+constexpr int kDecodeQueryBytes = kTileRows * kRowBytes;
+constexpr int kDecodeFlagBytes = 16;
+constexpr int kDecodeRoom = kMaxSharedBytes - kDecodeQueryBytes - kDecodeFlagBytes;
+constexpr int kDecodeTileBytes = 2 * kTileTokens * kRowBytes;
+constexpr int kDecodeWarps = 4 * 3 * kDecodeTileBytes <= kDecodeRoom ? 4 : 2 * 3 * kDecodeTileBytes <= kDecodeRoom ? 2 : 1;
+constexpr int kDecodeStages = kDecodeWarps * 4 * kDecodeTileBytes <= kDecodeRoom ? 4 : kDecodeTileBytes * 3 <= kDecodeRoom ? 3 : 2;
+constexpr int kDecodeThreads = kDecodeWarps * kWarpThreads;
+using DecodeRing = TileRing<kTileTokens, kDecodeStages, kWarpThreads>;
+constexpr int kDecodeRingBytes = kDecodeWarps * DecodeRing::kBytes;
+constexpr int kDecodeSharedBytes = kDecodeRingBytes + kDecodeQueryBytes + kDecodeFlagBytes;
+constexpr int kWarpSums = kTileRows * kHeadDim;
+constexpr int kWarpStats = kTileRows * 2;
+static_assert(kDecodeWarps * (kWarpSums + kWarpStats) * sizeof(float) <= kDecodeRingBytes);
+static_assert(kDecodeSharedBytes <= kMaxSharedBytes);
+
+struct DecodeShared {
+  char* bytes = dynamic_shared_memory();
+
+  __device__ __forceinline__ Element* ring(int warp) const {
+    return reinterpret_cast<Element*>(bytes + warp * DecodeRing::kBytes);
+  }
+  __device__ __forceinline__ float* sums(int warp) const { return reinterpret_cast<float*>(bytes) + warp * kWarpSums; }
+  __device__ __forceinline__ float* stats(int warp) const { return sums(kDecodeWarps) + warp * kWarpStats; }
+  __device__ __forceinline__ Element* queries() const { return reinterpret_cast<Element*>(bytes + kDecodeRingBytes); }
+  __device__ __forceinline__ int* is_last() const {
+    return reinterpret_cast<int*>(bytes + kDecodeRingBytes + kDecodeQueryBytes);
+  }
+};
+
+// One warp's share of the tokens `visible`.
+__device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs& args, const DecodeShared& shared,
+                                             const QueryRows& rows, const PagedHead& head, TokenRange visible) {
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const DecodeRing ring = {shared.ring(warp), lane};
+  constexpr int kStep = kDecodeWarps * kTileTokens;
+  int token = visible.begin / kTileTokens * kTileTokens + warp * kTileTokens;
+#pragma unroll
+  for (int stage = 0; stage < kDecodeStages - 1; ++stage) ring.start(stage, head, token + stage * kStep, visible);
+
+  const TileMath::Queries queries(shared.queries());
+  const int positions[kLaneRows] = {rows.position(lane_row(lane, 0)), rows.position(lane_row(lane, 1))};
+  for (int stage = 0; token < visible.end; token += kStep, stage = (stage + 1) % kDecodeStages) {
+    ring.wait();
+    __syncwarp();  // the tile is there for all lanes, and all are done with the one that is overwritten next
+    ring.start((stage + kDecodeStages - 1) % kDecodeStages, head, token + (kDecodeStages - 1) * kStep, visible);
+    Fragment<kTileTokens> scores;
+    TileMath::multiply_keys<kTileTokens>(scores, queries, ring.keys(stage));
+    score<kTileTokens>(scores, args, token, positions);
+    sums.weigh<kTileTokens>(scores);
+    TileMath::add_values<kTileTokens>(sums.sums, scores, ring.values(stage));
+  }
+  sums.finish();
+}
+
+// What the block's warps have summed of one row.
+__device__ __forceinline__ Parts warp_parts(const DecodeShared& shared, int row) {
+  return {shared.sums(0) + row * kHeadDim, shared.stats(0) + row * 2, kDecodeWarps, kWarpSums, kWarpStats};
+}
+
+// What the parts of an item's tokens have summed of one row.
+__device__ __forceinline__ Parts item_parts(const AttentionArgs& args, const Item& item, const QueryRows& rows,
+                                            int row) {
+  const int64_t first = rows.head_index(row, item.first_partial);
+  const int64_t stride = static_cast<int64_t>(item.num_queries) * args.num_heads;
+  return {args.partial_sums + first * kHeadDim, args.partial_stats + first * 2, item.num_parts, stride * kHeadDim,
+          stride * 2};
+}
+
+// Calls visit(row, dim) for all elements of the item's rows, spread over the block's threads.
+template <typename Visit>
+__device__ __forceinline__ void for_each_element(const QueryRows& rows, Visit visit) {
+  for (int i = threadIdx.x; i < rows.num_rows * kHeadDim; i += kDecodeThreads) visit(i / kHeadDim, i % kHeadDim);
+}
+
+__device__ __forceinline__ void write_out(const AttentionArgs& args, const QueryRows& rows, int row, int dim,
+                                          const Merged& merged) {
+  static_cast<Element*>(args.out)[rows.out_offset(row) + dim] = from_float<Element>(merged.sum / merged.total);
+}
+
+// Whether this block is the last to have written a part of the item's tokens; if so, it can read all parts.
+__device__ __forceinline__ bool arrives_last(const AttentionArgs& args, const DecodeShared& shared, const Item& item,
+                                             int kv_head) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int32_t* arrivals = args.arrivals + static_cast<int64_t>(item.first_partial) * args.num_kv_heads + kv_head;
+    const bool is_last = atomicAdd(arrivals, 1) == item.num_parts - 1;
+    if (is_last) *arrivals = 0;  // for the next launch
+    *shared.is_last() = is_last;
+  }
+  __syncthreads();
+  __threadfence();
+  return *shared.is_last();
+}
+
+__device__ __forceinline__ void decode_item(const AttentionArgs& args, const Item& item, int kv_head) {
+  const DecodeShared shared;
+  const int warp = threadIdx.x / kWarpThreads;
+  const QueryRows rows(args, item, kv_head);
+  load_queries<kTileRows, kDecodeThreads>(shared.queries(), args, rows);
+  __syncthreads();
+  RowSums sums;
+  decode_tiles(sums, args, shared, rows, PagedHead(args, item.seq, kv_head), visible_tokens(args, item, rows));
+  wait_for_copies<0>();
+  __syncthreads();  // no warp needs its ring any more
+  store_part(sums, shared.sums(warp), shared.stats(warp));
+  __syncthreads();
+  if (item.partial < 0) {
+    for_each_element(rows, [&](int row, int dim) {
+      write_out(args, rows, row, dim, merge(warp_parts(shared, row), dim));
+    });
+    return;
+  }
+  for_each_element(rows, [&](int row, int dim) {
+    const Merged merged = merge(warp_parts(shared, row), dim);
+    const int64_t head = rows.head_index(row, item.partial);
+    args.partial_sums[head * kHeadDim + dim] = merged.sum;
+    if (dim == 0) {
+      args.partial_stats[head * 2] = merged.max;
+      args.partial_stats[head * 2 + 1] = merged.total;
+    }
+  });
+  if (arrives_last(args, shared, item, kv_head)) {
+    for_each_element(rows, [&](int row, int dim) {
+      write_out(args, rows, row, dim, merge(item_parts(args, item, rows, row), dim));
+    });
+  }
+}
+
+// Grid: [num_units, num_kv_heads]. The grid's size is chosen once; how much each unit does is read from the device.
+__global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs args) {
+  const int unit = blockIdx.x, kv_head = blockIdx.y;
+  for (int i = args.unit_starts[unit]; i < args.unit_starts[unit + 1]; ++i) {
+    __syncthreads();  // the item before is done with shared memory
+    decode_item(args, args.decode_items[i], kv_head);
+  }
+}

@@ -1,0 +1,85 @@
+// Where things lie: tiles in shared memory, tokens in the pool, rows in the query.
+#pragma once
+
+#include "arguments.cuh"
+
+// A tile in shared memory is [rows][kRowChunks] chunks, the chunks of each row permuted so that 8 consecutive rows
+// have the same chunk in 8 different groups of banks: ldmatrix and 16-byte loads then meet no conflict. Rows of
+// kRowChunks = odd * 2^n chunks already differ in 8 / 2^n places; the xor supplies the other 2^n.
+constexpr int kSwizzle = power_of_two_in(kRowChunks, 8);
+
+// Element offset of a chunk.
+__device__ __forceinline__ int tile_offset(int row, int chunk) {
+  const int permuted = chunk ^ (row / (8 / kSwizzle) & (kSwizzle - 1));
+  return (row * kRowChunks + permuted) * kChunkElements;
+}
+
+// Tokens [begin, end) of a sequence.
+struct TokenRange {
+  int begin, end;
+
+  __device__ __forceinline__ bool contains(int token) const { return token >= begin && token < end; }
+};
+
+// One KV head of one sequence in the pool; keys, values: [num_blocks, num_kv_heads, kBlockSize, kHeadDim].
+struct PagedHead {
+  const Element* keys;
+  const Element* values;
+  const int32_t* block_table;
+  int num_kv_heads, kv_head;
+
+  __device__ __forceinline__ PagedHead(const AttentionArgs& args, int seq, int kv_head_)
+      : keys(static_cast<const Element*>(args.keys)),
+        values(static_cast<const Element*>(args.values)),
+        block_table(args.block_tables + static_cast<int64_t>(seq) * args.block_table_stride),
+        num_kv_heads(args.num_kv_heads),
+        kv_head(kv_head_) {}
+
+  // Element offset of a token in `keys` and `values`. The token must be one of the sequence's own.
+  __device__ __forceinline__ int64_t offset(int token) const {
+    const int64_t block = block_table[token / kBlockSize];
+    return ((block * num_kv_heads + kv_head) * kBlockSize + token % kBlockSize) * kHeadDim;
+  }
+};
+
+// The query rows of an item: row r is head first_head + r % group_size of token r / group_size.
+struct QueryRows {
+  int first_token;     // row of query and out
+  int first_position;  // in the sequence
+  int num_rows;
+  int group_size, num_heads, first_head;
+  int64_t query_stride;  // elements from token to token
+
+  __device__ __forceinline__ QueryRows(const AttentionArgs& args, const Item& item, int kv_head)
+      : first_token(item.query_start),
+        first_position(args.context_lens[item.seq] - (args.cu_seqlens_q[item.seq + 1] - item.query_start)),
+        group_size(args.num_heads / args.num_kv_heads),
+        num_heads(args.num_heads),
+        query_stride(args.query_stride) {
+    num_rows = item.num_queries * group_size;
+    first_head = kv_head * group_size;
+  }
+
+  // Rows past the last stand where the last does.
+  __device__ __forceinline__ int position(int row) const {
+    return first_position + min(row, num_rows - 1) / group_size;
+  }
+
+  __device__ __forceinline__ int64_t query_offset(int row) const {
+    return (first_token + row / group_size) * query_stride + (first_head + row % group_size) * kHeadDim;
+  }
+
+  // Which head of which token this is, in tensors of [num_tokens, num_heads, ...] whose row first_token is `first`.
+  __device__ __forceinline__ int64_t head_index(int row, int first) const {
+    return static_cast<int64_t>(first + row / group_size) * num_heads + first_head + row % group_size;
+  }
+
+  __device__ __forceinline__ int64_t out_offset(int row) const { return head_index(row, first_token) * kHeadDim; }
+};
+
+// The tokens that an item needs: its own, less those before the first query's window.
+__device__ __forceinline__ TokenRange visible_tokens(const AttentionArgs& args, const Item& item,
+                                                     const QueryRows& rows) {
+  const int begin = kHasWindow ? max(item.kv_start, rows.first_position - args.sliding_window + 1) : item.kv_start;
+  return {begin, item.kv_end};
+}

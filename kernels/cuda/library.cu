@@ -1,0 +1,92 @@
+// The C ABI of one variant. Every call returns 0 or an error that pagoda_error describes, starts its kernels on the
+// stream it is given, allocates nothing and waits for nothing.
+#include "kv_write.cuh"
+#include "prefill.cuh"
+
+// What the host must know of this build.
+struct Facts {
+  int32_t attention_args_bytes, kv_write_args_bytes, block_copy_args_bytes;
+  int32_t decode_rows, prefill_rows;  // query rows of an item at most
+  int32_t decode_blocks;              // blocks of the decode grid that the device runs at once
+};
+
+static int start_decode(const AttentionArgs& args) {
+  if (args.num_units == 0) return 0;
+  const dim3 grid(args.num_units, args.num_kv_heads);
+  return launch(decode_kernel, grid, kDecodeThreads, kDecodeSharedBytes, args.stream, args);
+}
+
+static int start_prefill(const AttentionArgs& args) {
+  if (args.num_prefill_items == 0) return 0;
+  const dim3 grid(args.num_prefill_items, args.num_kv_heads);
+  return launch(prefill_kernel, grid, kPrefillThreads, kPrefillSharedBytes, args.stream, args);
+}
+
+#if defined(__CUDACC__)
+
+// Lets kernels use more shared memory than the default, and counts the decode blocks that fit on the device.
+static int open_device(Facts& facts) {
+  int device = 0, num_processors = 0, blocks_per_processor = 0;
+  const auto set_shared = [](auto kernel, int bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  };
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) status = set_shared(decode_kernel, kDecodeSharedBytes);
+  if (status == cudaSuccess) status = set_shared(prefill_kernel, kPrefillSharedBytes);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&num_processors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_processor, decode_kernel, kDecodeThreads,
+                                                           kDecodeSharedBytes);
+  }
+  facts.decode_blocks = num_processors * blocks_per_processor;
+  return static_cast<int>(status);
+}
+
+#else
+
+static int open_device(Facts& facts) {
+  facts.decode_blocks = 4;
+  return 0;
+}
+
+#endif
+
+extern "C" {
+
+// Once per process and device, before the first call there; the device must be the current one.
+int pagoda_open(Facts* facts) {
+  *facts = {sizeof(AttentionArgs), sizeof(KvWriteArgs), sizeof(BlockCopyArgs), kTileRows, kPrefillRows, 0};
+  return open_device(*facts);
+}
+
+int pagoda_attend(const AttentionArgs* args) {
+  const int status = start_decode(*args);
+  return status ? status : start_prefill(*args);
+}
+
+int pagoda_write_kv(const KvWriteArgs* args) {
+  if (args->num_tokens == 0) return 0;
+  return launch(write_kv_kernel, dim3(args->num_tokens), kKvWriteThreads, 0, args->stream, *args);
+}
+
+int pagoda_copy_blocks(const BlockCopyArgs* args) {
+  if (args->num_copies == 0) return 0;
+  const dim3 grid(args->num_copies, args->num_planes);
+  return launch(copy_blocks_kernel, grid, kKvWriteThreads, 0, args->stream, *args);
+}
+
+#if defined(__CUDACC__)
+
+const char* pagoda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+#else
+
+const char* pagoda_error(int) { return emulation::last_failure.c_str(); }
+
+// The order of threads and blocks from now on; 0 is their natural one.
+void pagoda_emulation_seed(uint64_t seed) { emulation::seed = seed; }
+
+#endif
+}

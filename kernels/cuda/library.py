@@ -1,0 +1,136 @@
+"""The C ABI of library.cu, in ctypes: structures field by field, calls that raise.
+
+Owns nothing on the device: callers keep tensors alive until the stream has passed their launch, as torch's allocator
+does for tensors freed on the same stream.
+"""
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+
+class KernelError(Exception):
+    """A launch failed; the message is the driver's, or the emulation's."""
+
+
+class Facts(Structure):
+    """struct Facts."""
+
+    attention_args_bytes: int
+    kv_write_args_bytes: int
+    block_copy_args_bytes: int
+    decode_rows: int
+    prefill_rows: int
+    decode_blocks: int
+
+    _fields_ = [
+        ("attention_args_bytes", c_int32),
+        ("kv_write_args_bytes", c_int32),
+        ("block_copy_args_bytes", c_int32),
+        ("decode_rows", c_int32),
+        ("prefill_rows", c_int32),
+        ("decode_blocks", c_int32),
+    ]
+
+
+class AttentionArgs(Structure):
+    """struct AttentionArgs; its fields are described in arguments.cuh."""
+
+    _fields_ = [
+        ("query", c_void_p),
+        ("out", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("block_tables", c_void_p),
+        ("context_lens", c_void_p),
+        ("cu_seqlens_q", c_void_p),
+        ("decode_items", c_void_p),
+        ("unit_starts", c_void_p),
+        ("prefill_items", c_void_p),
+        ("partial_sums", c_void_p),
+        ("partial_stats", c_void_p),
+        ("arrivals", c_void_p),
+        ("stream", c_void_p),
+        ("query_stride", c_int64),
+        ("block_table_stride", c_int32),
+        ("num_units", c_int32),
+        ("num_prefill_items", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("sliding_window", c_int32),
+        ("scale", c_float),
+        ("soft_cap", c_float),
+    ]
+
+
+class KvWriteArgs(Structure):
+    """struct KvWriteArgs; its fields are described in kv_write.cuh."""
+
+    _fields_ = [
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("stream", c_void_p),
+        ("key_stride", c_int64),
+        ("value_stride", c_int64),
+        ("num_tokens", c_int32),
+        ("num_kv_heads", c_int32),
+    ]
+
+
+class BlockCopyArgs(Structure):
+    """struct BlockCopyArgs; its fields are described in kv_write.cuh."""
+
+    _fields_ = [
+        ("pool", c_void_p),
+        ("copies", c_void_p),
+        ("stream", c_void_p),
+        ("num_blocks", c_int64),
+        ("num_copies", c_int32),
+        ("num_planes", c_int32),
+        ("num_kv_heads", c_int32),
+    ]
+
+
+class KernelLibrary:
+    """One variant, loaded and opened on the current device."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.pagoda_error.restype = ctypes.c_char_p
+        self._attend = self._declare("pagoda_attend", AttentionArgs)
+        self._write_kv = self._declare("pagoda_write_kv", KvWriteArgs)
+        self._copy_blocks = self._declare("pagoda_copy_blocks", BlockCopyArgs)
+        self.facts = Facts()
+        self._check(self._declare("pagoda_open", Facts)(self.facts))
+        assert self.facts.attention_args_bytes == ctypes.sizeof(AttentionArgs)
+        assert self.facts.kv_write_args_bytes == ctypes.sizeof(KvWriteArgs)
+        assert self.facts.block_copy_args_bytes == ctypes.sizeof(BlockCopyArgs)
+
+    def attend(self, args: AttentionArgs) -> None:
+        """Start decode and prefill attention. Raises KernelError, as all calls do."""
+        self._check(self._attend(args))
+
+    def write_kv(self, args: KvWriteArgs) -> None:
+        """Start writing keys and values."""
+        self._check(self._write_kv(args))
+
+    def copy_blocks(self, args: BlockCopyArgs) -> None:
+        """Start one run of independent copies."""
+        self._check(self._copy_blocks(args))
+
+    def seed_emulation(self, seed: int) -> None:
+        """Order of threads and blocks from now on; an emulated library only."""
+        self._library.pagoda_emulation_seed(ctypes.c_uint64(seed))
+
+    def _declare(self, name: str, structure: type[Structure]) -> "ctypes._NamedFuncPointer":
+        function = self._library[name]
+        function.argtypes = [ctypes.POINTER(structure)]
+        function.restype = ctypes.c_int
+        return function
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise KernelError(self._library.pagoda_error(ctypes.c_int(status)).decode())

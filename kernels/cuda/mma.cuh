@@ -1,0 +1,90 @@
+// Products of tiles in 16-bit elements, on tensor cores.
+#pragma once
+
+#include "fragment.cuh"
+
+// One warp's query rows as operands of the MMA: kept in registers, or, where a row is too wide for that, read from
+// shared memory each time.
+template <typename E>
+struct MmaQueries {
+  static constexpr int kSteps = kHeadDim / 16;
+  static constexpr bool kInRegisters = kHeadDim <= 128;
+
+  // tile: [kTileRows] rows in shared memory, there as long as this is used.
+  __device__ __forceinline__ explicit MmaQueries(const E* tile) : tile_(tile) {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) load(step, registers_[step]);
+    }
+  }
+
+  // Dimensions 16 * step to 16 * step + 15.
+  __device__ __forceinline__ void get(int step, uint32_t (&a)[4]) const {
+    if constexpr (kInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = registers_[step][i];
+    } else {
+      load(step, a);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int step, uint32_t (&a)[4]) const {
+    const int lane = threadIdx.x % kWarpThreads;
+    load_matrices<false>(a, tile_ + tile_offset(lane % 16, 2 * step + lane / 16));
+  }
+
+  const E* tile_;
+  uint32_t registers_[kInRegisters ? kSteps : 1][4];
+};
+
+// A template only so that variants in float32 need not compile it.
+template <typename E>
+struct MmaMath {
+  using Queries = MmaQueries<E>;
+
+  // products = queries x keys^T. keys: [kTokens] rows in shared memory.
+  template <int kTokens>
+  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
+                                                       const E* keys) {
+    const int lane = threadIdx.x % kWarpThreads;
+    const int lane_token = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < Queries::kSteps; ++step) {
+      uint32_t a[4];
+      queries.get(step, a);
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; n += 2) {
+        uint32_t b[4];
+        load_matrices<false>(b, keys + tile_offset(8 * n + lane_token, 2 * step + lane / 8 % 2));
+        mma_16x8x16<E>(products[n], a, b[0], b[1]);
+        mma_16x8x16<E>(products[n + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // sums += weights x values. values: [kTokens] rows in shared memory. Weights are rounded to E.
+  template <int kTokens>
+  static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
+                                                    const E* values) {
+    const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; n += 2) {
+      const uint32_t a[4] = {pack<E>(weights[n][0], weights[n][1]), pack<E>(weights[n][2], weights[n][3]),
+                             pack<E>(weights[n + 1][0], weights[n + 1][1]),
+                             pack<E>(weights[n + 1][2], weights[n + 1][3])};
+#pragma unroll
+      for (int tile = 0; tile < kSumTiles; tile += 2) {
+        uint32_t b[4];
+        load_matrices<true>(b, values + tile_offset(8 * n + lane % 16, tile + lane / 16));
+        mma_16x8x16<E>(sums[tile], a, b[0], b[1]);
+        mma_16x8x16<E>(sums[tile + 1], a, b[2], b[3]);
+      }
+    }
+  }
+};

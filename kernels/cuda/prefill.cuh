@@ -1,0 +1,78 @@
+// Attention of many query rows: each warp has a tile of them, and all share the tokens' tiles as they stream by.
+#pragma once
+
+#include "decode.cuh"
+
+constexpr int kPrefillWarps = kRowBytes > 512 ? 2 : 4;
+constexpr int kPrefillThreads = kPrefillWarps * kWarpThreads;
+constexpr int kPrefillRows = kPrefillWarps * kTileRows;
+constexpr int kPrefillTokens = kIsFloat32 ? 16 : 32;
+
+// Shared memory: the ring, then the queries.
+constexpr int kPrefillQueryBytes = kPrefillRows * kRowBytes;
+constexpr int kPrefillTileBytes = 2 * kPrefillTokens * kRowBytes;
+constexpr int kPrefillStages = 3 * kPrefillTileBytes + kPrefillQueryBytes <= kMaxSharedBytes ? 3 : 2;
+using PrefillRing = TileRing<kPrefillTokens, kPrefillStages, kPrefillThreads>;
+constexpr int kPrefillSharedBytes = PrefillRing::kBytes + kPrefillQueryBytes;
+static_assert(kPrefillSharedBytes <= kMaxSharedBytes);
+
+// Writes the lane's share of a warp's rows, which are the item's rows from first_row on.
+__device__ __forceinline__ void write_warp_rows(const RowSums& sums, const AttentionArgs& args, const QueryRows& rows,
+                                                int first_row) {
+  const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int which = 0; which < kLaneRows; ++which) {
+    const int row = first_row + lane_row(lane, which);
+    if (row >= rows.num_rows) continue;
+    Element* out = static_cast<Element*>(args.out) + rows.out_offset(row);
+#pragma unroll
+    for (int tile = 0; tile < kSumTiles; ++tile) {
+#pragma unroll
+      for (int i = 2 * which; i < 2 * which + 2; ++i) {
+        out[lane_column(lane, tile, i)] = from_float<Element>(sums.sums[tile][i] / sums.total[which]);
+      }
+    }
+  }
+}
+
+// Grid: [num_prefill_items, num_kv_heads].
+__global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
+  const Item item = args.prefill_items[blockIdx.x];
+  const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const QueryRows rows(args, item, kv_head);
+  const PagedHead head(args, item.seq, kv_head);
+  const TokenRange visible = visible_tokens(args, item, rows);
+  const PrefillRing ring = {reinterpret_cast<Element*>(dynamic_shared_memory()), static_cast<int>(threadIdx.x)};
+  Element* query_tile = reinterpret_cast<Element*>(dynamic_shared_memory() + PrefillRing::kBytes);
+
+  int token = visible.begin / kTileTokens * kTileTokens;
+#pragma unroll
+  for (int stage = 0; stage < kPrefillStages - 1; ++stage) {
+    ring.start(stage, head, token + stage * kPrefillTokens, visible);
+  }
+  load_queries<kPrefillRows, kPrefillThreads>(query_tile, args, rows);
+  __syncthreads();
+  const TileMath::Queries queries(query_tile + warp * kTileRows * kHeadDim);
+
+  const int first_row = warp * kTileRows;
+  const int positions[kLaneRows] = {rows.position(first_row + lane_row(lane, 0)),
+                                    rows.position(first_row + lane_row(lane, 1))};
+  const int last_position = rows.position(first_row + kTileRows - 1);
+  const bool has_rows = first_row < rows.num_rows;
+  RowSums sums;
+  for (int stage = 0; token < visible.end; token += kPrefillTokens, stage = (stage + 1) % kPrefillStages) {
+    ring.wait();
+    __syncthreads();  // the tile is there for all threads, and all are done with the one that is overwritten next
+    const int next = token + (kPrefillStages - 1) * kPrefillTokens;
+    ring.start((stage + kPrefillStages - 1) % kPrefillStages, head, next, visible);
+    if (!has_rows || token > last_position) continue;
+    Fragment<kPrefillTokens> scores;
+    TileMath::multiply_keys<kPrefillTokens>(scores, queries, ring.keys(stage));
+    score<kPrefillTokens>(scores, args, token, positions);
+    sums.weigh<kPrefillTokens>(scores);
+    TileMath::add_values<kPrefillTokens>(sums.sums, scores, ring.values(stage));
+  }
+  wait_for_copies<0>();
+  sums.finish();
+  if (has_rows) write_warp_rows(sums, args, rows, first_row);
+}

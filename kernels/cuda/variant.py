@@ -1,0 +1,122 @@
+"""What is fixed when the kernels are compiled, and how a variant becomes a shared library.
+
+Owns compilers and flags. The device code is compiled for one architecture: the machine's own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import build
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "library.cu"
+HEADERS = (*sorted(FOLDER.glob("*.cuh")), *sorted((FOLDER / "emulation").glob("*.h")))
+NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
+HOST_COMPILERS = ("g++",)
+
+ELEMENTS = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "float"}
+HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCK_SIZES = (16, 32)
+MAX_GROUP_SIZE = 16
+# Shared memory in KiB that one block may take: what a device of this capability has, or what lets it run two.
+SHARED_KIB = {(8, 6): 99, (8, 9): 99, (12, 0): 99, (12, 1): 99}
+USUAL_SHARED_KIB = 113
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model's attention. has_window: a sliding window of any length; has_soft_cap: cap * tanh(score / cap)."""
+
+    dtype: torch.dtype
+    head_dim: int
+    block_size: int
+    has_window: bool = False
+    has_soft_cap: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in "cuda_bfloat16_d128_b16_window"."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = ["cuda", dtype, f"d{self.head_dim}", f"b{self.block_size}"]
+        return "_".join(parts + ["window"] * self.has_window + ["softcap"] * self.has_soft_cap)
+
+    @property
+    def defines(self) -> tuple[str, ...]:
+        """Flags for any compiler."""
+        return (
+            f"-DPAGODA_ELEMENT={ELEMENTS[self.dtype]}",
+            f"-DPAGODA_HEAD_DIM={self.head_dim}",
+            f"-DPAGODA_BLOCK_SIZE={self.block_size}",
+            *["-DPAGODA_SLIDING_WINDOW"] * self.has_window,
+            *["-DPAGODA_SOFT_CAP"] * self.has_soft_cap,
+        )
+
+
+# One or more of each dtype, head_dim, block size and feature: what tests compile.
+NAMED_VARIANTS = (
+    Variant(torch.bfloat16, 64, 16),
+    Variant(torch.bfloat16, 80, 16, has_window=True),
+    Variant(torch.bfloat16, 96, 32),
+    Variant(torch.bfloat16, 128, 16),
+    Variant(torch.bfloat16, 128, 16, has_window=True),
+    Variant(torch.bfloat16, 256, 16, has_window=True, has_soft_cap=True),
+    Variant(torch.float16, 64, 32, has_soft_cap=True),
+    Variant(torch.float16, 80, 32),
+    Variant(torch.float16, 128, 32),
+    Variant(torch.float32, 64, 16),
+    Variant(torch.float32, 128, 32, has_window=True),
+    Variant(torch.float32, 256, 16),
+)
+
+
+def all_variants() -> list[Variant]:
+    """Every combination that is supported, but for the small head_dims of float32."""
+    flags = (False, True)
+    return [
+        Variant(dtype, head_dim, block_size, has_window, has_soft_cap)
+        for dtype in ELEMENTS
+        for head_dim in HEAD_DIMS
+        for block_size in BLOCK_SIZES
+        for has_window in flags
+        for has_soft_cap in flags
+    ]
+
+
+def is_supported(head_dim: int, block_size: int, group_size: int) -> bool:
+    """Whether kernels exist for a shape, float32 aside, whose head_dim need only be a multiple of 8."""
+    return head_dim % 8 == 0 and head_dim <= max(HEAD_DIMS) and block_size % 16 == 0 and group_size <= MAX_GROUP_SIZE
+
+
+def device_library(variant: Variant, capability: tuple[int, int]) -> build.Library:
+    """For a GPU of `capability`, as in (9, 0)."""
+    shared_kib = SHARED_KIB.get(capability, USUAL_SHARED_KIB)
+    arch = f"sm_{capability[0]}{capability[1]}"
+    return build.Library(
+        name=f"{variant.name}_{arch}",
+        compilers=NVCC,
+        flags=(
+            *("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}"),
+            f"-DPAGODA_SHARED_KIB={shared_kib}",
+            *variant.defines,
+        ),
+        sources=(SOURCE,),
+        headers=HEADERS,
+    )
+
+
+def emulated_library(variant: Variant) -> build.Library:
+    """For this CPU (x86-64), in emulation."""
+    return build.Library(
+        name=f"{variant.name}_emulated",
+        compilers=HOST_COMPILERS,
+        flags=(
+            *("-O2", "-std=c++17", "-shared", "-fPIC", "-march=x86-64-v3", "-Wall", "-Werror", "-Wno-unknown-pragmas"),
+            f"-DPAGODA_SHARED_KIB={USUAL_SHARED_KIB}",
+            *variant.defines,
+            *("-x", "c++"),
+        ),
+        sources=(SOURCE,),
+        headers=HEADERS,
+    )

@@ -1,0 +1,193 @@
+"""Attention steps for the CUDA kernels: random sequences in a hostile pool, and what the result should be in float64.
+
+The pool holds NaN wherever nothing was written, tables name impossible blocks past a sequence's own, and every tensor
+ends at an unreadable page.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
+from kernels.cuda.attention import Backend, CudaKernels, Tuning
+from kernels.cuda.library import KernelLibrary
+from kernels.cuda.variant import Variant, emulated_library
+from tests.kernels.cuda.guarded import guarded
+
+NO_BLOCK = 2**30
+SOFT_CAP = 2.0
+# Small partitions, so that short sequences are split too.
+PARTITION_LEN = 32
+MAX_PARTITIONS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: per sequence, KV tokens before it and query tokens in it; order_seed: of the emulation's threads."""
+
+    variant: Variant
+    num_kv_heads: int
+    group_size: int
+    sliding_window: int
+    lens: list[tuple[int, int]]
+    seed: int
+    order_seed: int
+
+    @property
+    def shape(self) -> AttentionShape:
+        head_dim = self.variant.head_dim
+        num_heads = self.num_kv_heads * self.group_size
+        return AttentionShape(num_heads, self.num_kv_heads, head_dim, self.variant.block_size, head_dim**-0.5)
+
+    @property
+    def tuning(self) -> Tuning:
+        return Tuning(PARTITION_LEN, MAX_PARTITIONS, SOFT_CAP if self.variant.has_soft_cap else 0.0)
+
+
+contexts = st.one_of(st.integers(0, 40), st.integers(0, 300))
+queries = st.one_of(st.just(1), st.just(1), st.integers(1, 6), st.integers(1, 70))
+
+
+def cases(variant: Variant) -> st.SearchStrategy[Case]:
+    """Cases of one variant, of a size that the emulation runs in some ten milliseconds."""
+    windows = st.sampled_from([1, 5, 16, 40, 100]) if variant.has_window else st.just(0)
+    return st.builds(
+        Case,
+        variant=st.just(variant),
+        num_kv_heads=st.integers(1, 3),
+        group_size=st.integers(1, 16),
+        sliding_window=windows,
+        lens=st.lists(st.tuples(contexts, queries), min_size=1, max_size=4),
+        seed=st.integers(0, 2**32 - 1),
+        order_seed=st.integers(0, 2**32 - 1),
+    )
+
+
+@functools.cache
+def open_emulated(variant: Variant) -> KernelLibrary:
+    """The variant on this CPU."""
+    return KernelLibrary(build.shared_library(emulated_library(variant)))
+
+
+EMULATION = Backend(open_emulated, lambda: 0)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """keys, values: [context, num_kv_heads, head_dim]; query: [new tokens, num_heads, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    query: torch.Tensor
+    table: list[int]
+
+
+class Step:
+    """The sequences of a case, and a pool in which only what came before the step is written."""
+
+    def __init__(self, case: Case, place: Callable[[torch.Tensor], torch.Tensor] = guarded) -> None:
+        rng = torch.Generator().manual_seed(case.seed)
+        self.case = case
+        self._place = place
+        block_size, num_kv_heads = case.variant.block_size, case.num_kv_heads
+        block_counts = [-(-(before + new) // block_size) for before, new in case.lens]
+        num_blocks = sum(block_counts) + 1
+        order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
+        pool = torch.full((num_blocks, num_kv_heads, block_size, case.variant.head_dim), float("nan"))
+        self.layer = LayerKV(*(place(pool.to(case.variant.dtype)) for _ in range(2)))
+        self.sequences = []
+        for (before, new), count in zip(case.lens, block_counts, strict=True):
+
+            def random(tokens: int, heads: int) -> torch.Tensor:
+                tensor = torch.randn(tokens, heads, case.variant.head_dim, generator=rng)
+                return tensor.to(case.variant.dtype)
+
+            keys, values = (random(before + new, num_kv_heads) for _ in range(2))
+            table = [order.pop() for _ in range(count)]
+            self.sequences.append(Sequence(keys, values, random(new, case.shape.num_heads), table))
+            fill(self.layer, self.sequences[-1], before)
+
+    def alone(self, index: int) -> "Step":
+        """The same sequence, with the same blocks, as the only one of its step."""
+        step = Step(dataclasses.replace(self.case, lens=[self.case.lens[index]]))
+        step.layer = self.layer
+        step.sequences = [self.sequences[index]]
+        return step
+
+    def metadata(self) -> AttentionMetadata:
+        query_lens = np.array([new for _, new in self.case.lens], np.int64)
+        context_lens = np.array([before + new for before, new in self.case.lens], np.int64)
+        width = max(len(sequence.table) for sequence in self.sequences)
+        rows = [sequence.table + [NO_BLOCK] * (width - len(sequence.table)) for sequence in self.sequences]
+        slots = [
+            slot(sequence.table, position, self.case.variant.block_size)
+            for (before, new), sequence in zip(self.case.lens, self.sequences, strict=True)
+            for position in range(before, before + new)
+        ]
+        return AttentionMetadata(
+            block_tables=self._place(torch.tensor(rows, dtype=torch.int32)),
+            context_lens=self._place(torch.from_numpy(context_lens).int()),
+            cu_seqlens_q=self._place(torch.tensor([0, *np.cumsum(query_lens).tolist()], dtype=torch.int32)),
+            slot_mapping=self._place(torch.tensor(slots, dtype=torch.int64)),
+            host_context_lens=context_lens,
+            host_query_lens=query_lens,
+        )
+
+    def run(self, kernels: Kernels) -> torch.Tensor:
+        """Write the step's keys and values, then attend: [num_tokens, num_heads, head_dim]."""
+        step = kernels.prepare(self.metadata())
+        new = [sequence.query.shape[0] for sequence in self.sequences]
+        key = torch.cat([sequence.keys[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
+        value = torch.cat([sequence.values[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
+        step.write_kv(self._place(key), self._place(value), self.layer)
+        query = self._place(torch.cat([sequence.query for sequence in self.sequences]))
+        return step.attend(query, self.layer, self.case.sliding_window)
+
+    def emulate(self) -> torch.Tensor:
+        """`run` with the emulated kernels."""
+        open_emulated(self.case.variant).seed_emulation(self.case.order_seed)
+        return self.run(CudaKernels(torch.device("cpu"), self.case.shape, EMULATION, self.case.tuning))
+
+    def dense(self) -> torch.Tensor:
+        """The same by definition, in float64."""
+        return torch.cat([dense(sequence, self.case) for sequence in self.sequences])
+
+
+def slot(table: list[int], position: int, block_size: int) -> int:
+    """Where a sequence's token lies in the pool."""
+    return table[position // block_size] * block_size + position % block_size
+
+
+def fill(layer: LayerKV, sequence: Sequence, num_tokens: int) -> None:
+    """Write the first `num_tokens` keys and values of a sequence into its blocks."""
+    block_size = layer.keys.shape[2]
+    positions = torch.arange(num_tokens)
+    blocks = torch.tensor(sequence.table)[positions // block_size]
+    layer.keys[blocks, :, positions % block_size] = sequence.keys[:num_tokens].to(layer.keys.device)
+    layer.values[blocks, :, positions % block_size] = sequence.values[:num_tokens].to(layer.keys.device)
+
+
+def dense(sequence: Sequence, case: Case) -> torch.Tensor:
+    """Attention of one sequence in float64: [new tokens, num_heads, head_dim]."""
+    keys, values = (x.double().repeat_interleave(case.group_size, 1) for x in (sequence.keys, sequence.values))
+    scores = torch.einsum("qhd,khd->hqk", sequence.query.double(), keys) * case.shape.scale
+    if case.variant.has_soft_cap:
+        scores = SOFT_CAP * torch.tanh(scores / SOFT_CAP)
+    context, new = keys.shape[0], sequence.query.shape[0]
+    distances = torch.arange(context - new, context)[:, None] - torch.arange(context)
+    hidden = distances < 0
+    if case.sliding_window:
+        hidden |= distances >= case.sliding_window
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the whole tensor, by its norm; NaN counts as infinite."""
+    error = ((found.double() - expected).norm() / expected.norm()).item()
+    return error if error == error else float("inf")

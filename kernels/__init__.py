@@ -5,6 +5,7 @@ Knows nothing of requests, sequences or plans. `reference` is the specification;
 where native kernels attach.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+log = logging.getLogger("pagoda.kernels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,15 @@ class Kernels(Protocol):
 
 
 def select_kernels(device: torch.device, shape: AttentionShape) -> Kernels:
-    """The kernels for `device`: native ones are chosen here; the reference runs on any."""
+    """The kernels for `device`: native ones where they cover `shape` and can be built; the reference runs on any."""
     from kernels.reference import ReferenceKernels
 
+    if device.type == "cpu":
+        from kernels.build import BuildError
+        from kernels.cpu import CpuKernels, UnsupportedShapeError
+
+        try:
+            return CpuKernels(shape)
+        except (BuildError, UnsupportedShapeError) as error:
+            log.warning("the reference kernels serve, many times slower: %s", error)
     return ReferenceKernels(device, shape)

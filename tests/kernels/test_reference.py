@@ -1,7 +1,6 @@
 """The reference kernels against dense attention in float64, over random shapes, in a pool full of NaN."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,122 +10,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kernels.reference
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels import AttentionShape, BlockCopy, select_kernels
+from kernels.reference import ReferenceKernels
+from tests.kernels.cases import Case, Step, cases
 
 
-@dataclass(frozen=True)
-class Case:
-    """One step: per sequence, KV tokens before it and query tokens in it."""
-
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    block_size: int
-    sliding_window: int
-    lens: list[tuple[int, int]]
-    seed: int
-
-    @property
-    def shape(self) -> AttentionShape:
-        num_heads = self.num_kv_heads * self.group_size
-        return AttentionShape(num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.head_dim**-0.5)
-
-
-cases = st.builds(
-    Case,
-    num_kv_heads=st.integers(1, 3),
-    group_size=st.integers(1, 8),
-    head_dim=st.sampled_from([2, 8, 16, 64]),
-    block_size=st.sampled_from([16, 32]),
-    sliding_window=st.sampled_from([0, 0, 1, 5, 16, 40]),
-    lens=st.lists(st.tuples(st.integers(0, 90), st.one_of(st.just(1), st.integers(1, 50))), min_size=1, max_size=8),
-    seed=st.integers(0, 2**32 - 1),
-)
-
-
-class Step:
-    """A pool of NaN in which only what came before the step is written, in blocks of random order."""
-
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-        rng = torch.Generator().manual_seed(case.seed)
-        self.case = case
-        block_counts = [-(-(before + new) // case.block_size) for before, new in case.lens]
-        num_blocks = sum(block_counts) + 1
-        order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
-        self.tables = [[order.pop() for _ in range(count)] for count in block_counts]
-        shape = (num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
-        self.layer = LayerKV(*(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2)))
-        self.keys, self.values, self.queries = [], [], []
-        for (before, new), table in zip(case.lens, self.tables, strict=True):
-            num_heads = case.num_kv_heads * case.group_size
-            self.keys.append(torch.randn(before + new, case.num_kv_heads, case.head_dim, generator=rng).to(dtype))
-            self.values.append(torch.randn(before + new, case.num_kv_heads, case.head_dim, generator=rng).to(dtype))
-            self.queries.append(torch.randn(new, num_heads, case.head_dim, generator=rng).to(dtype))
-            for position in range(before):
-                block, slot = table[position // case.block_size], position % case.block_size
-                self.layer.keys[block, :, slot] = self.keys[-1][position].to(device)
-                self.layer.values[block, :, slot] = self.values[-1][position].to(device)
-
-    def metadata(self, device: str = "cpu") -> AttentionMetadata:
-        case = self.case
-        query_lens = np.array([new for _, new in case.lens], np.int64)
-        context_lens = np.array([before + new for before, new in case.lens], np.int64)
-        width = max(map(len, self.tables))
-        slots = [
-            table[position // case.block_size] * case.block_size + position % case.block_size
-            for (before, new), table in zip(case.lens, self.tables, strict=True)
-            for position in range(before, before + new)
-        ]
-
-        def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        return AttentionMetadata(
-            block_tables=tensor([table + [0] * (width - len(table)) for table in self.tables], torch.int32),
-            context_lens=tensor(context_lens.tolist(), torch.int32),
-            cu_seqlens_q=tensor([0, *np.cumsum(query_lens).tolist()], torch.int32),
-            slot_mapping=tensor(slots, torch.int64),
-            host_context_lens=context_lens,
-            host_query_lens=query_lens,
-        )
-
-    def run(self, kernels_: Kernels, device: str = "cpu") -> torch.Tensor:
-        """Write the step's keys and values, then attend: [num_tokens, num_heads, head_dim]."""
-        step = kernels_.prepare(self.metadata(device))
-        new = [count for _, count in self.case.lens]
-        step.write_kv(
-            torch.cat([k[-n:] for k, n in zip(self.keys, new, strict=True)]).to(device),
-            torch.cat([v[-n:] for v, n in zip(self.values, new, strict=True)]).to(device),
-            self.layer,
-        )
-        return step.attend(torch.cat(self.queries).to(device), self.layer, self.case.sliding_window).cpu()
-
-    def dense(self) -> torch.Tensor:
-        """The same by definition, in float64."""
-        return torch.cat(
-            [dense(q, k, v, self.case) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)]
-        )
-
-
-def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: Case) -> torch.Tensor:
-    """One sequence, row by row: query [new, num_heads, head_dim], keys and values [context, num_kv_heads, head_dim]."""
-    out = torch.empty(query.shape, dtype=torch.float64)
-    first = keys.shape[0] - query.shape[0]
-    for row in range(query.shape[0]):
-        end = first + row + 1
-        start = max(0, end - case.sliding_window) if case.sliding_window else 0
-        for head in range(query.shape[1]):
-            kv_head = head // case.group_size
-            scores = keys[start:end, kv_head].double() @ query[row, head].double() * case.shape.scale
-            out[row, head] = scores.softmax(0) @ values[start:end, kv_head].double()
-    return out
+def reference(shape: AttentionShape) -> ReferenceKernels:
+    return ReferenceKernels(torch.device("cpu"), shape)
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases)
 def test_equals_dense_attention(case: Case) -> None:
     step = Step(case)
-    found = step.run(select_kernels(torch.device("cpu"), case.shape))
+    found = step.run(reference(case.shape))
     torch.testing.assert_close(found.double(), step.dense(), atol=3e-6, rtol=3e-5)
 
 
@@ -135,7 +32,7 @@ def test_equals_dense_attention(case: Case) -> None:
 def test_sums_are_float32(case: Case, dtype: torch.dtype) -> None:
     """Half precision loses what rounding the inputs and the output loses, and no more."""
     step = Step(case, dtype)
-    found = step.run(select_kernels(torch.device("cpu"), case.shape))
+    found = step.run(reference(case.shape))
     torch.testing.assert_close(found, step.dense().to(dtype), atol=2e-3, rtol=2 * torch.finfo(dtype).eps)
 
 
@@ -144,7 +41,7 @@ def test_sums_are_float32(case: Case, dtype: torch.dtype) -> None:
 def test_writes_its_slots_and_no_other(case: Case) -> None:
     step = Step(case)
     keys_before = step.layer.keys.clone()
-    step.run(select_kernels(torch.device("cpu"), case.shape))
+    step.run(reference(case.shape))
     slots = step.metadata().slot_mapping
     written = torch.zeros(keys_before.shape[0] * case.block_size, dtype=torch.bool)
     written[slots] = True
@@ -158,7 +55,7 @@ def test_writes_its_slots_and_no_other(case: Case) -> None:
 @given(cases)
 def test_a_row_does_not_depend_on_its_neighbours(case: Case) -> None:
     """Bit for bit: how a sequence is cut, padded and summed follows from its own lengths."""
-    together = Step(case).run(select_kernels(torch.device("cpu"), case.shape))
+    together = Step(case).run(reference(case.shape))
     firsts = np.cumsum([0, *(new for _, new in case.lens)])
     step = Step(case)
     for i, lens in enumerate(case.lens):
@@ -168,7 +65,7 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case) -> None:
             block, slot = divmod(position, case.block_size)
             alone.layer.keys[alone.tables[0][block], :, slot] = step.keys[i][position]
             alone.layer.values[alone.tables[0][block], :, slot] = step.values[i][position]
-        found = alone.run(select_kernels(torch.device("cpu"), case.shape))
+        found = alone.run(reference(case.shape))
         assert torch.equal(found, together[firsts[i] : firsts[i + 1]])
 
 
@@ -180,7 +77,7 @@ def test_limits_on_memory_change_nothing(case: Case) -> None:
         patch.setattr(kernels.reference, "MAX_QUERIES", 7)
         patch.setattr(kernels.reference, "MAX_GATHERED", 4096)
         step = Step(case)
-        found = step.run(select_kernels(torch.device("cpu"), case.shape))
+        found = step.run(reference(case.shape))
     torch.testing.assert_close(found.double(), step.dense(), atol=3e-6, rtol=3e-5)
 
 
@@ -196,7 +93,7 @@ def test_copies_run_in_order_and_copy_no_more_than_asked() -> None:
     pool = torch.full((2, 2, 5, 1, 16, 4), float("nan"))
     pool[:, :, 1] = torch.randn(2, 2, 1, 16, 4)
     shape = AttentionShape(1, 1, 4, 16, 0.5)
-    select_kernels(torch.device("cpu"), shape).copy_blocks(pool, [BlockCopy(1, 2, 5), BlockCopy(2, 3, 3)])
+    reference(shape).copy_blocks(pool, [BlockCopy(1, 2, 5), BlockCopy(2, 3, 3)])
     assert torch.equal(pool[:, :, 2, :, :5], pool[:, :, 1, :, :5])
     assert torch.equal(pool[:, :, 3, :, :3], pool[:, :, 1, :, :3])
     assert pool[:, :, 2, :, 5:].isnan().all()

@@ -1,0 +1,161 @@
+"""Paged attention on CPUs, in C++: see `kernels.Kernels`.
+
+Owns what the C++ is called with. Its threads are torch's own (one OpenMP pool serves both), as many as
+`torch.get_num_threads()` says.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
+from kernels.build import shared_library
+from kernels.cpu.binding import ELEMENT_TYPES, Call, NativeLibrary, Shape, Slots, Work
+from kernels.cpu.targets import Target, library, runnable_targets
+from kernels.work_list import SplitRule, WorkList, make_work_list
+
+MAX_HEAD_DIM = 256
+# Rows (query tokens times heads of a group) that unpacked keys and values serve: fewer unpack too often, more
+# outgrow the L2 cache.
+TILE_ROWS = 192
+PARTITION_LEN = 512
+MAX_PARTITIONS = 64
+
+
+class UnsupportedShapeError(ValueError):
+    """The kernels don't cover this shape; the message says what of it."""
+
+
+class CpuKernels:
+    """See `kernels.Kernels`. Raises UnsupportedShapeError and BuildError."""
+
+    def __init__(self, shape: AttentionShape, target: Target | None = None) -> None:
+        if shape.head_dim > MAX_HEAD_DIM:
+            raise UnsupportedShapeError(f"head_dim {shape.head_dim} is above {MAX_HEAD_DIM}")
+        if shape.block_size not in (16, 32, 64, 128):
+            raise UnsupportedShapeError(f"block_size {shape.block_size} is none of 16, 32, 64, 128")
+        self._native = NativeLibrary(shared_library(library(target or runnable_targets()[0])))
+        self._shape = shape
+        group_size = shape.num_heads // shape.num_kv_heads
+        self._rule = SplitRule(max(1, TILE_ROWS // group_size), PARTITION_LEN, MAX_PARTITIONS, max_split_queries=1)
+
+    def prepare(self, metadata: AttentionMetadata) -> "CpuStep":
+        """Work lists for a step."""
+        return CpuStep(self._native, self._shape, self._rule, metadata)
+
+    def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+        """See `kernels.Kernels.copy_blocks`."""
+        rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int64)
+        self._native.copy_blocks(
+            _c_shape(self._shape, pool.dtype),
+            pool.data_ptr(),
+            pool.shape[0] * pool.shape[1],
+            pool.shape[2],
+            rows.ctypes.data,
+            len(rows),
+            pool.element_size(),
+            torch.get_num_threads(),
+        )
+
+
+class CpuStep:
+    """See `kernels.AttentionStep`."""
+
+    def __init__(
+        self, native: NativeLibrary, shape: AttentionShape, rule: SplitRule, metadata: AttentionMetadata
+    ) -> None:
+        self._native = native
+        self._shape = shape
+        self._rule = rule
+        self._metadata = metadata
+        self._works: dict[int, _PreparedWork] = {}
+        self._c_shapes: dict[torch.dtype, Shape] = {}
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
+        """See `kernels.AttentionStep.write_kv`."""
+        for source, blocks in ((key, layer.keys), (value, layer.values)):
+            rows = _rows(source, blocks.dtype)
+            self._native.write_slots(
+                self._c_shape(blocks.dtype),
+                Slots(rows.data_ptr(), blocks.data_ptr(), rows.stride(0)),
+                self._metadata.slot_mapping.data_ptr(),
+                rows.shape[0],
+                rows.element_size(),
+            )
+
+    def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
+        """See `kernels.AttentionStep.attend`."""
+        if sliding_window not in self._works:
+            self._works[sliding_window] = _PreparedWork(self._shape, self._rule, self._metadata, sliding_window)
+        prepared = self._works[sliding_window]
+        rows = _rows(query, layer.keys.dtype)
+        output = torch.empty(query.shape, dtype=query.dtype)
+        self._native.attend(
+            self._c_shape(layer.keys.dtype),
+            prepared.work,
+            Call(
+                rows.data_ptr(),
+                layer.keys.data_ptr(),
+                layer.values.data_ptr(),
+                output.data_ptr(),
+                prepared.partial_sums.data_ptr(),
+                prepared.partial_norms.data_ptr(),
+                rows.stride(0),
+            ),
+        )
+        return output
+
+    def _c_shape(self, dtype: torch.dtype) -> Shape:
+        if dtype not in self._c_shapes:
+            self._c_shapes[dtype] = _c_shape(self._shape, dtype)
+        return self._c_shapes[dtype]
+
+
+class _PreparedWork:
+    """A work list and all that it points to, and room for the partial results of one layer at a time."""
+
+    def __init__(
+        self, shape: AttentionShape, rule: SplitRule, metadata: AttentionMetadata, sliding_window: int
+    ) -> None:
+        items = make_work_list(
+            metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
+        )
+        self._kept = (items, metadata, order := _longest_first(items))
+        self.partial_sums = torch.empty(items.num_partial_rows * shape.num_heads * shape.head_dim)
+        self.partial_norms = torch.empty(items.num_partial_rows * shape.num_heads * 2)
+        arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
+        self.work = Work(
+            len(items.seqs),
+            len(items.merge_items),
+            metadata.block_tables.stride(0),
+            sliding_window,
+            torch.get_num_threads(),
+            order.ctypes.data,
+            *(array.ctypes.data for array in arrays),
+            items.merge_items.ctypes.data,
+            items.merge_counts.ctypes.data,
+            metadata.block_tables.data_ptr(),
+            metadata.context_lens.data_ptr(),
+            metadata.cu_seqlens_q.data_ptr(),
+        )
+
+
+def _longest_first(items: WorkList) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """The order in which threads take items: small ones last, so that all end together."""
+    return np.argsort(-items.costs, kind="stable").astype(np.int32)
+
+
+def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x: [num_tokens, heads, head_dim] such that each token's part is contiguous."""
+    if x.dtype != dtype:
+        raise TypeError(f"{x.dtype} beside a KV pool of {dtype}")
+    return x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()
+
+
+def _c_shape(shape: AttentionShape, dtype: torch.dtype) -> Shape:
+    if dtype not in ELEMENT_TYPES:
+        raise TypeError(f"a KV pool of {dtype}: the CPU kernels know {', '.join(map(str, ELEMENT_TYPES))}")
+    return Shape(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, ELEMENT_TYPES[dtype], shape.scale
+    )

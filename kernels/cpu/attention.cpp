@@ -1,0 +1,147 @@
+// The attention of one layer: items shared out to threads, then the merges.
+//
+// Owns the loop over the work list. Items are taken in `order` by whichever thread is free: results do not depend on
+// who did what.
+#include "attention.h"
+
+#include "decode.h"
+#include "prefill.h"
+
+namespace pagoda {
+namespace {
+
+template <class Element>
+class Attention {
+ public:
+  Attention(const Shape& shape, const Work& work, const Call& call)
+      : shape_(shape), work_(work), call_(call), group_size_(shape.num_heads / shape.num_kv_heads) {}
+
+  void run() const {
+    const int num_units = work_.num_items * shape_.num_kv_heads;
+    const int num_merge_units = work_.num_merges * shape_.num_heads;
+#pragma omp parallel num_threads(work_.num_threads)
+    {
+#pragma omp for schedule(dynamic)
+      for (int unit = 0; unit < num_units; ++unit) {
+        do_item(work_.order[unit / shape_.num_kv_heads], unit % shape_.num_kv_heads);
+      }
+#pragma omp for schedule(static)
+      for (int unit = 0; unit < num_merge_units; ++unit) {
+        merge(unit / shape_.num_heads, unit % shape_.num_heads);
+      }
+    }
+  }
+
+ private:
+  void do_item(int item, int kv_head) const {
+    if (work_.num_queries[item] > 1) {
+      prefill(item, kv_head);
+    } else {
+      decode_in_tiles(item, kv_head);
+    }
+  }
+
+  // The group's heads in tiles of 1, 2, 4, 8 or 16 rows, as many as a vector has lanes at most.
+  void decode_in_tiles(int item, int kv_head) const {
+    const int most = std::min(kLanes, 16);
+    for (int first = 0; first < group_size_; first += most) {
+      const int num_rows = std::min(most, group_size_ - first);
+      decode_tile<1>(item, kv_head, kv_head * group_size_ + first, num_rows);
+    }
+  }
+
+  template <int kRows>
+  void decode_tile(int item, int kv_head, int head, int num_rows) const {
+    if constexpr (kRows < kLanes) {
+      if (num_rows > kRows) return decode_tile<2 * kRows>(item, kv_head, head, num_rows);
+    }
+    const int64_t row = work_.query_starts[item];
+    DecodeTile<Element, kRows> tile(query(row) + head * shape_.head_dim, num_rows, shape_.head_dim, shape_.scale);
+    tile.attend(partition(item, kv_head, position(item)));
+    if (work_.partials[item] < 0) {
+      tile.write(output(row) + head * shape_.head_dim);
+    } else {
+      const int64_t partial = static_cast<int64_t>(work_.partials[item]) * shape_.num_heads + head;
+      tile.write_partial(call_.partial_sums + partial * shape_.head_dim, call_.partial_norms + partial * 2);
+    }
+  }
+
+  void prefill(int item, int kv_head) const {
+    thread_local Scratch scratch;
+    const int64_t row = work_.query_starts[item];
+    const int64_t head = static_cast<int64_t>(kv_head) * group_size_ * shape_.head_dim;
+    const QueryTile tile{position(item), work_.num_queries[item], group_size_, work_.sliding_window};
+    PrefillTile<Element> prefill(tile, shape_.head_dim, scratch);
+    prefill.start(query(row) + head, call_.query_stride, shape_.scale);
+    prefill.attend(partition(item, kv_head, position(item)));
+    prefill.write(output(row) + head, output_stride());
+  }
+
+  // Adds up a tile's partitions in their order, for one head of each of its query tokens.
+  void merge(int index, int head) const {
+    const int first_item = work_.merge_items[index];
+    for (int token = 0; token < work_.num_queries[first_item]; ++token) {
+      float maximum = kHidden;
+      for (int i = 0; i < work_.merge_counts[index]; ++i) {
+        maximum = std::max(maximum, call_.partial_norms[2 * partial(first_item + i, token, head)]);
+      }
+      alignas(kAlignment) float sums[kMaxHeadDim] = {};
+      float norm = 0.0f;
+      for (int i = 0; i < work_.merge_counts[index]; ++i) {
+        const int64_t part = partial(first_item + i, token, head);
+        const float weight = std::exp2(call_.partial_norms[2 * part] - maximum);
+        norm += weight * call_.partial_norms[2 * part + 1];
+        const float* part_sums = call_.partial_sums + part * shape_.head_dim;
+        for (int d = 0; d < shape_.head_dim; ++d) sums[d] += weight * part_sums[d];
+      }
+      Element* to = output(work_.query_starts[first_item] + token) + head * shape_.head_dim;
+      for (int d = 0; d < shape_.head_dim; d += kLanes) {
+        store_first(to + d, load(sums + d) / norm, std::min(kLanes, shape_.head_dim - d));
+      }
+    }
+  }
+
+  Partition<Element> partition(int item, int kv_head, int first_position) const {
+    const int window_start = work_.sliding_window ? first_position - work_.sliding_window + 1 : 0;
+    return {blocks(call_.keys, item, kv_head), blocks(call_.values, item, kv_head),
+            std::max(work_.kv_starts[item], window_start), work_.kv_ends[item]};
+  }
+
+  HeadBlocks<Element> blocks(const void* pool, int item, int kv_head) const {
+    const int64_t head_stride = static_cast<int64_t>(shape_.block_size) * shape_.head_dim;
+    const int64_t table = static_cast<int64_t>(work_.seqs[item]) * work_.table_stride;
+    return {static_cast<const Element*>(pool) + kv_head * head_stride, work_.block_tables + table,
+            shape_.num_kv_heads * head_stride, shape_.block_size, shape_.head_dim};
+  }
+
+  // Of the item's first query token.
+  int position(int item) const {
+    const int seq = work_.seqs[item];
+    return work_.context_lens[seq] - work_.cu_seqlens_q[seq + 1] + work_.query_starts[item];
+  }
+
+  int64_t partial(int item, int token, int head) const {
+    return static_cast<int64_t>(work_.partials[item] + token) * shape_.num_heads + head;
+  }
+
+  int64_t output_stride() const { return static_cast<int64_t>(shape_.num_heads) * shape_.head_dim; }
+  const Element* query(int64_t row) const { return static_cast<const Element*>(call_.query) + row * call_.query_stride; }
+  Element* output(int64_t row) const { return static_cast<Element*>(call_.output) + row * output_stride(); }
+
+  const Shape& shape_;
+  const Work& work_;
+  const Call& call_;
+  int group_size_;
+};
+
+}  // namespace
+}  // namespace pagoda
+
+extern "C" __attribute__((visibility("default"))) void pagoda_attend(const pagoda::Shape* shape, const pagoda::Work* work, const pagoda::Call* call) {
+  using namespace pagoda;
+  switch (shape->element_type) {
+    case kFloat32: return Attention<float>(*shape, *work, *call).run();
+    case kBFloat16: return Attention<BFloat16>(*shape, *work, *call).run();
+    case kFloat16: return Attention<Float16>(*shape, *work, *call).run();
+  }
+}

@@ -1,0 +1,63 @@
+// What the C functions take: plain structures that Python fills, one per step and one per call.
+//
+// Owns the layout of the interface; `binding.py` mirrors it field by field.
+#pragma once
+
+#include <cstdint>
+
+namespace pagoda {
+
+constexpr int kMaxHeadDim = 256;
+
+enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// What all layers of a model have in common.
+struct Shape {
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_size;  // tokens
+  int32_t element_type;
+  float scale;  // of the scores
+};
+
+// One step's work list (see work_list.py) and the tables that it refers to.
+struct Work {
+  int32_t num_items;
+  int32_t num_merges;
+  int32_t table_stride;    // entries between two block tables
+  int32_t sliding_window;  // tokens; 0 is full attention
+  int32_t num_threads;
+  const int32_t* order;  // [num_items], in which items are begun
+  const int32_t* seqs;
+  const int32_t* query_starts;
+  const int32_t* num_queries;
+  const int32_t* kv_starts;
+  const int32_t* kv_ends;
+  const int32_t* partials;
+  const int32_t* merge_items;
+  const int32_t* merge_counts;
+  const int32_t* block_tables;  // [num_seqs, table_stride]
+  const int32_t* context_lens;  // [num_seqs]
+  const int32_t* cu_seqlens_q;  // [num_seqs + 1]
+};
+
+// One layer's call. Rows of query are query_stride elements apart; all else is contiguous.
+struct Call {
+  const void* query;   // [num_tokens, num_heads, head_dim]
+  const void* keys;    // [num_blocks, num_kv_heads, block_size, head_dim]
+  const void* values;  // likewise
+  void* output;        // [num_tokens, num_heads, head_dim]
+  float* partial_sums;  // [num_partial_rows, num_heads, head_dim], weighted by 2^(score - maximum)
+  float* partial_norms;  // [num_partial_rows, num_heads, 2]: maximum of the scores (base 2), sum of the weights
+  int64_t query_stride;
+};
+
+// One layer's new keys or values. Rows are `stride` elements apart.
+struct Slots {
+  const void* source;  // [num_tokens, num_kv_heads, head_dim]
+  void* blocks;        // [num_blocks, num_kv_heads, block_size, head_dim]
+  int64_t stride;
+};
+
+}  // namespace pagoda

@@ -1,0 +1,64 @@
+"""The C functions of the CPU kernels, through ctypes.
+
+Owns the structures that mirror `attention.h`. They hold bare addresses: who fills one keeps the arrays alive.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+ELEMENT_TYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Shape(ctypes.Structure):
+    """See `attention.h`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "element_type")),
+        ("scale", c_float),
+    )
+
+
+class Work(ctypes.Structure):
+    """See `attention.h`."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("num_items", "num_merges", "table_stride", "sliding_window", "num_threads")),
+        *((name, c_void_p) for name in ("order", "seqs", "query_starts", "num_queries", "kv_starts", "kv_ends")),
+        *((name, c_void_p) for name in ("partials", "merge_items", "merge_counts")),
+        *((name, c_void_p) for name in ("block_tables", "context_lens", "cu_seqlens_q")),
+    )
+
+
+class Call(ctypes.Structure):
+    """See `attention.h`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "keys", "values", "output", "partial_sums", "partial_norms")),
+        ("query_stride", c_int64),
+    )
+
+
+class Slots(ctypes.Structure):
+    """See `attention.h`."""
+
+    _fields_ = (("source", c_void_p), ("blocks", c_void_p), ("stride", c_int64))
+
+
+class NativeLibrary:
+    """The functions of one loaded library. torch must have been imported before, so that its OpenMP is the only one."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.attend = library.pagoda_attend
+        self.attend.argtypes = (POINTER(Shape), POINTER(Work), POINTER(Call))
+        self.attend.restype = None
+        self.write_slots = library.pagoda_write_slots
+        self.write_slots.argtypes = (POINTER(Shape), POINTER(Slots), c_void_p, c_int64, c_int32)
+        self.write_slots.restype = None
+        self.copy_blocks = library.pagoda_copy_blocks
+        self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32)
+        self.copy_blocks.restype = None

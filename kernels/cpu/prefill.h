@@ -1,0 +1,208 @@
+// Attention of a tile of query tokens over all the KV that they see, for the query heads that share a KV head.
+//
+// Compute-bound: keys and values are unpacked once per tile into float32 panels, and two matrix products with an
+// online softmax between them do the rest. KV is walked in spans whose borders are multiples of kSpan from the
+// sequence's first token, so a row's sums do not depend on which other rows share its tile.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <new>
+
+#include "attention.h"
+#include "blocks.h"
+#include "matmul.h"
+#include "simd.h"
+
+namespace pagoda {
+
+constexpr int kSpan = 128;  // tokens
+
+// Uninitialised float32 scratch of one thread; grows, and stays for the next call.
+class Scratch {
+ public:
+  float* floats(size_t count) {
+    if (count > capacity_) {
+      memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{kAlignment})));
+      capacity_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Release {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+  };
+  std::unique_ptr<float, Release> memory_;
+  size_t capacity_ = 0;
+};
+
+// Query tokens `first_position` to `first_position + num_tokens - 1`; rows are (token, head of the group).
+struct QueryTile {
+  int first_position;
+  int num_tokens;
+  int group_size;
+  int sliding_window;
+
+  int num_rows() const { return num_tokens * group_size; }
+  int position(int row) const { return first_position + row / group_size; }
+  int first_visible(int row) const { return sliding_window ? std::max(0, position(row) - sliding_window + 1) : 0; }
+};
+
+template <class Element>
+class PrefillTile {
+ public:
+  PrefillTile(const QueryTile& tile, int head_dim, Scratch& scratch)
+      : tile_(tile),
+        head_dim_(head_dim),
+        num_rows_((tile.num_rows() + kTileRows - 1) / kTileRows * kTileRows),
+        value_dim_((head_dim + kPanel - 1) / kPanel * kPanel) {
+    float* memory = scratch.floats(num_rows_ * (head_dim_ + value_dim_ + kSpan + 3) + 2 * kSpan * value_dim_);
+    const auto take = [&memory](int count) {
+      float* taken = memory;
+      memory += count;
+      return taken;
+    };
+    keys_ = take(kSpan * value_dim_);
+    values_ = take(kSpan * value_dim_);
+    sums_ = take(num_rows_ * value_dim_);
+    scores_ = take(num_rows_ * kSpan);
+    query_ = take(num_rows_ * head_dim_);
+    maxima_ = take(num_rows_);
+    norms_ = take(num_rows_);
+    decay_ = take(num_rows_);
+  }
+
+  // query: [num_tokens] rows query_stride apart, each [group_size, head_dim].
+  void start(const Element* query, int64_t query_stride, float scale) {
+    std::fill(sums_, sums_ + num_rows_ * value_dim_, 0.0f);
+    std::fill(maxima_, maxima_ + num_rows_, kHidden);
+    std::fill(norms_, norms_ + num_rows_, 0.0f);
+    const int width = tile_.group_size * head_dim_;
+    for (int token = 0; token < tile_.num_tokens; ++token) {
+      float* row = query_ + token * width;
+      for (int i = 0; i < width; i += kLanes) {
+        const int count = std::min(kLanes, width - i);
+        store_first(row + i, load_first(query + token * query_stride + i, count) * (scale * kLog2E), count);
+      }
+    }
+    std::fill(query_ + tile_.num_rows() * head_dim_, query_ + num_rows_ * head_dim_, 0.0f);
+  }
+
+  void attend(const Partition<Element>& kv) {
+    for (int span = kv.begin / kSpan * kSpan; span < kv.end; span += kSpan) {
+      const int first = std::max(span, kv.begin), last = std::min(span + kSpan, kv.end);
+      // Causality: rows before this one see nothing of the span.
+      const int row = std::max(0, span - tile_.first_position) * tile_.group_size / kTileRows * kTileRows;
+      unpack_keys(kv.keys, span, first, last);
+      unpack_values(kv.values, span, first, last);
+      score(row, last - span);
+      for (int i = row; i < tile_.num_rows(); ++i) weigh(i, span, first, last);
+      add_values(row, last - span);
+    }
+  }
+
+  // output: [num_tokens] rows output_stride apart, each [group_size, head_dim].
+  void write(Element* output, int64_t output_stride) const {
+    for (int row = 0; row < tile_.num_rows(); ++row) {
+      Element* to = output + row / tile_.group_size * output_stride + row % tile_.group_size * head_dim_;
+      const float inverse = 1.0f / norms_[row];
+      for (int d = 0; d < head_dim_; d += kLanes) {
+        store_first(to + d, load(sums_ + row * value_dim_ + d) * inverse, std::min(kLanes, head_dim_ - d));
+      }
+    }
+  }
+
+ private:
+  static constexpr float kLog2E = 1.44269504f;
+
+  // keys_: panels [head_dim][kPanel tokens], zeros where nothing is visible.
+  void unpack_keys(const HeadBlocks<Element>& keys, int span, int first, int last) {
+    for (int token = span; token < last; token += kLanes) {
+      const int column = token - span;
+      float* panel = keys_ + column / kPanel * kPanel * head_dim_ + column % kPanel;
+      for (int d = 0; d < head_dim_; d += kLanes) {
+        const int count = std::min(kLanes, head_dim_ - d);
+        Floats rows[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const bool visible = first <= token + i && token + i < last;
+          rows[i] = visible ? load_row(keys.slot(token + i) + d, count) : Floats{};
+        }
+        transpose(rows);
+        for (int i = 0; i < count; ++i) store(panel + (d + i) * kPanel, rows[i]);
+      }
+    }
+    const int written = (last - span + kLanes - 1) / kLanes * kLanes;
+    if (written % kPanel) zero_half_panel(keys_ + written / kPanel * kPanel * head_dim_);
+  }
+
+  void zero_half_panel(float* panel) {
+    for (int d = 0; d < head_dim_; ++d) store(panel + d * kPanel + kLanes, Floats{});
+  }
+
+  // values_: panels [kSpan tokens][kPanel dimensions], zeros where nothing is visible.
+  void unpack_values(const HeadBlocks<Element>& values, int span, int first, int last) {
+    for (int token = span; token < last; ++token) {
+      const Element* value = token < first ? nullptr : values.slot(token);
+      for (int d = 0; d < value_dim_; d += kLanes) {
+        const int count = std::min(kLanes, head_dim_ - d);
+        const Floats x = value && count > 0 ? load_row(value + d, count) : Floats{};
+        store(values_ + d / kPanel * kPanel * kSpan + (token - span) * kPanel + d % kPanel, x);
+      }
+    }
+  }
+
+  static Floats load_row(const Element* from, int count) {
+    return count == kLanes ? load(from) : load_first(from, count);
+  }
+
+  void score(int first_row, int columns) {
+    for (int column = 0; column < columns; column += kPanel) {
+      for (int row = first_row; row < num_rows_; row += kTileRows) {
+        multiply_tile<false>(query_ + row * head_dim_, head_dim_, keys_ + column * head_dim_,
+                             scores_ + row * kSpan + column, kSpan, head_dim_, nullptr);
+      }
+    }
+  }
+
+  // Turns a row's scores into weights, those of hidden tokens into zeros.
+  void weigh(int row, int span, int first, int last) {
+    float* scores = scores_ + row * kSpan;
+    const int columns = (last - span + kLanes - 1) / kLanes * kLanes;
+    const int visible_end = std::clamp(tile_.position(row) + 1 - span, 0, last - span);
+    const int visible_start = std::clamp(std::max(first, tile_.first_visible(row)) - span, 0, visible_end);
+    std::fill(scores, scores + visible_start, kHidden);
+    std::fill(scores + visible_end, scores + columns, kHidden);
+    Floats top = broadcast(maxima_[row]);
+    for (int i = 0; i < columns; i += kLanes) top = max(load(scores + i), top);
+    const float maximum = largest(top);
+    const float shift = maximum == kHidden ? 0.0f : maximum;
+    Floats total = {};
+    for (int i = 0; i < columns; i += kLanes) {
+      const Floats weights = exp2(load(scores + i) - shift);
+      store(scores + i, weights);
+      total += weights;
+    }
+    decay_[row] = std::exp2(maxima_[row] - shift);
+    norms_[row] = norms_[row] * decay_[row] + sum(total);
+    maxima_[row] = maximum;
+  }
+
+  void add_values(int first_row, int tokens) {
+    for (int d = 0; d < value_dim_; d += kPanel) {
+      for (int row = first_row; row < num_rows_; row += kTileRows) {
+        multiply_tile<true>(scores_ + row * kSpan, kSpan, values_ + d * kSpan, sums_ + row * value_dim_ + d,
+                            value_dim_, tokens, decay_ + row);
+      }
+    }
+  }
+
+  QueryTile tile_;
+  int head_dim_;
+  int num_rows_;   // rounded up to tiles; the rows beyond are never read
+  int value_dim_;  // head_dim rounded up to panels
+  float *keys_, *values_, *sums_, *scores_, *query_, *maxima_, *norms_, *decay_;
+};
+
+}  // namespace pagoda

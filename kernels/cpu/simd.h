@@ -1,0 +1,215 @@
+// Vectors of floats, and the element types that KV blocks hold.
+//
+// Owns what differs between instruction sets. The lane count follows the compiler's target and arithmetic is the
+// compiler's vector extension, so the rest of the code is written once.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace pagoda {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kAlignment = 64;  // bytes
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+using Floats = VectorOf<float>::type;
+using Words = VectorOf<uint32_t>::type;
+using Halves = VectorOf<uint16_t>::type;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Floats broadcast(float x) { return x - Floats{}; }
+
+inline Floats select(VectorOf<int32_t>::type mask, Floats yes, Floats no) { return mask ? yes : no; }
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// --- Loads: kLanes elements, as floats.
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats load(const BFloat16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline Floats load(const Float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) {
+    _Float16 half;
+    std::memcpy(&half, from + i, sizeof half);
+    x[i] = half;
+  }
+  return x;
+#endif
+}
+
+// The first `count` of kLanes elements, then zeros; reads no others.
+template <class Element>
+inline Floats load_first(const Element* from, int count) {
+  Element padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(Element));
+  return load(padded);
+}
+
+// --- Stores: kLanes floats, rounded to the nearest element.
+
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(BFloat16* to, Floats x) {
+  const Words bits = reinterpret_cast<Words>(x);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words quiet_nan = Words{} + 0x7fc0;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : quiet_nan, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+inline void store(Float16* to, Floats x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const _Float16 half = static_cast<_Float16>(x[i]);
+    std::memcpy(to + i, &half, sizeof half);
+  }
+#endif
+}
+
+template <class Element>
+inline void store_first(Element* to, Floats x, int count) {
+  Element padded[kLanes];
+  store(padded, x);
+  std::memcpy(to, padded, count * sizeof(Element));
+}
+
+// --- Across lanes.
+
+inline float largest(Floats x) {
+  float result = x[0];
+  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+// In a fixed order: halves are added until one lane is left.
+inline float sum(Floats x) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Picks lane lane_of(i) of a and b side by side.
+template <class LaneOf, int... i>
+inline Floats shuffle(Floats a, Floats b, LaneOf, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, LaneOf::at(i)...);
+}
+
+template <class LaneOf>
+inline Floats shuffle(Floats a, Floats b) {
+  return shuffle(a, b, LaneOf{}, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Level `step` of adding up lanes, for vectors a and b: afterwards a bit of the lane's index says which of the two a lane
+// belongs to. Each pattern is one instruction: levels 1 and 2 stay within four lanes, the others move fours.
+template <int step, bool second>
+struct PairedLane {
+  static constexpr int at(int i) {
+    if constexpr (step <= 2) {
+      const int four = i & ~3, within = i & 3;
+      const bool from_b = within & step;
+      const int lane = step == 1 ? within >> 1 : within & 1;
+      return four + lane + 2 * second + (from_b ? kLanes : 0);
+    } else {
+      const int four = i / 4, half = kLanes / 8;
+      const bool from_b = four >= half;
+      return (four % half * 2 + second) * 4 + i % 4 + (from_b ? kLanes : 0);
+    }
+  }
+};
+
+template <int step>
+inline Floats add_pairs(Floats a, Floats b) {
+  return shuffle<PairedLane<step, false>>(a, b) + shuffle<PairedLane<step, true>>(a, b);
+}
+
+// Lane i of the result is the sum of the lanes of vectors[i]; uses up `vectors`.
+template <int step = 1>
+inline Floats sum_each(Floats (&vectors)[kLanes]) {
+  if constexpr (step == kLanes) {
+    return vectors[0];
+  } else {
+    for (int i = 0; i < kLanes / step / 2; ++i) vectors[i] = add_pairs<step>(vectors[2 * i], vectors[2 * i + 1]);
+    return sum_each<2 * step>(vectors);
+  }
+}
+
+template <bool upper>
+struct InterleavedLane {
+  static constexpr int at(int i) { return i / 2 + (upper ? kLanes / 2 : 0) + (i % 2 ? kLanes : 0); }
+};
+
+// rows[i][j] becomes rows[j][i], by log2(kLanes) perfect shuffles.
+inline void transpose(Floats (&rows)[kLanes]) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    Floats mixed[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = shuffle<InterleavedLane<false>>(rows[i], rows[i + kLanes / 2]);
+      mixed[2 * i + 1] = shuffle<InterleavedLane<true>>(rows[i], rows[i + kLanes / 2]);
+    }
+    std::memcpy(rows, mixed, sizeof mixed);
+  }
+}
+
+// 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity.
+inline Floats exp2(Floats x) {
+  constexpr float kLowest = -125.0f;
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const Floats clamped = max(x, broadcast(kLowest));
+  const Floats shifted = clamped + kRounder;
+  const Floats f = clamped - (shifted - kRounder);
+  Floats power = broadcast(1.54614449e-4f);
+  power = power * f + 1.34004280e-3f;
+  power = power * f + 9.61805694e-3f;
+  power = power * f + 5.55032715e-2f;
+  power = power * f + 2.40226507e-1f;
+  power = power * f + 6.93147182e-1f;
+  power = power * f + 1.0f;
+  const Words exponents = reinterpret_cast<Words>(shifted) << 23;
+  return select(x < kLowest, Floats{}, reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + exponents));
+}
+
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+}  // namespace pagoda

@@ -1,0 +1,57 @@
+"""Which instruction sets the CPU kernels are compiled for, and which of them this machine runs."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels.build import Library
+
+SOURCES = ("attention.cpp", "blocks.cpp")
+HEADERS = ("attention.h", "blocks.h", "decode.h", "matmul.h", "prefill.h", "simd.h")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An instruction set: the compiler's flags for it, and the CPU's flags (as Linux names them) that it needs."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+
+AVX2_FLAGS = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "sse4_1", "sse4_2", "ssse3")
+AVX512_FLAGS = ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+AVX512 = Target("avx512", ("-march=x86-64-v4",), frozenset(AVX2_FLAGS + AVX512_FLAGS))
+AVX2 = Target("avx2", ("-march=x86-64-v3",), frozenset(AVX2_FLAGS))
+BASELINE = Target("baseline", (), frozenset())
+# The best first.
+TARGETS = (AVX512, AVX2, BASELINE)
+
+
+def runnable_targets() -> tuple[Target, ...]:
+    """Those that this machine runs, the best first."""
+    flags = _cpu_flags() if platform.machine() in {"x86_64", "AMD64"} else frozenset()
+    return tuple(target for target in TARGETS if target.needs <= flags)
+
+
+def library(target: Target) -> Library:
+    """The CPU kernels for `target`."""
+    folder = Path(__file__).parent
+    return Library(
+        name=f"cpu-{target.name}",
+        compilers=("g++",),
+        flags=(*FLAGS, *target.flags),
+        sources=tuple(folder / name for name in SOURCES),
+        headers=tuple(folder / name for name in HEADERS),
+    )
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return frozenset()

@@ -1,0 +1,201 @@
+"""The CPU kernels against dense attention in float64, for each instruction set that this machine runs."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import AttentionShape, BlockCopy, select_kernels
+from kernels.build import find_compiler
+from kernels.cpu import CpuKernels
+from kernels.cpu.targets import BASELINE, Target, runnable_targets
+from kernels.reference import ReferenceKernels
+from tests.kernels.cases import Case, Step
+
+pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
+# Relative errors: what rounding the output loses, and a little.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
+
+targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
+cases = st.builds(
+    Case,
+    num_kv_heads=st.integers(1, 3),
+    group_size=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 12, 16, 20]),
+    head_dim=st.sampled_from([8, 12, 16, 24, 64, 80, 96, 128, 256]),
+    block_size=st.sampled_from([16, 32]),
+    sliding_window=st.sampled_from([0, 0, 1, 5, 16, 40, 200]),
+    lens=st.lists(
+        st.tuples(st.integers(0, 280), st.one_of(st.just(1), st.just(1), st.integers(1, 40))), min_size=1, max_size=5
+    ),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@targets
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@settings(max_examples=12, deadline=None)
+@given(case=cases)
+def test_equals_dense_attention(target: Target, dtype: torch.dtype, case: Case) -> None:
+    step = Step(case, dtype)
+    found = step.run(CpuKernels(case.shape, target))
+    assert relative_error(found, step.dense()) < TOLERANCES[dtype]
+
+
+def longer(case: Case) -> Case:
+    """One decode of so many tokens that it is split."""
+    return dataclasses.replace(case, lens=[*case.lens, (1500, 1)])
+
+
+@targets
+@settings(max_examples=4, deadline=None)
+@given(case=cases)
+def test_split_sequences_equal_dense_attention(target: Target, case: Case) -> None:
+    step = Step(longer(case))
+    found = step.run(CpuKernels(case.shape, target))
+    assert relative_error(found, step.dense()) < TOLERANCES[torch.float32]
+
+
+def place(step: Step, seq: int, other: Step, at: int) -> None:
+    """Make sequence `at` of `other` the same as sequence `seq` of `step`, in blocks of its own."""
+    for mine, its in ((step.keys, other.keys), (step.values, other.values), (step.queries, other.queries)):
+        its[at] = mine[seq]
+    source, target = step.tables[seq], other.tables[at]
+    for blocks, its_blocks in ((step.layer.keys, other.layer.keys), (step.layer.values, other.layer.values)):
+        its_blocks[target] = blocks[source]
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)), data=st.data())
+def test_a_row_does_not_depend_on_its_neighbours(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+    """Bit for bit: alone, in any batch, at any place in it."""
+    case = longer(case)
+    step = Step(case, dtype)
+    kernels = CpuKernels(case.shape)
+    order = data.draw(st.permutations(range(len(case.lens))))
+    batches = [order, *([seq] for seq in order)]
+    together = step.run(kernels)
+    firsts = np.cumsum([0, *(new for _, new in case.lens)])
+    for batch in batches:
+        other = Step(dataclasses.replace(case, lens=[case.lens[seq] for seq in batch]), dtype)
+        for at, seq in enumerate(batch):
+            place(step, seq, other, at)
+        found = other.run(kernels)
+        expected = torch.cat([together[firsts[seq] : firsts[seq + 1]] for seq in batch])
+        assert torch.equal(found, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)), num_threads=st.integers(1, 4))
+def test_threads_change_nothing(case: Case, dtype: torch.dtype, num_threads: int) -> None:
+    case = longer(case)
+    expected = Step(case, dtype).run(CpuKernels(case.shape))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert torch.equal(Step(case, dtype).run(CpuKernels(case.shape)), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases, data=st.data())
+def test_a_chunked_prompt_is_the_same_prompt(case: Case, data: st.DataObject) -> None:
+    """Bit for bit: a token's sums do not depend on which tokens run beside it, if more than one does."""
+    case = dataclasses.replace(case, lens=[(0, data.draw(st.integers(4, 300)))])
+    step = Step(case)
+    whole = step.run(CpuKernels(case.shape))
+    before = data.draw(st.integers(0, case.lens[0][1] - 2))
+    chunk = Step(dataclasses.replace(case, lens=[(before, case.lens[0][1] - before)]))
+    place(step, 0, chunk, 0)
+    chunk.queries[0] = step.queries[0][before:]
+    assert torch.equal(chunk.run(CpuKernels(case.shape)), whole[before:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)))
+def test_writes_what_the_reference_writes(case: Case, dtype: torch.dtype) -> None:
+    native, reference = Step(case, dtype), Step(case, dtype)
+    native.run(CpuKernels(case.shape))
+    reference.run(ReferenceKernels(torch.device("cpu"), case.shape))
+    torch.testing.assert_close(native.layer.keys, reference.layer.keys, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(native.layer.values, reference.layer.values, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(case=cases)
+def test_entries_past_a_sequence_s_blocks_are_never_followed(case: Case) -> None:
+    step = Step(case)
+    expected = step.run(CpuKernels(case.shape))
+    metadata = step.metadata()
+    tables = torch.full((len(case.lens), metadata.block_tables.shape[1] + 3), 2**31 - 1, dtype=torch.int32)
+    for row, table in zip(tables, step.tables, strict=True):
+        row[: len(table)] = torch.tensor(table)
+    prepared = CpuKernels(case.shape).prepare(dataclasses.replace(metadata, block_tables=tables))
+    found = prepared.attend(torch.cat(step.queries), step.layer, case.sliding_window)
+    assert torch.equal(found, expected)
+
+
+copies = st.lists(st.builds(BlockCopy, st.integers(0, 4), st.integers(0, 4), st.integers(1, 16)), max_size=6)
+
+
+@given(copies, st.sampled_from(list(TOLERANCES)))
+def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtype: torch.dtype) -> None:
+    shape = AttentionShape(4, 2, 8, 16, 0.5)
+    pool = torch.randn(3, 2, 5, 2, 16, 8).to(dtype)
+    expected = pool.clone()
+    ReferenceKernels(torch.device("cpu"), shape).copy_blocks(expected, blocks)
+    CpuKernels(shape).copy_blocks(pool, blocks)
+    assert torch.equal(pool, expected)
+
+
+def test_parts_of_one_tensor_need_no_copy() -> None:
+    """Query, key and value come as slices of one projection."""
+    case = Case(2, 2, 16, 16, 0, [(0, 1), (20, 1), (3, 5)], seed=1)
+    step = Step(case)
+    new = [count for _, count in case.lens]
+    rows = [
+        torch.cat([part[-n:] for part, n in zip(x, new, strict=True)]) for x in (step.queries, step.keys, step.values)
+    ]
+    query, key, value = torch.split(torch.cat(rows, dim=1), [4, 2, 2], dim=1)
+    assert not query.is_contiguous()
+    prepared = CpuKernels(case.shape).prepare(step.metadata())
+    prepared.write_kv(key, value, step.layer)
+    found = prepared.attend(query, step.layer, 0)
+    assert torch.equal(found, Step(case).run(CpuKernels(case.shape)))
+
+
+def test_without_a_compiler_the_reference_serves_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PAGODA_KERNEL_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING, "pagoda.kernels"):
+        assert isinstance(select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5)), ReferenceKernels)
+    (record,) = caplog.records
+    assert "no g++ here" in record.getMessage()
+
+
+@pytest.mark.parametrize("shape", [AttentionShape(4, 2, 264, 16, 1.0), AttentionShape(4, 2, 8, 8, 1.0)])
+def test_what_is_not_covered_goes_to_the_reference_by_name(
+    shape: AttentionShape, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "pagoda.kernels"):
+        assert isinstance(select_kernels(torch.device("cpu"), shape), ReferenceKernels)
+    assert "head_dim 264" in caplog.text or "block_size 8" in caplog.text
+
+
+def test_the_native_kernels_are_attached() -> None:
+    assert isinstance(select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5)), CpuKernels)
+
+
+def test_every_machine_runs_the_baseline() -> None:
+    assert runnable_targets()[-1] is BASELINE

@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step clean
+.PHONY: help setup run up test test-all proto lint types bench-step kernels-variants clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ types: setup ## mypy, strict
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
+
+kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
+	@$(BIN)/python -m tests.kernels.cuda.compile_variants
 
 clean: ## Remove what setup and the tools made
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build

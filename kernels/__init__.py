@@ -118,4 +118,8 @@ def select_kernels(device: torch.device, shape: AttentionShape) -> Kernels:
             return CpuKernels(shape)
         except (BuildError, UnsupportedShapeError) as error:
             log.warning("the reference kernels serve, many times slower: %s", error)
+    if device.type == "cuda":
+        from kernels.cuda.select import select_cuda_kernels
+
+        return select_cuda_kernels(device, shape)
     return ReferenceKernels(device, shape)

@@ -10,8 +10,9 @@ constexpr int kSwizzle = power_of_two_in(kRowChunks, 8);
 
 // Element offset of a chunk.
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
-  const int permuted = chunk ^ (row / (8 / kSwizzle) & (kSwizzle - 1));
-  return (row * kRowChunks + permuted) * kChunkElements;
+  const int group = chunk / kSwizzle * kSwizzle;
+  const int within = (chunk ^ row / (8 / kSwizzle)) % kSwizzle;
+  return (row * kRowChunks + group + within) * kChunkElements;
 }
 
 // Tokens [begin, end) of a sequence.

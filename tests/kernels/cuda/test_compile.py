@@ -1,0 +1,25 @@
+"""The named variants through nvcc: they compile, and no register is spilled to memory."""
+
+import pytest
+
+from kernels import build
+from kernels.cuda.variant import BLOCK_SIZES, ELEMENTS, HEAD_DIMS, NAMED_VARIANTS, NVCC
+from tests.kernels.cuda.compile_variants import CAPABILITIES, compile_all
+
+
+def test_named_variants_have_one_of_each() -> None:
+    assert len(NAMED_VARIANTS) == 12
+    assert {variant.dtype for variant in NAMED_VARIANTS} == set(ELEMENTS)
+    assert {variant.head_dim for variant in NAMED_VARIANTS} == set(HEAD_DIMS)
+    assert {variant.block_size for variant in NAMED_VARIANTS} == set(BLOCK_SIZES)
+    assert {(variant.has_window, variant.has_soft_cap) for variant in NAMED_VARIANTS} == {
+        (window, cap) for window in (False, True) for cap in (False, True)
+    }
+
+
+@pytest.mark.skipif(build.find_compiler(NVCC) is None, reason="no nvcc")
+def test_named_variants_compile_without_spills() -> None:
+    """Each for one architecture, in turn: `make kernels-variants` compiles all for all."""
+    jobs = [(variant, CAPABILITIES[i % len(CAPABILITIES)]) for i, variant in enumerate(NAMED_VARIANTS)]
+    errors = {name: error for name, error in compile_all(jobs) if error is not None}
+    assert not errors

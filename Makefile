@@ -11,7 +11,7 @@ PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 .PHONY: help setup run up test test-all proto lint types bench-step kernels-variants clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything in it
 $(STAMP): pyproject.toml

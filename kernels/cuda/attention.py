@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
-from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, KvWriteArgs
+from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, KvWriteArgs, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import PackedWork, pack_work
 from kernels.work_list import SplitRule, make_work_list
@@ -41,6 +41,23 @@ class Tuning:
     partition_len: int = PARTITION_LEN
     max_partitions: int = MAX_PARTITIONS
     soft_cap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Of each token: cos, sin, [num_tokens, 1, head_dim / 2], contiguous, of the model's dtype."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Root mean square norms on heads. query, key: [head_dim]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +160,40 @@ class CudaStep:
                 num_kv_heads=self._kernels.shape.num_kv_heads,
             )
         )
+
+    def rotate_and_write(
+        self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
+    ) -> torch.Tensor:
+        """Norm and turn queries and keys, write keys and values, in one pass; returns the queries.
+
+        heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first, then keys, then values. Dimension i
+        is turned with i + head_dim / 2. Arithmetic is float32, rounded once.
+        """
+        shape, slots = self._kernels.shape, self._metadata.slot_mapping
+        heads = _with_chunked_tokens(heads)
+        assert angles.cos.is_contiguous()
+        assert angles.sin.is_contiguous()
+        query = torch.empty((slots.shape[0], shape.num_heads, shape.head_dim), dtype=heads.dtype, device=heads.device)
+        self._kernels.library(layer.keys.dtype, has_window=False).rotate(
+            RotateArgs(
+                heads=heads.data_ptr(),
+                cos=angles.cos.data_ptr(),
+                sin=angles.sin.data_ptr(),
+                query_norm=norms.query.data_ptr() if norms else None,
+                key_norm=norms.key.data_ptr() if norms else None,
+                query=query.data_ptr(),
+                keys=layer.keys.data_ptr(),
+                values=layer.values.data_ptr(),
+                slot_mapping=slots.data_ptr(),
+                stream=self._kernels.backend.current_stream(),
+                heads_stride=heads.stride(0),
+                num_tokens=slots.shape[0],
+                num_heads=shape.num_heads,
+                num_kv_heads=shape.num_kv_heads,
+                norm_epsilon=norms.epsilon if norms else 0.0,
+            )
+        )
+        return query
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

@@ -19,6 +19,7 @@ class Facts(Structure):
     attention_args_bytes: int
     kv_write_args_bytes: int
     block_copy_args_bytes: int
+    rotate_args_bytes: int
     decode_rows: int
     prefill_rows: int
     decode_blocks: int
@@ -27,6 +28,7 @@ class Facts(Structure):
         ("attention_args_bytes", c_int32),
         ("kv_write_args_bytes", c_int32),
         ("block_copy_args_bytes", c_int32),
+        ("rotate_args_bytes", c_int32),
         ("decode_rows", c_int32),
         ("prefill_rows", c_int32),
         ("decode_blocks", c_int32),
@@ -94,6 +96,28 @@ class BlockCopyArgs(Structure):
     ]
 
 
+class RotateArgs(Structure):
+    """struct RotateArgs; its fields are described in rotate.cuh."""
+
+    _fields_ = [
+        ("heads", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("query", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("stream", c_void_p),
+        ("heads_stride", c_int64),
+        ("num_tokens", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("norm_epsilon", c_float),
+    ]
+
+
 class KernelLibrary:
     """One variant, loaded and opened on the current device."""
 
@@ -103,11 +127,13 @@ class KernelLibrary:
         self._attend = self._declare("pagoda_attend", AttentionArgs)
         self._write_kv = self._declare("pagoda_write_kv", KvWriteArgs)
         self._copy_blocks = self._declare("pagoda_copy_blocks", BlockCopyArgs)
+        self._rotate = self._declare("pagoda_rotate", RotateArgs)
         self.facts = Facts()
         self._check(self._declare("pagoda_open", Facts)(self.facts))
         assert self.facts.attention_args_bytes == ctypes.sizeof(AttentionArgs)
         assert self.facts.kv_write_args_bytes == ctypes.sizeof(KvWriteArgs)
         assert self.facts.block_copy_args_bytes == ctypes.sizeof(BlockCopyArgs)
+        assert self.facts.rotate_args_bytes == ctypes.sizeof(RotateArgs)
 
     def attend(self, args: AttentionArgs) -> None:
         """Start decode and prefill attention. Raises KernelError, as all calls do."""
@@ -120,6 +146,10 @@ class KernelLibrary:
     def copy_blocks(self, args: BlockCopyArgs) -> None:
         """Start one run of independent copies."""
         self._check(self._copy_blocks(args))
+
+    def rotate(self, args: RotateArgs) -> None:
+        """Start norms on heads, rotary embedding and KV write."""
+        self._check(self._rotate(args))
 
     def seed_emulation(self, seed: int) -> None:
         """Order of threads and blocks from now on; an emulated library only."""

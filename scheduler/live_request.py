@@ -65,6 +65,8 @@ class LiveRequest:
 
     def notify(self) -> None:
         """Wakes every stream: tokens were logged, it was accepted, it has ended, or it is orphaned."""
+        if not self._waiters:
+            return
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

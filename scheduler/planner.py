@@ -119,13 +119,19 @@ class Planner:
         block_size = self.limits.block_size
         for sequence in self.running:
             num_tokens = sequence.num_unplanned_tokens
+            if num_tokens <= 0:
+                continue
             capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
-            if num_tokens <= 0 or capacity <= 0:
+            if capacity <= 0:
                 continue
             if num_tokens > 1:
                 prefills.append((sequence, capacity))
             elif budget > 0:
-                rows.append(self._row(sequence, 1))
+                # The last known token, or the one that is being sampled: it always samples the next.
+                sequence.num_planned_tokens += 1
+                sequence.num_plans_in_flight += 1
+                sequence.num_planned_samples += 1
+                rows.append(ScheduledRow(sequence, sequence.attempt, 1, True))
                 budget -= 1
         for sequence, capacity in prefills:
             if budget <= 0:

@@ -42,7 +42,7 @@ class Results:
         failed = set(result.failed_seq_ids)
         at = 0
         columns = (result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
-        for row, num_computed, first_index, count in zip(step.rows, *columns, strict=True):
+        for row, num_computed, first_index, count in zip(step.rows, *map(list, columns), strict=True):
             sequence = row.sequence
             tokens = token_ids[at : at + count]
             at += count
@@ -51,7 +51,7 @@ class Results:
                 continue
             if sequence.attempt == row.attempt:
                 self._advance(row, num_computed)
-            if sequence.seq_id in failed:
+            if failed and sequence.seq_id in failed:
                 self.finish(self._live[sequence.seq_id], NOT_FINITE)
             elif tokens:
                 if not row.samples:
@@ -116,10 +116,10 @@ class Results:
             num_outputs += 1
             reason = stop_reason(live, token, num_outputs)
             if reason is not None:
+                tokens = tokens[: num_outputs - first_index]
                 break
-        num_kept = num_outputs - first_index
-        self.num_output_tokens += num_kept
-        self._committer.log_tokens(live, first_index, tokens if num_kept == len(tokens) else tokens[:num_kept])
+        self.num_output_tokens += len(tokens)
+        self._committer.log_tokens(live, first_index, tokens)
         self._planner.publish_computed(sequence)
         if reason is not None:
             self.finish(live, Ending(reason))

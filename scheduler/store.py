@@ -101,6 +101,7 @@ class WorkerStore:
         self._worker = worker
         self._log_ttl_s = log_ttl_s
         self._step_keys = worker_keys(worker, STEP_KEYS)
+        self._log_keys: dict[int, bytes] = {}  # of sequences whose log begins at 0 and was written to: most, every step
         self.epoch = 0
         self.n = 0
 
@@ -133,18 +134,23 @@ class WorkerStore:
         return self._pipe.call(STEP, keys, (self.epoch, self.n, committed_step_id, self._log_ttl_s, *packed))
 
     def _pack_rows(self, changes: Changes, keys: list[str | bytes]) -> list[bytes]:
-        segments = changes.segments
+        segments, log_keys = changes.segments, self._log_keys
+        num_keys = len(keys)
         appends: list[bytes] = []
         for seq_id, offset, token_ids in changes.append:
-            keys.append(log_key(self._worker, seq_id, segments.get(seq_id, 0)))
+            key = None if seq_id in segments else log_keys.get(seq_id)
+            keys.append(key or self._log_key(seq_id, segments))
+            num_keys += 1
             if len(token_ids) == 1:
-                appends.append(_APPEND_ONE.pack(len(keys), offset, 1, token_ids[0]))
+                appends.append(_APPEND_ONE.pack(num_keys, offset, 1, token_ids[0]))
             else:
-                appends.append(_APPEND.pack(len(keys), offset, len(token_ids)) + array("I", token_ids).tobytes())
+                appends.append(_APPEND.pack(num_keys, offset, len(token_ids)) + array("I", token_ids).tobytes())
         closes: list[bytes] = []
         for seq_id in changes.close:
-            keys.append(log_key(self._worker, seq_id, segments.get(seq_id, 0)))
+            keys.append(self._log_key(seq_id, segments))
             closes.append(_SEQ_U32.pack(seq_id, len(keys)))
+        for seq_id in (*changes.close, *changes.forget):
+            log_keys.pop(seq_id, None)
         return [
             b"".join(appends),
             b"".join([_SEQ_I32.pack(*row) for row in changes.computed]),
@@ -157,6 +163,12 @@ class WorkerStore:
             b"".join(closes),
             b"".join([SEQ_ID.pack(seq_id) for seq_id in changes.forget]),
         ]
+
+    def _log_key(self, seq_id: int, segments: dict[int, int]) -> bytes:
+        if seq_id in segments:
+            return log_key(self._worker, seq_id, segments[seq_id])
+        key = self._log_keys[seq_id] = log_key(self._worker, seq_id)
+        return key
 
     async def load(self, num_blocks: int) -> WorkerImage:
         """Everything under the worker's tag."""

@@ -24,6 +24,8 @@ SOFT_CAP = 2.0
 # Small partitions, so that short sequences are split too.
 PARTITION_LEN = 32
 MAX_PARTITIONS = 4
+# Enough for the partial results of any case.
+SCRATCH_ROWS = 16 * 16 * MAX_PARTITIONS
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,15 @@ def open_emulated(variant: Variant) -> KernelLibrary:
 
 
 EMULATION = Backend(open_emulated, lambda: 0)
+
+
+def emulated_kernels(case: Case) -> CudaKernels:
+    """Their scratch holds NaN."""
+    kernels = CudaKernels(torch.device("cpu"), case.shape, EMULATION, case.tuning)
+    kernels.scratch.reserve(SCRATCH_ROWS)
+    kernels.scratch.sums.fill_(float("nan"))
+    kernels.scratch.stats.fill_(float("nan"))
+    return kernels
 
 
 @dataclass(frozen=True)
@@ -145,13 +156,15 @@ class Step:
         key = torch.cat([sequence.keys[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
         value = torch.cat([sequence.values[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
         step.write_kv(self._place(key), self._place(value), self.layer)
-        query = self._place(torch.cat([sequence.query for sequence in self.sequences]))
-        return step.attend(query, self.layer, self.case.sliding_window)
+        query = torch.cat([sequence.query for sequence in self.sequences])
+        # As the decoder has it: a part of a tensor that holds the keys' heads too.
+        of_all_heads = self._place(torch.cat([query, key], dim=1))
+        return step.attend(of_all_heads[:, : query.shape[1]], self.layer, self.case.sliding_window)
 
-    def emulate(self) -> torch.Tensor:
-        """`run` with the emulated kernels."""
+    def emulate(self, kernels: CudaKernels | None = None) -> torch.Tensor:
+        """`run` with the emulated kernels, new ones by default."""
         open_emulated(self.case.variant).seed_emulation(self.case.order_seed)
-        return self.run(CudaKernels(torch.device("cpu"), self.case.shape, EMULATION, self.case.tuning))
+        return self.run(kernels or emulated_kernels(self.case))
 
     def dense(self) -> torch.Tensor:
         """The same by definition, in float64."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
-from tests.kernels.cuda.steps import Step, cases, relative_error
+from tests.kernels.cuda.steps import Step, cases, emulated_kernels, relative_error
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
@@ -30,11 +30,11 @@ def test_equals_dense_attention(variant: Variant, data: st.DataObject) -> None:
 def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st.DataObject) -> None:
     """Bit for bit, alone or among others, whatever order threads and blocks run in."""
     case = data.draw(cases(variant))
-    step = Step(case)
-    together = step.emulate()
+    step, kernels = Step(case), emulated_kernels(case)
+    together = step.emulate(kernels)
     first = 0
     for i, (_, new) in enumerate(case.lens):
-        assert torch.equal(step.alone(i).emulate(), together[first : first + new])
+        assert torch.equal(step.alone(i).emulate(kernels), together[first : first + new])
         first += new
     other_order = Step(dataclasses.replace(case, order_seed=case.order_seed + 1))
     assert torch.equal(other_order.emulate(), together)

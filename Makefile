@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step kernels-variants clean
+.PHONY: help setup run up test test-all proto lint types bench-step kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with
 
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants
+
+mutate-kernels: setup ## Seed bugs into the CUDA kernels and count those that the tests catch (some ten minutes)
+	@$(BIN)/python -m tests.kernels.cuda.mutate
 
 clean: ## Remove what setup and the tools made
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build

@@ -23,6 +23,13 @@ def select_cuda_kernels(device: torch.device, shape: AttentionShape) -> Kernels:
         log.warning("the reference kernels serve on %s, many times slower: %s", device, lack)
         return ReferenceKernels(device, shape)
 
+    return CudaKernels(device, shape, cuda_backend(device), Tuning())
+
+
+def cuda_backend(device: torch.device) -> Backend:
+    """Libraries for `device`, and torch's current stream there, which must be the current device at every launch."""
+    capability = torch.cuda.get_device_capability(device)
+
     def open_library(variant: Variant) -> KernelLibrary:
         path = build.shared_library(device_library(variant, capability))
         with torch.cuda.device(device):
@@ -31,7 +38,7 @@ def select_cuda_kernels(device: torch.device, shape: AttentionShape) -> Kernels:
     def current_stream() -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)
 
-    return CudaKernels(device, shape, Backend(open_library, current_stream), Tuning())
+    return Backend(open_library, current_stream)
 
 
 def find_lack(shape: AttentionShape, capability: tuple[int, int]) -> str | None:

@@ -112,7 +112,7 @@ def emulated_library(variant: Variant) -> build.Library:
         name=f"{variant.name}_emulated",
         compilers=HOST_COMPILERS,
         flags=(
-            *("-O2", "-std=c++17", "-shared", "-fPIC", "-march=x86-64-v3", "-Wall", "-Werror", "-Wno-unknown-pragmas"),
+            *("-O1", "-std=c++17", "-shared", "-fPIC", "-march=x86-64-v3", "-Wall", "-Werror", "-Wno-unknown-pragmas"),
             f"-DPAGODA_SHARED_KIB={USUAL_SHARED_KIB}",
             *variant.defines,
             *("-x", "c++"),

@@ -90,10 +90,18 @@ void compute_mma(const MmaOperands (&posts)[kWarpSize], MmaResult (&results)[kWa
   }
 }
 
+// The 8 rows of a matrix are read at once only if they lie in different groups of banks: 16 bytes wide, 8 of them.
+inline void check_banks(const char* const* rows) {
+  unsigned groups = 0;
+  for (int row = 0; row < 8; ++row) groups |= 1u << reinterpret_cast<uintptr_t>(rows[row]) / 16 % 8;
+  if (groups != 0xFF) Block::running()->fail("ldmatrix meets a bank conflict");
+}
+
 // Lane i holds the address of row i % 8 of matrix i / 8; each row is 8 halves.
 template <bool kTransposed>
 void compute_ldmatrix(const char* const (&rows)[kWarpSize], Registers4 (&results)[kWarpSize]) {
   for (int matrix = 0; matrix < 4; ++matrix) {
+    check_banks(rows + matrix * 8);
     uint16_t halves[8][8];
     for (int row = 0; row < 8; ++row) std::memcpy(halves[row], rows[matrix * 8 + row], 16);
     for (int lane = 0; lane < kWarpSize; ++lane) {

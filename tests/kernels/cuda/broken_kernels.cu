@@ -80,6 +80,12 @@ __global__ void no_barrier_between_warps(Args args) {
   args.out[threadIdx.x] = shared[threadIdx.x ^ 32];
 }
 
+__global__ void rows_in_the_same_banks(Args args) {
+  uint32_t registers[4];
+  load_matrices<false>(registers, tile() + 128 * (threadIdx.x % 8));
+  args.out[threadIdx.x] = registers[0];
+}
+
 __global__ void out_of_shared_memory(Args args) { args.out[0] = reinterpret_cast<float*>(tile())[64 * 4]; }
 
 extern "C" int run(const char* name, const Args* args) {
@@ -96,6 +102,7 @@ extern "C" int run(const char* name, const Args* args) {
                  {"half_a_warp_shuffles", half_a_warp_shuffles},
                  {"half_the_block_waits", half_the_block_waits},
                  {"no_barrier_between_warps", no_barrier_between_warps},
+                 {"rows_in_the_same_banks", rows_in_the_same_banks},
                  {"out_of_shared_memory", out_of_shared_memory}};
   for (const auto& entry : kernels) {
     if (std::strcmp(entry.name, name) == 0) return launch(entry.kernel, dim3(1), 64, 64 * 16, nullptr, *args);

@@ -125,7 +125,7 @@ class Step:
 
     def alone(self, index: int) -> "Step":
         """The same sequence, with the same blocks, as the only one of its step."""
-        step = Step(dataclasses.replace(self.case, lens=[self.case.lens[index]]))
+        step = Step(dataclasses.replace(self.case, lens=[self.case.lens[index]]), self._place)
         step.layer = self.layer
         step.sequences = [self.sequences[index]]
         return step
@@ -153,12 +153,14 @@ class Step:
         """Write the step's keys and values, then attend: [num_tokens, num_heads, head_dim]."""
         step = kernels.prepare(self.metadata())
         new = [sequence.query.shape[0] for sequence in self.sequences]
-        key = torch.cat([sequence.keys[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
-        value = torch.cat([sequence.values[-n:] for n, sequence in zip(new, self.sequences, strict=True)])
-        step.write_kv(self._place(key), self._place(value), self.layer)
+        key, value = (
+            self._place(torch.cat([tensor[-n:] for n, tensor in zip(new, tensors, strict=True)]))
+            for tensors in ([s.keys for s in self.sequences], [s.values for s in self.sequences])
+        )
+        step.write_kv(key, value, self.layer)
         query = torch.cat([sequence.query for sequence in self.sequences])
         # As the decoder has it: a part of a tensor that holds the keys' heads too.
-        of_all_heads = self._place(torch.cat([query, key], dim=1))
+        of_all_heads = self._place(torch.cat([query, key.cpu()], dim=1))
         return step.attend(of_all_heads[:, : query.shape[1]], self.layer, self.case.sliding_window)
 
     def emulate(self, kernels: CudaKernels | None = None) -> torch.Tensor:

@@ -68,6 +68,7 @@ def test_a_missing_barrier_shows_in_some_order() -> None:
         ("diverges", "divergence"),
         ("half_a_warp_shuffles", "deadlock"),
         ("half_the_block_waits", "deadlock"),
+        ("rows_in_the_same_banks", "bank conflict"),
     ],
 )
 def test_threads_that_disagree_are_named(kernel: str, said: str, seed: int) -> None:

@@ -1,0 +1,116 @@
+"""Seeds bugs into the kernels one by one and reports how many the emulated tests catch.
+
+Each bug is tried in a process of its own, on a copy of the source, with a cache of its own: a wrong kernel may well
+end its process. What survives has no name in any test; at least MIN_CAUGHT of all must be caught.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels.cuda import variant
+
+ROOT = Path(__file__).parents[3]
+TESTS = Path(__file__).parent
+ATTENTION_TESTS = "test_attention.py"
+MIN_CAUGHT = 0.9
+TIMEOUT_S = 600.0
+NUM_PROCESSES = 2
+# The variants that tests of attention are run for: both kinds of products, both block sizes, window and soft cap.
+VARIANTS = "not compile and (bfloat16_d80_b16_window or float32_d128_b32_window or bfloat16_d96_b32 or float16_d64)"
+INVALID = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """`before`, which stands once in `file`, becomes `after`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+
+    @property
+    def tests(self) -> str:
+        """The file of the tests that should notice."""
+        return {"kv_write.cuh": "test_kv.py", "rotate.cuh": "test_rotate.py"}.get(self.file, ATTENTION_TESTS)
+
+
+def read_mutations() -> list[Mutation]:
+    """Those of mutations.txt."""
+    found = []
+    for entry in (TESTS / "mutations.txt").read_text("utf-8").split("\n\n")[1:]:
+        title, *changes = entry.rstrip("\n").split("\n")
+        file, name = title.split(": ", 1)
+        before, after = ("\n".join(line[2:] for line in changes if line[0] == sign) for sign in "-+")
+        found.append(Mutation(name, file, before, after))
+    return found
+
+
+def mutate(mutation: Mutation, folder: Path) -> None:
+    """Copy the kernels into `folder`, with the bug."""
+    shutil.copytree(variant.FOLDER, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    path = folder / mutation.file
+    source = path.read_text("utf-8")
+    assert source.count(mutation.before) == 1, (
+        f"{mutation.name}: {mutation.before!r} stands {source.count(mutation.before)} times"
+    )
+    path.write_text(source.replace(mutation.before, mutation.after), "utf-8")
+
+
+def is_caught(mutation: Mutation) -> bool:
+    """Whether its tests fail. Raises RuntimeError where the bug does not compile."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "kernels"
+        mutate(mutation, folder)
+        command = [sys.executable, "-m", "tests.kernels.cuda.mutate", str(folder), mutation.tests]
+        environment = os.environ | {"PAGODA_KERNEL_CACHE": str(Path(scratch) / "cache")}
+        try:
+            ended = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            return True
+    if ended.returncode == INVALID or "BuildError" in ended.stdout:
+        raise RuntimeError(f"{mutation.name}: {ended.stdout[-2000:]}")
+    return ended.returncode != 0
+
+
+def run_tests(folder: Path, tests: str) -> int:
+    """In the process of its own: the tests of `tests` on the kernels in `folder`."""
+    import hypothesis
+    import pytest
+
+    # Found examples are neither kept for later runs nor made small.
+    quick = hypothesis.settings(database=None, phases=[hypothesis.Phase.generate])
+    hypothesis.settings.register_profile("mutate", quick)
+    hypothesis.settings.load_profile("mutate")
+    variant.SOURCE = folder / variant.SOURCE.name
+    variant.HEADERS = (*sorted(folder.glob("*.cuh")), *sorted((folder / "emulation").glob("*.h")))
+    chosen = ["-k", VARIANTS] if tests == ATTENTION_TESTS else []
+    code = pytest.main([str(TESTS / tests), "-x", "-q", "--hypothesis-seed=1", "-p", "no:cacheprovider", *chosen])
+    known = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}
+    return int(code) if code in known else INVALID
+
+
+def main() -> None:
+    """Print a line for each bug; fail if too many survive."""
+    mutations, caught = read_mutations(), 0
+    with ThreadPoolExecutor(NUM_PROCESSES) as pool:
+        for mutation, found in zip(mutations, pool.map(is_caught, mutations), strict=True):
+            caught += found
+            print(f"{'caught  ' if found else 'SURVIVED'} {mutation.file}: {mutation.name}", flush=True)
+    share = caught / len(mutations)
+    print(f"{caught} of {len(mutations)} caught, {share:.0%}")
+    sys.exit(share < MIN_CAUGHT)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(run_tests(Path(sys.argv[1]), sys.argv[2]))
+    main()

@@ -1,0 +1,85 @@
+"""The CUDA kernels on a GPU: against dense attention in float64, and against themselves in other company."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import BlockCopy, select_kernels
+from kernels.cuda.attention import CudaKernels
+from kernels.cuda.select import cuda_backend
+from kernels.cuda.variant import NAMED_VARIANTS, Variant
+from kernels.reference import ReferenceKernels
+from tests.kernels.cuda.steps import Case, Step, cases, relative_error
+from tests.kernels.cuda.test_attention import TOLERANCES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+each_variant = pytest.mark.parametrize("variant", NAMED_VARIANTS, ids=lambda variant: variant.name)
+CUDA = torch.device("cuda", 0)
+
+
+def place(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(CUDA)
+
+
+def kernels_for(case: Case) -> CudaKernels:
+    return CudaKernels(CUDA, case.shape, cuda_backend(CUDA), case.tuning)
+
+
+@each_variant
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_equals_dense_attention(variant: Variant, data: st.DataObject) -> None:
+    case = data.draw(cases(variant))
+    step = Step(case, place)
+    assert relative_error(step.run(kernels_for(case)).cpu(), step.dense()) < TOLERANCES[variant.dtype]
+
+
+@each_variant
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st.DataObject) -> None:
+    case = data.draw(cases(variant))
+    step, kernels = Step(case, place), kernels_for(case)
+    together = step.run(kernels)
+    first = 0
+    for i, (_, new) in enumerate(case.lens):
+        assert torch.equal(step.alone(i).run(kernels), together[first : first + new])
+        first += new
+
+
+def test_long_sequences_beside_short_ones() -> None:
+    """Lengths that the emulation would take minutes for."""
+    case = Case(Variant(torch.bfloat16, 128, 16), 2, 4, 0, [(20_000, 1), (5, 1), (3000, 700), (0, 900)], 1, 0)
+    step = Step(case, place)
+    found = step.run(select_kernels(CUDA, case.shape)).cpu()
+    assert relative_error(found, step.dense()) < TOLERANCES[torch.bfloat16]
+
+
+def test_a_captured_step_replays() -> None:
+    """A launch allocates nothing of its own and waits for nothing: CUDA graphs can hold it."""
+    case = Case(Variant(torch.bfloat16, 128, 16), 2, 4, 0, [(300, 1), (40, 1), (0, 1)], 1, 0)
+    step, kernels = Step(case, place), kernels_for(case)
+    expected = step.run(kernels)
+    attention = kernels.prepare(step.metadata())
+    query = torch.cat([sequence.query for sequence in step.sequences]).to(CUDA)
+    attention.attend(query, step.layer, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attention.attend(query, step.layer, 0)
+    found.zero_()
+    graph.replay()
+    assert torch.equal(found, expected)
+
+
+def test_copies_as_if_in_order() -> None:
+    pool = torch.randn(3, 2, 6, 2, 16, 64, device=CUDA, dtype=torch.bfloat16)
+    wanted = [BlockCopy(1, 2, 5), BlockCopy(2, 3, 16), BlockCopy(3, 1, 7), BlockCopy(4, 5, 16)]
+    case = Case(Variant(torch.bfloat16, 64, 16), 2, 1, 0, [(1, 1)], 1, 0)
+    expected = pool.clone()
+    ReferenceKernels(CUDA, case.shape).copy_blocks(expected, wanted)
+    kernels_for(case).copy_blocks(pool, wanted)
+    assert torch.equal(pool, expected)

@@ -1,0 +1,67 @@
+"""When CUDA kernels are chosen, without a GPU: by capability, shape and compiler; and what the log says otherwise."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import AttentionShape, build, select_kernels
+from kernels.cuda.attention import CudaKernels
+from kernels.cuda.variant import SHARED_KIB, USUAL_SHARED_KIB, Variant, device_library
+from kernels.reference import ReferenceKernels
+
+SHAPE = AttentionShape(8, 2, 64, 16, 0.125)
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU of capability 9.0, nvcc, and nothing made ahead."""
+    monkeypatch.setenv("PAGODA_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(build, "find_compiler", lambda commands: "/usr/bin/nvcc")
+    monkeypatch.setattr(CudaKernels, "__init__", lambda self, *args: None)
+
+
+def test_native_kernels_serve_where_they_can() -> None:
+    assert isinstance(select_kernels(DEVICE, SHAPE), CudaKernels)
+
+
+def test_what_was_made_ahead_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "find_compiler", lambda commands: None)
+    (tmp_path / "cuda_bfloat16_d64_b16_sm_90-0123456789abcdef-01234567.so").touch()
+    assert isinstance(select_kernels(DEVICE, SHAPE), CudaKernels)
+
+
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [
+        ("compiler", "no nvcc"),
+        ("capability", "compute capability 7.5"),
+        ("head_dim", "head_dim 20"),
+        ("group", "17 heads per KV head"),
+    ],
+)
+def test_else_the_reference_serves_and_the_log_says_why(
+    lack: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = SHAPE
+    if lack == "compiler":
+        monkeypatch.setattr(build, "find_compiler", lambda commands: None)
+    elif lack == "capability":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    elif lack == "head_dim":
+        shape = AttentionShape(8, 2, 20, 16, 0.125)
+    else:
+        shape = AttentionShape(17, 1, 64, 16, 0.125)
+    assert isinstance(select_kernels(DEVICE, shape), ReferenceKernels)
+    assert [record.name for record in caplog.records] == ["pagoda.kernels"]
+    assert said in caplog.text
+
+
+def test_shared_memory_follows_the_architecture() -> None:
+    variant = Variant(torch.bfloat16, 128, 16)
+    for capability, kib in [((8, 9), SHARED_KIB[8, 9]), ((9, 0), USUAL_SHARED_KIB), ((10, 0), USUAL_SHARED_KIB)]:
+        library = device_library(variant, capability)
+        assert f"-DPAGODA_SHARED_KIB={kib}" in library.flags
+        assert f"-arch=sm_{capability[0]}{capability[1]}" in library.flags

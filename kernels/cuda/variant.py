@@ -12,7 +12,8 @@ from kernels import build
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "library.cu"
-HEADERS = (*sorted(FOLDER.glob("*.cuh")), *sorted((FOLDER / "emulation").glob("*.h")))
+HEADERS = tuple(sorted(FOLDER.glob("*.cuh")))
+EMULATION_HEADERS = tuple(sorted((FOLDER / "emulation").glob("*.h")))
 NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 HOST_COMPILERS = ("g++",)
 
@@ -118,5 +119,5 @@ def emulated_library(variant: Variant) -> build.Library:
             *("-x", "c++"),
         ),
         sources=(SOURCE,),
-        headers=HEADERS,
+        headers=(*HEADERS, *EMULATION_HEADERS),
     )

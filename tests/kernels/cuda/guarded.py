@@ -7,7 +7,7 @@ import weakref
 import torch
 
 PAGE_BYTES = mmap.PAGESIZE
-ALIGNMENT_BYTES = 16
+CHUNK_BYTES = 16
 PROT_NONE = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -18,11 +18,15 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor`, contiguous, its end (rounded up to 16 bytes) at an unreadable page, another one before it."""
+    """A copy of `tensor`, contiguous, its end at an unreadable page, another one before it.
+
+    What is read by chunks of 16 bytes begins at a multiple of that, and its end is rounded up.
+    """
     num_bytes = tensor.numel() * tensor.element_size()
     if num_bytes == 0:
         return tensor.clone()
-    padded_bytes = -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    alignment_bytes = CHUNK_BYTES if tensor.is_floating_point() else tensor.element_size()
+    padded_bytes = -(-num_bytes // alignment_bytes) * alignment_bytes
     usable_bytes = -(-padded_bytes // PAGE_BYTES) * PAGE_BYTES
     mapped_bytes = usable_bytes + 2 * PAGE_BYTES
     mapped = _libc.mmap(None, mapped_bytes, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)

@@ -91,7 +91,7 @@ def run_tests(folder: Path, tests: str) -> int:
     hypothesis.settings.register_profile("mutate", quick)
     hypothesis.settings.load_profile("mutate")
     variant.SOURCE = folder / variant.SOURCE.name
-    variant.HEADERS = (*sorted(folder.glob("*.cuh")), *sorted((folder / "emulation").glob("*.h")))
+    variant.HEADERS = tuple(sorted(folder.glob("*.cuh")))
     chosen = ["-k", VARIANTS] if tests == ATTENTION_TESTS else []
     code = pytest.main([str(TESTS / tests), "-x", "-q", "--hypothesis-seed=1", "-p", "no:cacheprovider", *chosen])
     known = {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}

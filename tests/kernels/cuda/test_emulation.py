@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import build
-from kernels.cuda.variant import HEADERS, Variant, emulated_library
+from kernels.cuda.variant import EMULATION_HEADERS, HEADERS, Variant, emulated_library
 
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).parent / "broken_kernels.cu"
@@ -25,7 +25,7 @@ class Args(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     flags = emulated_library(Variant(torch.float32, 64, 16)).flags
-    made = build.Library("broken_kernels", ("g++",), (f"-I{ROOT}", *flags), (SOURCE,), HEADERS)
+    made = build.Library("broken_kernels", ("g++",), (f"-I{ROOT}", *flags), (SOURCE,), (*HEADERS, *EMULATION_HEADERS))
     loaded = ctypes.CDLL(str(build.shared_library(made)))
     loaded.message.restype = ctypes.c_char_p
     return loaded

@@ -14,20 +14,17 @@ from typing import Any
 
 from pagoda.v1 import worker_pb2 as pb
 
-from scheduler.block_manager import BlockManager, PoolImage
-from scheduler.committer import CommitEvents, Committer
+from scheduler.adoption import Adoption
 from scheduler.compatibility import Compatibility, RefusedError
 from scheduler.config import SchedulerConfig
-from scheduler.engine import Engine, EngineParts, Link
+from scheduler.engine import Engine, Link
 from scheduler.errors import UnavailableError
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.lost_workers import LostWorkers, reclaim
-from scheduler.planner import Planner, PlannerLimits
-from scheduler.recovery import ModelIdentity, Reviver, RowState, restore_running
+from scheduler.recovery import ModelIdentity, Reviver
 from scheduler.redis_pipe import RedisPipe
 from scheduler.request_store import OwnershipLostError, RequestStore
-from scheduler.step_clock import StepClock
-from scheduler.store import WorkerImage, WorkerStore
+from scheduler.store import WorkerStore
 
 log = logging.getLogger("pagoda.fleet")
 
@@ -70,6 +67,7 @@ class Fleet:
         self._compatibility = model.compatibility
         self._reviver = model.reviver
         self._live_requests = model.live_requests
+        self._adoption = Adoption(config, pipe, requests, model.reviver)
         self._lost = LostWorkers(requests, model.reviver, self.choose, self._on_end)
         self.slots: dict[str, Slot] = {}
         self.changed = asyncio.Condition()
@@ -168,22 +166,10 @@ class Fleet:
                 slot.engine.lose("it registered again")
                 await self._fence(slot)
             await self._requests.register_worker(slot.name)
-            meta = await slot.store.seize(register.highest_epoch)
             self._reviver.model = ModelIdentity(
                 self._compatibility.fingerprint, self._compatibility.kv_dtype, self._config.block_size
             )
-            image = await slot.store.load(meta.num_blocks)
-            if meta.incarnation != register.incarnation:
-                if register.highest_step_id > 0:
-                    raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
-                image = await reclaim(slot.store, image, register.incarnation, register.num_blocks)
-                step_id = 0
-            else:
-                step_id = max(meta.committed_step_id, register.highest_step_id)
-            engine = self._engine(slot, register, link, image.pool, step_id)
-            if meta.incarnation == register.incarnation:
-                engine.expect_results(meta.committed_step_id)
-            await self._take_over(slot, engine, image)
+            engine = await self._adoption.adopt(slot.store, register, link, self._on_end)
             slot.engine, slot.link, slot.registered, slot.is_fenced = engine, link, register, False
             log.info("%s is live: %d blocks on %s", slot.name, register.num_blocks, register.device)
         return engine
@@ -216,48 +202,6 @@ class Fleet:
             raise RefusedError(
                 pb.REFUSED_REASON_NAME_TAKEN, f"a live worker has the name {slot.name}; give this one another --name"
             )
-
-    def _engine(self, slot: Slot, register: pb.Register, link: Link, pool: PoolImage, step_id: int) -> Engine:
-        def on_ended(live: LiveRequest) -> None:
-            engine.drop(live)
-            self._on_end(live)
-
-        events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
-        committer = Committer(slot.name, slot.store, self._requests, events)
-        limits = PlannerLimits(
-            self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
-        )
-        planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
-        clock = StepClock(register.calibrated_step_s)
-        engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
-        engine.poisons_freed_blocks = register.poison_freed_blocks
-        return engine
-
-    async def _take_over(self, slot: Slot, engine: Engine, image: WorkerImage) -> None:
-        """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
-        changes = engine.committer.changes
-        for revived in await self._reviver.revive(slot.name, image):
-            table = image.tables.get(revived.seq_id)
-            live = revived.live
-            if live is None:
-                if table:
-                    engine.planner.blocks.release(revived.seq_id, table)
-                if revived.state is RowState.OVER:
-                    changes.close_row(revived.seq_id, revived.first_index)
-                else:
-                    changes.forget.append(revived.seq_id)
-                continue
-            first_index = live.sequence.num_output_tokens
-            if revived.recorded_worker != slot.name:
-                live.sequence.segment_first_index = first_index
-            owner = engine.committer.owner
-            await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
-            if table:
-                restore_running(live.sequence, image, self._config.block_size)
-                engine.hold(live)
-                engine.planner.adopt_running(live.sequence)
-            else:
-                engine.open(live)
 
     # -- a worker goes ------------------------------------------------------------------------------------------------
 

@@ -220,7 +220,7 @@ class Register(_message.Message):
     poison_freed_blocks: _builtins.bool
     """Tests: name freed blocks in plans, so that the worker can poison them."""
     calibrated_step_s: _builtins.float
-    """Seconds that one step takes per scheduled token and at least, measured in warm-up; seeds the step deadline."""
+    """Seconds that a step of one token takes, measured in warm-up; seeds the deadline of the first steps."""
     @_builtins.property
     def kv_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___KVGroup]:
         """One entry per KV group; most models have one."""

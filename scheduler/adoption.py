@@ -1,0 +1,104 @@
+"""A worker that registers becomes ours: an engine is made for it from what Redis holds.
+
+The same incarnation keeps its pool and goes on with its sequences where they are; another one begins with an empty
+pool, and the sequences of the one before it are queued again.
+"""
+
+from collections.abc import Callable
+
+from pagoda.v1 import worker_pb2 as pb
+
+from scheduler.block_manager import BlockManager, PoolImage
+from scheduler.committer import CommitEvents, Committer
+from scheduler.compatibility import RefusedError
+from scheduler.config import SchedulerConfig
+from scheduler.engine import Engine, EngineParts, Link
+from scheduler.live_request import LiveRequest
+from scheduler.lost_workers import reclaim
+from scheduler.planner import Planner, PlannerLimits
+from scheduler.recovery import Reviver, RowState, restore_running
+from scheduler.redis_pipe import RedisPipe
+from scheduler.request_store import RequestStore
+from scheduler.step_clock import StepClock
+from scheduler.store import WorkerImage, WorkerStore
+
+
+class Adoption:
+    """Makes engines. Its caller sees to it that no worker is adopted twice at once."""
+
+    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, reviver: Reviver) -> None:
+        self._config = config
+        self._pipe = pipe
+        self._requests = requests
+        self._reviver = reviver
+
+    async def adopt(
+        self, store: WorkerStore, register: pb.Register, link: Link, on_end: Callable[[LiveRequest], None]
+    ) -> Engine:
+        """Seizes the worker; its engine, not started. `on_end` hears of each request whose end is recorded.
+
+        Raises RefusedError where the worker's incarnation was declared dead.
+        """
+        meta = await store.seize(register.highest_epoch)
+        image = await store.load(meta.num_blocks)
+        is_known = meta.incarnation == register.incarnation
+        if not is_known:
+            if register.highest_step_id > 0:
+                raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
+            image = await reclaim(store, image, register.incarnation, register.num_blocks)
+        step_id = max(meta.committed_step_id, register.highest_step_id) if is_known else 0
+        engine = self._engine(store, register, link, image.pool, step_id, on_end)
+        if is_known:
+            engine.expect_results(meta.committed_step_id)
+        await self._take_over(register.worker_name, engine, image)
+        return engine
+
+    def _engine(
+        self,
+        store: WorkerStore,
+        register: pb.Register,
+        link: Link,
+        pool: PoolImage,
+        step_id: int,
+        on_end: Callable[[LiveRequest], None],
+    ) -> Engine:
+        def on_ended(live: LiveRequest) -> None:
+            engine.drop(live)
+            on_end(live)
+
+        events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
+        committer = Committer(register.worker_name, store, self._requests, events)
+        limits = PlannerLimits(
+            self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
+        )
+        planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
+        clock = StepClock(register.calibrated_step_s)
+        engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
+        engine.poisons_freed_blocks = register.poison_freed_blocks
+        return engine
+
+    async def _take_over(self, worker: str, engine: Engine, image: WorkerImage) -> None:
+        """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
+        changes = engine.committer.changes
+        for revived in await self._reviver.revive(worker, image):
+            table = image.tables.get(revived.seq_id)
+            live = revived.live
+            if live is None:
+                if table:
+                    engine.planner.blocks.release(revived.seq_id, table)
+                if revived.state is RowState.OVER:
+                    changes.close_row(revived.seq_id, revived.first_index)
+                else:
+                    changes.forget.append(revived.seq_id)
+                continue
+            first_index = live.sequence.num_output_tokens
+            if revived.recorded_worker != worker:
+                live.sequence.segment_first_index = first_index
+            owner = engine.committer.owner
+            await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
+            if table:
+                restore_running(live.sequence, image, self._config.block_size)
+                engine.hold(live)
+                engine.planner.adopt_running(live.sequence)
+            else:
+                engine.open(live)

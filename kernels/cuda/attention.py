@@ -4,16 +4,18 @@ Owns the scratch memory of split sequences and the loaded libraries. One instanc
 launches under way at once would share scratch.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, KvWriteArgs, RotateArgs
 from kernels.cuda.variant import Variant
-from kernels.cuda.work import PackedWork, pack_work
+from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
 from kernels.work_list import SplitRule, make_work_list
 
 # KV tokens of a partition, and partitions of a sequence at most (longer ones have longer partitions).
@@ -62,18 +64,23 @@ class HeadNorms:
 
 @dataclass(frozen=True, slots=True)
 class DeviceWork:
-    """A step's work for one window. values: PackedWork.values on the device."""
+    """A step's work for one window. values: PackedWork.values on the device, and room for more."""
 
+    library: KernelLibrary
     packed: PackedWork
     values: torch.Tensor
 
 
 class Scratch:
-    """Partial results of split sequences, and counters of those that have arrived; grows, never shrinks."""
+    """Partial results of split sequences, and counters of those that have arrived.
+
+    Grows by doubling. What it has outgrown it keeps: a captured graph may still write there.
+    """
 
     def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         self._device = device
         self._shape = shape
+        self._kept: list[torch.Tensor] = []
         self._grow(0)
 
     def reserve(self, num_rows: int) -> None:
@@ -86,6 +93,7 @@ class Scratch:
         self.sums = torch.empty((num_rows, shape.num_heads, shape.head_dim), dtype=torch.float32, device=self._device)
         self.stats = torch.empty((num_rows, shape.num_heads, 2), dtype=torch.float32, device=self._device)
         self.arrivals = torch.zeros((num_rows, shape.num_kv_heads), dtype=torch.int32, device=self._device)
+        self._kept += [self.sums, self.stats, self.arrivals]
 
 
 class CudaKernels:
@@ -101,7 +109,19 @@ class CudaKernels:
 
     def prepare(self, metadata: AttentionMetadata) -> "CudaStep":
         """See `kernels.Kernels.prepare`."""
-        return CudaStep(self, metadata)
+        return CudaStep(self, metadata, 0)
+
+    def prepare_captured(self, metadata: AttentionMetadata, max_context_len: int) -> "CudaStep":
+        """A step whose launches a CUDA graph may hold, to be replayed after `CudaStep.refresh`.
+
+        One query token per sequence, contexts of at most `max_context_len`. Attend once before the capture: that
+        compiles, and uploads the work.
+        """
+        assert metadata.max_query_len == 1
+        longest = min(self.tuning.max_partitions, -(-max_context_len // self.tuning.partition_len))
+        max_items = longest * len(metadata.host_context_lens)
+        self.scratch.reserve(max_items)
+        return CudaStep(self, metadata, max_items)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`: one launch for each run of copies that do not depend on each other."""
@@ -136,11 +156,23 @@ class CudaKernels:
 class CudaStep:
     """See `kernels.AttentionStep`."""
 
-    def __init__(self, kernels: CudaKernels, metadata: AttentionMetadata) -> None:
+    def __init__(self, kernels: CudaKernels, metadata: AttentionMetadata, max_items: int) -> None:
         assert metadata.block_tables.stride(1) == 1
         self._kernels = kernels
         self._metadata = metadata
+        self._max_items = max_items
         self._work: dict[int, DeviceWork] = {}
+
+    def refresh(self, host_context_lens: NDArray[np.int64]) -> None:
+        """Before a graph that holds this step's launches is replayed: the work of other lengths, at the same addresses.
+
+        For a step from `prepare_captured`. The metadata's tensors are the caller's to overwrite.
+        """
+        self._metadata = dataclasses.replace(self._metadata, host_context_lens=host_context_lens)
+        for sliding_window, work in self._work.items():
+            packed = self._cut(work.library, sliding_window)
+            assert packed.num_units == work.packed.num_units, "the grid is captured too"
+            work.values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
 
     def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
         """See `kernels.AttentionStep.write_kv`."""
@@ -199,14 +231,14 @@ class CudaStep:
         """See `kernels.AttentionStep.attend`."""
         query = _with_chunked_tokens(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        library = self._kernels.library(layer.keys.dtype, has_window=sliding_window > 0)
         if sliding_window not in self._work:
-            self._work[sliding_window] = self._cut(library, sliding_window)
+            library = self._kernels.library(layer.keys.dtype, has_window=sliding_window > 0)
+            self._work[sliding_window] = self._upload(library, self._cut(library, sliding_window))
         work = self._work[sliding_window]
         shape, metadata, packed = self._kernels.shape, self._metadata, work.packed
         scratch = self._kernels.scratch
         scratch.reserve(packed.num_partial_rows)
-        library.attend(
+        work.library.attend(
             AttentionArgs(
                 query=query.data_ptr(),
                 out=out.data_ptr(),
@@ -215,8 +247,8 @@ class CudaStep:
                 block_tables=metadata.block_tables.data_ptr(),
                 context_lens=metadata.context_lens.data_ptr(),
                 cu_seqlens_q=metadata.cu_seqlens_q.data_ptr(),
-                decode_items=work.values.data_ptr(),
-                unit_starts=work.values[packed.units_offset :].data_ptr(),
+                decode_items=work.values[packed.decode_offset :].data_ptr(),
+                unit_starts=work.values.data_ptr(),
                 prefill_items=work.values[packed.prefill_offset :].data_ptr(),
                 partial_sums=scratch.sums.data_ptr(),
                 partial_stats=scratch.stats.data_ptr(),
@@ -235,7 +267,7 @@ class CudaStep:
         )
         return out
 
-    def _cut(self, library: KernelLibrary, sliding_window: int) -> DeviceWork:
+    def _cut(self, library: KernelLibrary, sliding_window: int) -> PackedWork:
         shape, tuning, facts = self._kernels.shape, self._kernels.tuning, library.facts
         group_size = shape.num_heads // shape.num_kv_heads
         max_decode_queries = facts.decode_rows // group_size
@@ -250,9 +282,13 @@ class CudaStep:
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )
         num_units = max(1, facts.decode_blocks // shape.num_kv_heads)
-        packed = pack_work(work, max_decode_queries, num_units)
-        values = torch.from_numpy(packed.values).to(self._kernels.device, non_blocking=True)
-        return DeviceWork(packed, values)
+        return pack_work(work, max_decode_queries, num_units)
+
+    def _upload(self, library: KernelLibrary, packed: PackedWork) -> DeviceWork:
+        num_values = max(len(packed.values), packed.decode_offset + self._max_items * ITEM_FIELDS)
+        values = torch.empty(num_values, dtype=torch.int32, device=self._kernels.device)
+        values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
+        return DeviceWork(library, packed, values)
 
 
 def independent_runs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:

@@ -15,13 +15,20 @@
 using TileMath = std::conditional_t<kIsFloat32, FmaMath<Element>, MmaMath<Element>>;
 
 // Shared memory: the warps' rings, and over them, once they are done with, what the warps have summed; then the
-// queries, and a flag. As many warps as have room with three stages each, and a fourth stage if that fits too.
+// queries, and a flag.
 constexpr int kDecodeQueryBytes = kTileRows * kRowBytes;
 constexpr int kDecodeFlagBytes = 16;
 constexpr int kDecodeRoom = kMaxSharedBytes - kDecodeQueryBytes - kDecodeFlagBytes;
 constexpr int kDecodeTileBytes = 2 * kTileTokens * kRowBytes;
-constexpr int kDecodeWarps = 4 * 3 * kDecodeTileBytes <= kDecodeRoom ? 4 : 2 * 3 * kDecodeTileBytes <= kDecodeRoom ? 2 : 1;
-constexpr int kDecodeStages = kDecodeWarps * 4 * kDecodeTileBytes <= kDecodeRoom ? 4 : kDecodeTileBytes * 3 <= kDecodeRoom ? 3 : 2;
+
+// As many warps as have room with three stages each, up to four; then as many stages as have room, up to four.
+constexpr int count_decode_warps(int most) {
+  return most == 1 || most * 3 * kDecodeTileBytes <= kDecodeRoom ? most : count_decode_warps(most / 2);
+}
+constexpr int kDecodeWarps = count_decode_warps(4);
+constexpr int kDecodeStagesInRoom = kDecodeRoom / (kDecodeWarps * kDecodeTileBytes);
+constexpr int kDecodeStages = kDecodeStagesInRoom < 4 ? kDecodeStagesInRoom : 4;
+static_assert(kDecodeStages >= 2);
 constexpr int kDecodeThreads = kDecodeWarps * kWarpThreads;
 using DecodeRing = TileRing<kTileTokens, kDecodeStages, kWarpThreads>;
 constexpr int kDecodeRingBytes = kDecodeWarps * DecodeRing::kBytes;
@@ -124,9 +131,8 @@ __device__ __forceinline__ void decode_item(const AttentionArgs& args, const Ite
   store_part(sums, shared.sums(warp), shared.stats(warp));
   __syncthreads();
   if (item.partial < 0) {
-    for_each_element(rows, [&](int row, int dim) {
-      write_out(args, rows, row, dim, merge(warp_parts(shared, row), dim));
-    });
+    for_each_element(
+        rows, [&](int row, int dim) { write_out(args, rows, row, dim, merge(warp_parts(shared, row), dim)); });
     return;
   }
   for_each_element(rows, [&](int row, int dim) {

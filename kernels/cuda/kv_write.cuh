@@ -20,7 +20,8 @@ struct BlockCopyItem {
 };
 
 struct BlockCopyArgs {
-  void* pool;                   // [num_planes, num_blocks, num_kv_heads, block_size, head_dim]; a plane is a layer's keys
+  // [num_planes, num_blocks, num_kv_heads, block_size, head_dim]; a plane is one layer's keys, or its values.
+  void* pool;
   const BlockCopyItem* copies;  // none writes what another one reads or writes
   cudaStream_t stream;
   int64_t num_blocks;

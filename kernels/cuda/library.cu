@@ -57,8 +57,12 @@ extern "C" {
 
 // Once per process and device, before the first call there; the device must be the current one.
 int pagoda_open(Facts* facts) {
-  *facts = {sizeof(AttentionArgs), sizeof(KvWriteArgs), sizeof(BlockCopyArgs), sizeof(RotateArgs),
-            kTileRows,             kPrefillRows,        0};
+  facts->attention_args_bytes = sizeof(AttentionArgs);
+  facts->kv_write_args_bytes = sizeof(KvWriteArgs);
+  facts->block_copy_args_bytes = sizeof(BlockCopyArgs);
+  facts->rotate_args_bytes = sizeof(RotateArgs);
+  facts->decode_rows = kTileRows;
+  facts->prefill_rows = kPrefillRows;
   return open_device(*facts);
 }
 

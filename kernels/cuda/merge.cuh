@@ -3,8 +3,8 @@
 
 #include "fragment.cuh"
 
-// Parts of one head's row: part i's sums [kHeadDim] at sums + i * sums_stride, its max and sum of weights at stats + i *
-// stats_stride.
+// Parts of one head's row: part i's sums [kHeadDim] at sums + i * sums_stride, its max and sum of weights at
+// stats + i * stats_stride.
 struct Parts {
   const float* sums;
   const float* stats;
@@ -34,7 +34,9 @@ __device__ __forceinline__ void store_part(const RowSums& rows, float* sums, flo
 #pragma unroll
   for (int tile = 0; tile < kSumTiles; ++tile) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sums[lane_row(lane, i / 2) * kHeadDim + lane_column(lane, tile, i)] = rows.sums[tile][i];
+    for (int i = 0; i < 4; ++i) {
+      sums[lane_row(lane, i / 2) * kHeadDim + lane_column(lane, tile, i)] = rows.sums[tile][i];
+    }
   }
   if (lane % 4 == 0) {
     for (int which = 0; which < kLaneRows; ++which) {

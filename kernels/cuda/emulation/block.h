@@ -184,8 +184,9 @@ class Block {
     for (int i = 0; i < num_threads_; ++i) {
       const Thread& thread = threads_[i];
       if (told && told->state == thread.state && std::strcmp(told->waits_at, thread.waits_at) == 0) continue;
-      const std::string place = thread.state == State::kEnded ? "has ended" : std::string("waits at ") + thread.waits_at;
-      text += " thread " + std::to_string(i) + " " + place + ";";
+      const bool has_ended = thread.state == State::kEnded;
+      text += " thread " + std::to_string(i) + (has_ended ? " has ended" : " waits at ");
+      text += has_ended ? ";" : std::string(thread.waits_at) + ";";
       told = &thread;
       if (text.size() > 400) break;
     }

@@ -32,7 +32,7 @@ namespace emulation {
 
 // The launch that runs now.
 struct Grid {
-  dim3 blocks, threads, block_index;
+  dim3 block_index;
   GuardedMemory shared;
 };
 
@@ -55,12 +55,6 @@ struct BlockIndex {
   } y;
 };
 
-struct GridSize {
-  struct X {
-    operator unsigned() const { return grid.blocks.x; }
-  } x;
-};
-
 // Runs the grid's blocks one after the other, in an order drawn from the seed. Returns whether all went well.
 template <typename Kernel, typename Args>
 bool launch(Kernel kernel, dim3 blocks, int num_threads, size_t shared_bytes, const Args& args) {
@@ -69,8 +63,6 @@ bool launch(Kernel kernel, dim3 blocks, int num_threads, size_t shared_bytes, co
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::mt19937_64 random(seed);
   if (seed != 0) std::shuffle(order.begin(), order.end(), random);
-  grid.blocks = blocks;
-  grid.threads = dim3(num_threads);
   for (unsigned index : order) {
     grid.block_index = dim3(index % blocks.x, index / blocks.x);
     grid.shared.allocate(shared_bytes);
@@ -85,7 +77,6 @@ bool launch(Kernel kernel, dim3 blocks, int num_threads, size_t shared_bytes, co
 
 inline emulation::ThreadIndex threadIdx;
 inline emulation::BlockIndex blockIdx;
-inline emulation::GridSize gridDim;
 
 #define PAGODA_TEXT_OF(x) #x
 #define PAGODA_TEXT(x) PAGODA_TEXT_OF(x)

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.cuda.library import AttentionArgs, KernelLibrary
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
-from tests.kernels.cuda.steps import Step, cases, emulated_kernels, relative_error
+from tests.kernels.cuda.steps import Case, Step, cases, dense, emulated_kernels, fill, relative_error
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
@@ -38,3 +40,31 @@ def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st
         first += new
     other_order = Step(dataclasses.replace(case, order_seed=case.order_seed + 1))
     assert torch.equal(other_order.emulate(), together)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
+def test_a_captured_step_takes_other_lengths(context_lens: list[int], seed: int) -> None:
+    """The very arguments of the first launch, work and tables overwritten in place, attend to what is there now."""
+    variant = Variant(torch.bfloat16, 64, 16)
+    longest = Case(variant, 2, 4, 0, [(299, 1)] * 4, seed, 0)
+    step, kernels = Step(longest), emulated_kernels(longest)
+    metadata = step.metadata()
+    attention = kernels.prepare_captured(metadata, 300)
+    launched: list[AttentionArgs] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelLibrary, "attend", lambda self, args: launched.append(args))
+        query = torch.cat([sequence.query for sequence in step.sequences])
+        out = attention.attend(query, step.layer, 0)
+    for sequence in step.sequences:
+        fill(step.layer, sequence, 300)
+
+    metadata.context_lens.copy_(torch.tensor(context_lens))
+    attention.refresh(np.array(context_lens, np.int64))
+    kernels.library(variant.dtype, has_window=False).attend(launched[0])
+    shorter = [
+        dataclasses.replace(sequence, keys=sequence.keys[:length], values=sequence.values[:length])
+        for sequence, length in zip(step.sequences, context_lens, strict=True)
+    ]
+    expected = torch.cat([dense(sequence, longest) for sequence in shorter])
+    assert relative_error(out, expected) < TOLERANCES[variant.dtype]

@@ -1,5 +1,8 @@
 """The CUDA kernels on a GPU: against dense attention in float64, and against themselves in other company."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,20 +62,27 @@ def test_long_sequences_beside_short_ones() -> None:
     assert relative_error(found, step.dense()) < TOLERANCES[torch.bfloat16]
 
 
-def test_a_captured_step_replays() -> None:
+def test_a_captured_step_replays_with_other_lengths() -> None:
     """A launch allocates nothing of its own and waits for nothing: CUDA graphs can hold it."""
     case = Case(Variant(torch.bfloat16, 128, 16), 2, 4, 0, [(300, 1), (40, 1), (0, 1)], 1, 0)
     step, kernels = Step(case, place), kernels_for(case)
     expected = step.run(kernels)
-    attention = kernels.prepare(step.metadata())
+    metadata = step.metadata()
+    attention = kernels.prepare_captured(metadata, 301)
     query = torch.cat([sequence.query for sequence in step.sequences]).to(CUDA)
     attention.attend(query, step.layer, 0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = attention.attend(query, step.layer, 0)
-    found.zero_()
     graph.replay()
     assert torch.equal(found, expected)
+
+    context_lens = np.array([101, 17, 1], np.int64)
+    metadata.context_lens.copy_(torch.from_numpy(context_lens))
+    attention.refresh(context_lens)
+    graph.replay()
+    fresh = kernels.prepare(dataclasses.replace(metadata, host_context_lens=context_lens))
+    assert torch.equal(found, fresh.attend(query, step.layer, 0))
 
 
 def test_copies_as_if_in_order() -> None:

@@ -17,9 +17,9 @@ def test_every_item_has_its_place(pairs: list[tuple[int, int]], group_size: int,
     rule = SplitRule(64 // group_size, 32, 4, max_decode_queries)
     work = make_work_list(before + new, new, 16, window, rule)
     packed = pack_work(work, max_decode_queries, num_units)
-    decode = packed.values[: packed.prefill_offset].reshape(-1, ITEM_FIELDS)
-    prefill = packed.values[packed.prefill_offset : packed.units_offset].reshape(-1, ITEM_FIELDS)
-    units = packed.values[packed.units_offset :]
+    units = packed.values[: packed.decode_offset]
+    decode = packed.values[packed.decode_offset : packed.prefill_offset].reshape(-1, ITEM_FIELDS)
+    prefill = packed.values[packed.prefill_offset :].reshape(-1, ITEM_FIELDS)
 
     wanted = zip(
         work.seqs, work.query_starts, work.num_queries, work.kv_starts, work.kv_ends, work.partials, strict=True

@@ -21,6 +21,8 @@ MAX_HEAD_DIM = 256
 TILE_ROWS = 192
 PARTITION_LEN = 512
 MAX_PARTITIONS = 64
+# kPartialStep of attention.h
+PARTIAL_STEP = 32
 
 
 class UnsupportedShapeError(ValueError):
@@ -122,7 +124,9 @@ class _PreparedWork:
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )
         self._kept = (items, metadata, order := _longest_first(items))
-        self.partial_sums = torch.empty(items.num_partial_rows * shape.num_heads * shape.head_dim)
+        self.partial_sums = torch.empty(
+            items.num_partial_rows * shape.num_heads * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP
+        )
         self.partial_norms = torch.empty(items.num_partial_rows * shape.num_heads * 2)
         arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
         self.work = Work(

@@ -14,7 +14,11 @@ template <class Element>
 class Attention {
  public:
   Attention(const Shape& shape, const Work& work, const Call& call)
-      : shape_(shape), work_(work), call_(call), group_size_(shape.num_heads / shape.num_kv_heads) {}
+      : shape_(shape),
+        work_(work),
+        call_(call),
+        group_size_(shape.num_heads / shape.num_kv_heads),
+        partial_dim_((shape.head_dim + kPartialStep - 1) / kPartialStep * kPartialStep) {}
 
   void run() const {
     const int num_units = work_.num_items * shape_.num_kv_heads;
@@ -41,18 +45,17 @@ class Attention {
     }
   }
 
-  // The group's heads in tiles of 1, 2, 4, 8 or 16 rows, as many as a vector has lanes at most.
+  // The group's heads in tiles of 1, 2, 4 or 8 rows, as many as the registers hold at most.
   void decode_in_tiles(int item, int kv_head) const {
-    const int most = std::min(kLanes, 16);
-    for (int first = 0; first < group_size_; first += most) {
-      const int num_rows = std::min(most, group_size_ - first);
+    for (int first = 0; first < group_size_; first += kMaxRows) {
+      const int num_rows = std::min(kMaxRows, group_size_ - first);
       decode_tile<1>(item, kv_head, kv_head * group_size_ + first, num_rows);
     }
   }
 
   template <int kRows>
   void decode_tile(int item, int kv_head, int head, int num_rows) const {
-    if constexpr (kRows < kLanes) {
+    if constexpr (kRows < kMaxRows) {
       if (num_rows > kRows) return decode_tile<2 * kRows>(item, kv_head, head, num_rows);
     }
     const int64_t row = work_.query_starts[item];
@@ -61,8 +64,8 @@ class Attention {
     if (work_.partials[item] < 0) {
       tile.write(output(row) + head * shape_.head_dim);
     } else {
-      const int64_t partial = static_cast<int64_t>(work_.partials[item]) * shape_.num_heads + head;
-      tile.write_partial(call_.partial_sums + partial * shape_.head_dim, call_.partial_norms + partial * 2);
+      const int64_t part = partial(item, 0, head);
+      tile.write_partial(call_.partial_sums + part * partial_dim_, partial_dim_, call_.partial_norms + part * 2);
     }
   }
 
@@ -91,12 +94,13 @@ class Attention {
         const int64_t part = partial(first_item + i, token, head);
         const float weight = std::exp2(call_.partial_norms[2 * part] - maximum);
         norm += weight * call_.partial_norms[2 * part + 1];
-        const float* part_sums = call_.partial_sums + part * shape_.head_dim;
-        for (int d = 0; d < shape_.head_dim; ++d) sums[d] += weight * part_sums[d];
+        const float* part_sums = call_.partial_sums + part * partial_dim_;
+        for (int d = 0; d < partial_dim_; ++d) sums[d] += weight * part_sums[d];
       }
       Element* to = output(work_.query_starts[first_item] + token) + head * shape_.head_dim;
-      for (int d = 0; d < shape_.head_dim; d += kLanes) {
-        store_first(to + d, load(sums + d) / norm, std::min(kLanes, shape_.head_dim - d));
+      for (int d = 0; d < shape_.head_dim; d += kPair) {
+        const FloatPair x = load_pair(sums + d);
+        store_pair_first(to + d, {x.first / norm, x.second / norm}, std::min(kPair, shape_.head_dim - d));
       }
     }
   }
@@ -111,7 +115,7 @@ class Attention {
     const int64_t head_stride = static_cast<int64_t>(shape_.block_size) * shape_.head_dim;
     const int64_t table = static_cast<int64_t>(work_.seqs[item]) * work_.table_stride;
     return {static_cast<const Element*>(pool) + kv_head * head_stride, work_.block_tables + table,
-            shape_.num_kv_heads * head_stride, shape_.block_size, shape_.head_dim};
+            shape_.num_kv_heads * head_stride, __builtin_ctz(shape_.block_size), shape_.head_dim};
   }
 
   // Of the item's first query token.
@@ -132,6 +136,7 @@ class Attention {
   const Work& work_;
   const Call& call_;
   int group_size_;
+  int partial_dim_;  // floats between two rows of partial sums
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 namespace pagoda {
 
 constexpr int kMaxHeadDim = 256;
+constexpr int kPartialStep = 32;  // whole vectors, whatever the instruction set
 
 enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -16,7 +17,7 @@ struct Shape {
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
-  int32_t block_size;  // tokens
+  int32_t block_size;  // tokens, a power of two
   int32_t element_type;
   float scale;  // of the scores
 };
@@ -48,7 +49,7 @@ struct Call {
   const void* keys;    // [num_blocks, num_kv_heads, block_size, head_dim]
   const void* values;  // likewise
   void* output;        // [num_tokens, num_heads, head_dim]
-  float* partial_sums;  // [num_partial_rows, num_heads, head_dim], weighted by 2^(score - maximum)
+  float* partial_sums;   // [num_partial_rows, num_heads, head_dim rounded up to kPartialStep]
   float* partial_norms;  // [num_partial_rows, num_heads, 2]: maximum of the scores (base 2), sum of the weights
   int64_t query_stride;
 };

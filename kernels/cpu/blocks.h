@@ -6,6 +6,7 @@
 
 namespace pagoda {
 
+constexpr float kLog2E = 1.44269504f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Blocks of one sequence, seen from one KV head.
@@ -14,12 +15,14 @@ struct HeadBlocks {
   const Element* first;  // this head's slots in block 0
   const int32_t* table;
   int64_t block_stride;  // elements
-  int block_size;        // tokens
+  int block_bits;        // log2 of block_size
   int head_dim;
+
+  int block_size() const { return 1 << block_bits; }
 
   // The slot of `token`; the rest of its block follows.
   const Element* slot(int token) const {
-    return first + table[token / block_size] * block_stride + token % block_size * head_dim;
+    return first + table[token >> block_bits] * block_stride + (token & (block_size() - 1)) * head_dim;
   }
 };
 

@@ -13,19 +13,20 @@
 
 namespace pagoda {
 
-constexpr int kChunk = 128;  // tokens
+constexpr int kChunk = 128;               // tokens
+constexpr int kMaxRows = kLanes / 2;        // their accumulators fill the registers
 template <class Element, int kRows>
 class DecodeTile {
  public:
   // query: [num_rows, head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
   DecodeTile(const Element* query, int num_rows, int head_dim, float scale)
-      : num_rows_(num_rows), head_dim_(head_dim), padded_dim_((head_dim + kLanes - 1) / kLanes * kLanes) {
+      : num_rows_(num_rows), head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
     for (int row = 0; row < kRows; ++row) {
-      for (int d = 0; d < padded_dim_; d += kLanes) {
-        const int count = row < num_rows ? std::min(kLanes, head_dim - d) : 0;
-        const Floats x = count > 0 ? load_first(query + row * head_dim + d, count) : Floats{};
-        store(query_ + row * padded_dim_ + d, x * (scale * kLog2E));
-        store(sums_ + row * padded_dim_ + d, Floats{});
+      for (int d = 0; d < padded_dim_; d += kPair) {
+        const int count = row < num_rows ? std::min(kPair, head_dim - d) : 0;
+        const FloatPair x = load_pair_first(query + row * head_dim + d, count);
+        store_pair(query_[row] + d, {x.first * (scale * kLog2E), x.second * (scale * kLog2E)});
+        store_pair(sums_[row] + d, FloatPair{});
       }
       maxima_[row] = kHidden;
       norms_[row] = 0.0f;
@@ -33,12 +34,11 @@ class DecodeTile {
   }
 
   void attend(const Partition<Element>& kv) {
-    const int block_size = kv.keys.block_size;
-    for (int chunk = kv.begin / block_size * block_size; chunk < kv.end; chunk += kChunk) {
+    for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kChunk) {
       const int first = std::max(chunk, kv.begin), last = std::min(chunk + kChunk, kv.end);
       score(kv, chunk, last);
       weigh(first - chunk, last - chunk);
-      add_values<kLanes / kRows>(kv, chunk, first, last, 0);
+      add_values<kPairs>(kv, {chunk, first, last, 0});
     }
   }
 
@@ -46,34 +46,41 @@ class DecodeTile {
   void write(Element* output) const {
     for (int row = 0; row < num_rows_; ++row) {
       const float inverse = 1.0f / norms_[row];
-      for (int d = 0; d < head_dim_; d += kLanes) {
-        store_first(output + row * head_dim_ + d, load(sums_ + row * padded_dim_ + d) * inverse,
-                    std::min(kLanes, head_dim_ - d));
+      for (int d = 0; d < head_dim_; d += kPair) {
+        const FloatPair x = load_pair(sums_[row] + d);
+        store_pair_first(output + row * head_dim_ + d, {x.first * inverse, x.second * inverse},
+                         std::min(kPair, head_dim_ - d));
       }
     }
   }
 
-  // What a merge needs of it.
-  void write_partial(float* sums, float* norms) const {
+  // What a merge needs of it. sums: [num_rows, stride], in the order of pairs; norms: [num_rows, 2].
+  void write_partial(float* sums, int stride, float* norms) const {
     for (int row = 0; row < num_rows_; ++row) {
-      std::memcpy(sums + row * head_dim_, sums_ + row * padded_dim_, head_dim_ * sizeof(float));
+      std::memcpy(sums + row * stride, sums_[row], padded_dim_ * sizeof(float));
       norms[2 * row] = maxima_[row];
       norms[2 * row + 1] = norms_[row];
     }
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
-  static constexpr int kTokens = kLanes / kRows;  // scored at once: one accumulator per row and token
+  static constexpr int kTokens = kLanes / kRows;     // scored at once: one accumulator per row and token
+  static constexpr int kPairs = kLanes / kRows / 2;  // of dimensions summed at once: two accumulators per row and pair
+
+  // Values of tokens first to last are added to the sums from dimension d on.
+  struct Strip {
+    int chunk, first, last, d;
+  };
 
   // Scores of the chunk's tokens up to the end of the last block: scores_[row][token].
   void score(const Partition<Element>& kv, int chunk, int last) {
-    const int block_size = kv.keys.block_size;
+    const int block_size = kv.keys.block_size();
     for (int token = chunk; token < last; token += block_size) {
       const Element* key = kv.keys.slot(token);
-      const char* ahead = ahead_of_keys(kv, token, chunk, last);
+      const int next = token + kBlocksAhead * block_size;
+      const Element* ahead = next < last ? kv.keys.slot(next) : kv.values.slot(std::min(chunk + next - last, last - 1));
       for (int i = 0; i < block_size; i += kTokens) {
-        prefetch_tokens(ahead, i);
+        prefetch_elements(ahead + i * head_dim_, kTokens * head_dim_);
         score_tokens(key + i * head_dim_, token - chunk + i);
       }
     }
@@ -82,11 +89,11 @@ class DecodeTile {
   void score_tokens(const Element* key, int column) {
     Floats products[kLanes] = {};
     int d = 0;
-    for (; d + kLanes <= head_dim_; d += kLanes) {
-      multiply(products, d, [=](int token) { return load(key + token * head_dim_ + d); });
+    for (; d + kPair <= head_dim_; d += kPair) {
+      multiply(products, d, [=](int token) { return load_pair(key + token * head_dim_ + d); });
     }
     if (d < head_dim_) {
-      multiply(products, d, [=](int token) { return load_first(key + token * head_dim_ + d, head_dim_ - d); });
+      multiply(products, d, [=](int token) { return load_pair_first(key + token * head_dim_ + d, head_dim_ - d); });
     }
     alignas(kAlignment) float scores[kLanes];
     store(scores, sum_each(products));
@@ -95,17 +102,32 @@ class DecodeTile {
     }
   }
 
+  // Whichever there are fewer of, tokens' keys or rows' queries, stays in registers.
   template <class LoadKey>
   void multiply(Floats (&products)[kLanes], int d, LoadKey load_key) const {
-    Floats keys[kTokens];
-    for (int token = 0; token < kTokens; ++token) keys[token] = load_key(token);
-    for (int row = 0; row < kRows; ++row) {
-      const Floats query = load(query_ + row * padded_dim_ + d);
-      for (int token = 0; token < kTokens; ++token) products[row * kTokens + token] += query * keys[token];
+    if constexpr (kTokens < kRows) {
+      FloatPair keys[kTokens];
+      for (int token = 0; token < kTokens; ++token) keys[token] = load_key(token);
+      for (int row = 0; row < kRows; ++row) {
+        const FloatPair query = load_pair(query_[row] + d);
+        for (int token = 0; token < kTokens; ++token) add_product(products[row * kTokens + token], query, keys[token]);
+      }
+    } else {
+      FloatPair queries[kRows];
+      for (int row = 0; row < kRows; ++row) queries[row] = load_pair(query_[row] + d);
+      for (int token = 0; token < kTokens; ++token) {
+        const FloatPair key = load_key(token);
+        for (int row = 0; row < kRows; ++row) add_product(products[row * kTokens + token], queries[row], key);
+      }
     }
   }
 
-  // Turns the scores of columns first to last into weights, and scales what was summed before to the new maximum.
+  static void add_product(Floats& sum, FloatPair a, FloatPair b) {
+    sum += a.first * b.first;
+    sum += a.second * b.second;
+  }
+
+  // Turns the scores of columns first to last into weights, and notes by how much what was summed before shrinks.
   void weigh(int first, int last) {
     const int columns = (last + kLanes - 1) / kLanes * kLanes;
     for (int row = 0; row < kRows; ++row) {
@@ -127,76 +149,63 @@ class DecodeTile {
     }
   }
 
-  // sums += weights * values from dimension d on, kColumns vectors at a time: that many accumulators per row.
-  template <int kColumns>
-  void add_values(const Partition<Element>& kv, int chunk, int first, int last, int d) {
-    for (; d + kColumns * kLanes <= head_dim_; d += kColumns * kLanes) {
-      add_strip<kColumns>(kv, chunk, first, last, d, [](const Element* value) { return load(value); });
+  // sums += weights * values, kWidth pairs of dimensions at a time as long as there are so many, then half as many.
+  template <int kWidth>
+  void add_values(const Partition<Element>& kv, Strip strip) {
+    for (; strip.d + kWidth * kPair <= head_dim_; strip.d += kWidth * kPair) {
+      add_strip<kWidth>(kv, strip, [](const Element* value) { return load_pair(value); });
     }
-    if constexpr (kColumns > 1) {
-      add_values<kColumns / 2>(kv, chunk, first, last, d);
-    } else if (d < head_dim_) {
-      const int count = head_dim_ - d;
-      add_strip<1>(kv, chunk, first, last, d, [=](const Element* value) { return load_first(value, count); });
+    if constexpr (kWidth > 1) {
+      add_values<kWidth / 2>(kv, strip);
+    } else if (strip.d < head_dim_) {
+      const int count = head_dim_ - strip.d;
+      add_strip<1>(kv, strip, [=](const Element* value) { return load_pair_first(value, count); });
     }
   }
 
-  template <int kColumns, class LoadValue>
-  void add_strip(const Partition<Element>& kv, int chunk, int first, int last, int d, LoadValue load_value) {
-    const int block_size = kv.values.block_size;
-    Floats sums[kRows][kColumns];
+  template <int kWidth, class LoadValue>
+  void add_strip(const Partition<Element>& kv, Strip strip, LoadValue load_value) {
+    FloatPair sums[kRows][kWidth];
     for (int row = 0; row < kRows; ++row) {
-      for (int i = 0; i < kColumns; ++i) sums[row][i] = load(sums_ + row * padded_dim_ + d + i * kLanes) * decay_[row];
+      for (int i = 0; i < kWidth; ++i) {
+        const FloatPair x = load_pair(sums_[row] + strip.d + i * kPair);
+        sums[row][i] = {x.first * decay_[row], x.second * decay_[row]};
+      }
     }
-    for (int token = first; token < last;) {
-      const int block_end = std::min(last, (token / block_size + 1) * block_size);
-      const char* ahead = ahead_of_values(kv, token, last) + d * sizeof(Element);
-      for (const Element* value = kv.values.slot(token) + d; token < block_end; ++token, value += head_dim_) {
-        prefetch_strip(ahead, token % block_size, kColumns);
-        for (int i = 0; i < kColumns; ++i) {
-          const Floats x = load_value(value + i * kLanes);
-          for (int row = 0; row < kRows; ++row) sums[row][i] += x * scores_[row][token - chunk];
+    const int block_size = kv.values.block_size();
+    for (int token = strip.first; token < strip.last;) {
+      const int block_end = std::min(strip.last, (token & -block_size) + block_size);
+      const int next = token + kBlocksAhead * block_size;
+      const Element* ahead = next < strip.last ? kv.values.slot(next) : kv.keys.slot(std::min(next, kv.end - 1));
+      const Element* value = kv.values.slot(token) + strip.d;
+      const float* weights = scores_[0] + token - strip.chunk;
+      for (ahead += strip.d; token < block_end; ++token, ++weights, value += head_dim_, ahead += head_dim_) {
+        prefetch_elements(ahead, kWidth * kPair);
+        for (int i = 0; i < kWidth; ++i) {
+          const FloatPair x = load_value(value + i * kPair);
+          for (int row = 0; row < kRows; ++row) {
+            sums[row][i].first += x.first * weights[row * kChunk];
+            sums[row][i].second += x.second * weights[row * kChunk];
+          }
         }
       }
     }
     for (int row = 0; row < kRows; ++row) {
-      for (int i = 0; i < kColumns; ++i) store(sums_ + row * padded_dim_ + d + i * kLanes, sums[row][i]);
+      for (int i = 0; i < kWidth; ++i) store_pair(sums_[row] + strip.d + i * kPair, sums[row][i]);
     }
   }
 
-  // --- Prefetching: kBlocksAhead blocks on in the order in which they are read.
-
+  // Blocks that are prefetched ahead of their use, in the order in which they are read: keys of a chunk, its values ...
   static constexpr int kBlocksAhead = 2;
-  static constexpr int kLine = 64;  // bytes
 
-  const char* ahead_of_keys(const Partition<Element>& kv, int token, int chunk, int last) const {
-    const int next = token + kBlocksAhead * kv.keys.block_size;
-    const int beyond = chunk + next - last;
-    const Element* slot = next < last ? kv.keys.slot(next) : kv.values.slot(std::min(beyond, last - 1));
-    return reinterpret_cast<const char*>(slot);
-  }
-
-  const char* ahead_of_values(const Partition<Element>& kv, int token, int last) const {
-    const int block_start = token / kv.values.block_size * kv.values.block_size;
-    const int next = block_start + kBlocksAhead * kv.values.block_size;
-    const Element* slot = next < last ? kv.values.slot(next) : kv.keys.slot(std::min(next, kv.end - 1));
-    return reinterpret_cast<const char*>(slot);
-  }
-
-  void prefetch_tokens(const char* block, int token) const {
-    const int bytes = head_dim_ * sizeof(Element);
-    for (int i = 0; i < kTokens * bytes; i += kLine) prefetch(block + token * bytes + i);
-  }
-
-  void prefetch_strip(const char* block, int token, int columns) const {
-    const int bytes = head_dim_ * sizeof(Element);
-    const int width = columns * kLanes * sizeof(Element);
-    for (int i = 0; i < width; i += kLine) prefetch(block + token * bytes + i);
+  static void prefetch_elements(const Element* first, int count) {
+    constexpr int kLine = kAlignment / sizeof(Element);
+    for (int i = 0; i < count; i += kLine) prefetch(first + i);
   }
 
   int num_rows_, head_dim_, padded_dim_;
-  alignas(kAlignment) float query_[kRows * kMaxHeadDim];
-  alignas(kAlignment) float sums_[kRows * kMaxHeadDim];
+  alignas(kAlignment) float query_[kRows][kMaxHeadDim];
+  alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
   alignas(kAlignment) float scores_[kRows][kChunk];
   float maxima_[kRows], norms_[kRows], decay_[kRows];
 };

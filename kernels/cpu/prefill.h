@@ -115,8 +115,6 @@ class PrefillTile {
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504f;
-
   // keys_: panels [head_dim][kPanel tokens], zeros where nothing is visible.
   void unpack_keys(const HeadBlocks<Element>& keys, int span, int first, int last) {
     for (int token = span; token < last; token += kLanes) {

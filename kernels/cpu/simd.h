@@ -4,6 +4,7 @@
 // compiler's vector extension, so the rest of the code is written once.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -51,9 +52,17 @@ inline Floats load(const float* from) {
 }
 
 inline Floats load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#else
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+#endif
 }
 
 inline Floats load(const Float16* from) {
@@ -84,11 +93,15 @@ inline Floats load_first(const Element* from, int count) {
 
 inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
 
-inline void store(BFloat16* to, Floats x) {
+// Bits of x, its upper half rounded to the nearest bfloat16; a NaN stays one.
+inline Words rounded_bits(Floats x) {
   const Words bits = reinterpret_cast<Words>(x);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words quiet_nan = Words{} + 0x7fc0;
-  const Halves halves = __builtin_convertvector(x == x ? rounded : quiet_nan, Halves);
+  const Words quiet_nan = Words{} + 0x7fc00000;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : quiet_nan;
+}
+
+inline void store(BFloat16* to, Floats x) {
+  const Halves halves = __builtin_convertvector(rounded_bits(x) >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -109,6 +122,70 @@ template <class Element>
 inline void store_first(Element* to, Floats x, int count) {
   Element padded[kLanes];
   store(padded, x);
+  std::memcpy(to, padded, count * sizeof(Element));
+}
+
+// --- Pairs: 2 * kLanes elements in whatever order is fastest to unpack. Every tensor of one element type has the same
+// order, so products and sums over pairs need not know it. bfloat16 has even elements in `first`, odd ones in `second`.
+
+constexpr int kPair = 2 * kLanes;
+
+struct FloatPair {
+  Floats first, second;
+};
+
+inline FloatPair load_pair(const float* from) { return {load(from), load(from + kLanes)}; }
+
+inline FloatPair load_pair(const Float16* from) { return {load(from), load(from + kLanes)}; }
+
+inline FloatPair unpack(Words bfloat16s) {
+  return {reinterpret_cast<Floats>(bfloat16s << 16), reinterpret_cast<Floats>(bfloat16s & 0xffff0000)};
+}
+
+inline FloatPair load_pair(const BFloat16* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return unpack(words);
+}
+
+// The first `count` of kPair elements, then zeros; reads no others.
+template <class Element>
+inline FloatPair load_pair_first(const Element* from, int count) {
+  Element padded[kPair] = {};
+  std::memcpy(padded, from, count * sizeof(Element));
+  return load_pair(padded);
+}
+
+#if defined(__AVX512BW__)
+inline FloatPair load_pair_first(const float* from, int count) {
+  const __mmask16 first = (1u << std::min(count, 16)) - 1, second = (1u << std::max(count - 16, 0)) - 1;
+  return {_mm512_maskz_loadu_ps(first, from), _mm512_maskz_loadu_ps(second, from + kLanes)};
+}
+
+inline FloatPair load_pair_first(const BFloat16* from, int count) {
+  return unpack(reinterpret_cast<Words>(_mm512_maskz_loadu_epi16((1ull << count) - 1, from)));
+}
+#endif
+
+inline void store_pair(float* to, FloatPair x) {
+  store(to, x.first);
+  store(to + kLanes, x.second);
+}
+
+inline void store_pair(Float16* to, FloatPair x) {
+  store(to, x.first);
+  store(to + kLanes, x.second);
+}
+
+inline void store_pair(BFloat16* to, FloatPair x) {
+  const Words words = (rounded_bits(x.first) >> 16) | (rounded_bits(x.second) & 0xffff0000);
+  std::memcpy(to, &words, sizeof words);
+}
+
+template <class Element>
+inline void store_pair_first(Element* to, FloatPair x, int count) {
+  Element padded[kPair];
+  store_pair(padded, x);
   std::memcpy(to, padded, count * sizeof(Element));
 }
 
@@ -152,7 +229,8 @@ struct PairedLane {
       const int lane = step == 1 ? within >> 1 : within & 1;
       return four + lane + 2 * second + (from_b ? kLanes : 0);
     } else {
-      const int four = i / 4, half = kLanes / 8;
+      constexpr int half = std::max(1, kLanes / 8);
+      const int four = i / 4;
       const bool from_b = four >= half;
       return (four % half * 2 + second) * 4 + i % 4 + (from_b ? kLanes : 0);
     }
@@ -210,6 +288,6 @@ inline Floats exp2(Floats x) {
   return select(x < kLowest, Floats{}, reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + exponents));
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
 }  // namespace pagoda

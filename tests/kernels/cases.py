@@ -104,14 +104,10 @@ class Step:
 
 
 def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: Case) -> torch.Tensor:
-    """One sequence, row by row: query [new, num_heads, head_dim], keys and values [context, num_kv_heads, head_dim]."""
-    out = torch.empty(query.shape, dtype=torch.float64)
-    first = keys.shape[0] - query.shape[0]
-    for row in range(query.shape[0]):
-        end = first + row + 1
-        start = max(0, end - case.sliding_window) if case.sliding_window else 0
-        for head in range(query.shape[1]):
-            kv_head = head // case.group_size
-            scores = keys[start:end, kv_head].double() @ query[row, head].double() * case.shape.scale
-            out[row, head] = scores.softmax(0) @ values[start:end, kv_head].double()
-    return out
+    """One sequence: query [new, num_heads, head_dim], keys and values [context, num_kv_heads, head_dim]."""
+    new, context = query.shape[0], keys.shape[0]
+    distances = torch.arange(context - new, context)[:, None] - torch.arange(context)
+    hidden = (distances < 0) | ((distances >= case.sliding_window) if case.sliding_window else distances < 0)
+    keys, values = (x.double().repeat_interleave(case.group_size, dim=1) for x in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), keys) * case.shape.scale
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), values)

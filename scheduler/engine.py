@@ -26,8 +26,6 @@ from scheduler.wire import StepNumbers, build_plan, sampler_params
 
 log = logging.getLogger("pagoda.engine")
 
-MAX_PLANS_IN_FLIGHT = 2
-"""One that runs and one that waits behind it."""
 MAX_LOOKAHEAD = 64
 
 
@@ -197,7 +195,7 @@ class Engine:
         plans: list[pb.StepPlan] = []
         if self._resent or self.committer.is_full or self.is_lost:
             return plans
-        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
+        while len(self._in_flight) <= self.clock.num_plans_ahead:
             rows = self.planner.schedule()
             if not rows:
                 break
@@ -221,7 +219,7 @@ class Engine:
             return
         self._must_reserve = False
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
-        self.planner.grow_and_admit(min(int(num_steps_away) + 2, MAX_LOOKAHEAD))
+        self.planner.grow_and_admit(min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD))
         for sequence in self.planner.reserved:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:

@@ -9,6 +9,10 @@ NUM_CALIBRATION_STEPS = 8
 """Results before which a step's time can't be foretold."""
 UNCALIBRATED_DEADLINE_S = 60.0
 NUM_KEPT_GAPS = 4096
+MAX_LATE_GAP_S = 0.05
+"""A worker that waited for longer had nothing to do; one that waited for less, for a plan that came late."""
+LATE_SHARE = 0.1
+"""Share of late plans from which on another one is sent ahead; they fade over some hundred steps."""
 
 
 class StepClock:
@@ -21,6 +25,7 @@ class StepClock:
         self._num_results = 0
         self._gaps_s: deque[float] = deque(maxlen=NUM_KEPT_GAPS)
         self._back_to_back: deque[bool] = deque(maxlen=NUM_KEPT_GAPS)
+        self._late_share = 0.0
         self._in_flight: deque[int] = deque()  # tokens of each plan
         self._head_since = 0.0
         self.last_heard = monotonic()
@@ -35,6 +40,8 @@ class StepClock:
         """A result has come."""
         self._back_to_back.append(back_to_back)
         self._gaps_s.append(gap_s)
+        is_late = not back_to_back and gap_s < MAX_LATE_GAP_S
+        self._late_share += (0.05 if is_late else 0.005) * (is_late - self._late_share)
         self.last_heard = self._head_since = monotonic()
         self._num_results += 1
         weight = max(0.1, 1 / self._num_results)
@@ -46,6 +53,11 @@ class StepClock:
     def on_heartbeat(self) -> None:
         """The worker lives."""
         self.last_heard = monotonic()
+
+    @property
+    def num_plans_ahead(self) -> int:
+        """Plans to be there beside the one that runs: one, or two where one has often come too late."""
+        return 2 if self._late_share > LATE_SHARE else 1
 
     def gap_s(self, share: float) -> float:
         """The gap that `share` of the last steps did not exceed, seconds."""

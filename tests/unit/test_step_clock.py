@@ -126,3 +126,21 @@ def test_gaps_are_ranked_and_shares_counted(time: Time) -> None:
     assert clock.gap_s(0.99) == pytest.approx(0.099)
     assert clock.gap_s(1.0) == pytest.approx(0.099)
     assert clock.back_to_back == pytest.approx(0.25)
+
+
+def test_plans_that_come_late_bring_another_one_ahead_until_they_no_longer_do() -> None:
+    clock = StepClock()
+    assert clock.num_plans_ahead == 1
+    for _ in range(5):
+        clock.on_result(0.005, 0.002, back_to_back=False)
+    assert clock.num_plans_ahead == 2
+    for _ in range(1000):
+        clock.on_result(0.005, 0.0001, back_to_back=True)
+    assert clock.num_plans_ahead == 1
+
+
+def test_a_worker_that_had_nothing_to_do_is_not_waiting_for_a_late_plan() -> None:
+    clock = StepClock()
+    for _ in range(100):
+        clock.on_result(0.005, 0.3, back_to_back=False)
+    assert clock.num_plans_ahead == 1

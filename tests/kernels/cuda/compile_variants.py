@@ -12,7 +12,7 @@ from pathlib import Path
 from kernels import build
 from kernels.cuda.variant import Variant, all_variants, device_library
 
-CAPABILITIES = ((8, 0), (8, 9), (9, 0))
+CAPABILITIES = ((9, 0), (8, 0), (8, 9))
 NO_SPILL_FLAGS = ("-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror")
 NUM_COMPILERS = 2
 

@@ -45,6 +45,12 @@ lint: setup ## ruff, and buf where npm has it
 types: setup ## mypy, strict
 	@$(BIN)/mypy
 
+kernels: setup ## Compile the CPU kernels ahead, for every instruction set
+	@$(BIN)/python -m kernels.cpu
+
+bench-kernels: setup ## CPU attention against a streaming read of memory and against torch
+	@$(BIN)/python -m kernels.bench
+
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
 

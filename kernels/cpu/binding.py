@@ -62,3 +62,6 @@ class NativeLibrary:
         self.copy_blocks = library.pagoda_copy_blocks
         self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32)
         self.copy_blocks.restype = None
+        self.stream_read = library.pagoda_stream_read
+        self.stream_read.argtypes = (c_void_p, c_int64, c_int32)
+        self.stream_read.restype = c_float

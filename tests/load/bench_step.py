@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -173,12 +174,24 @@ def main() -> None:
     asyncio.run(bench(flags))
 
 
+def machine_line() -> str:
+    """How fast this machine runs plain Python now: figures of two runs compare only where this does."""
+    times_s = []
+    for _ in range(3):
+        start, total = time.perf_counter(), 0
+        for i in range(1_000_000):
+            total += i
+        times_s.append(time.perf_counter() - start)
+    return f"{os.cpu_count()} cores; a million additions in Python take {min(times_s) * 1e3:.0f} ms"
+
+
 async def bench(flags: argparse.Namespace) -> None:
     """Runs the cases one after the other."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder))
+        print(machine_line())
         print(
             "   step  seqs streamed  +redis   steps/s  gap p50  gap p99  in time  sched/row engine/r deliver/r"
             "  script round trip   link\n"
@@ -187,6 +200,7 @@ async def bench(flags: argparse.Namespace) -> None:
         for step_ms, count in itertools.product(flags.step_ms, flags.sequences):
             base = Case(step_ms / 1e3, count)
             await compare(base, model, flags)
+        print(machine_line())
 
 
 async def compare(base: Case, model: Path, flags: argparse.Namespace) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from kernels import AttentionShape, Kernels, select_kernels
+from kernels import AttentionShape, Kernels
+from kernels.self_check import checked_kernels
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
 from worker.kv_pool import FreeMemory, KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_memory, free_gpu_memory
@@ -33,7 +34,7 @@ def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     shape = AttentionShape(
         spec.num_heads, spec.num_kv_heads, spec.head_dim, config.block_size, scale=spec.head_dim**-0.5
     )
-    kernels = select_kernels(device, shape)
+    kernels = checked_kernels(device, shape, decoder.like.dtype, spec.sliding_windows)
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
     bytes_per_block = block_bytes(spec, config.block_size, decoder.like.element_size())
     num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))

@@ -1,0 +1,102 @@
+"""Native kernels are tried against the reference before they serve: on this machine, in this build, for this model.
+
+Owns one mixed step over a small pool: decodes short and long enough to be split, prompts whole and in part, blocks in
+shuffled order, NaN in every slot that nobody wrote. It takes milliseconds.
+"""
+
+import logging
+from collections.abc import Collection
+
+import numpy as np
+import torch
+
+from kernels import AttentionMetadata, AttentionShape, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels.reference import ReferenceKernels
+
+log = logging.getLogger("pagoda.kernels")
+
+# (KV tokens, query tokens) of each sequence.
+SEQUENCES = ((1, 1), (37, 1), (600, 1), (16, 16), (70, 30))
+# Relative difference of all outputs together (Frobenius norm) that rounding can explain, by dtype.
+LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def checked_kernels(
+    device: torch.device, shape: AttentionShape, dtype: torch.dtype, sliding_windows: Collection[int]
+) -> Kernels:
+    """`select_kernels`, or the reference where those are wrong here: then the log says so, as an error."""
+    kernels = select_kernels(device, shape)
+    if isinstance(kernels, ReferenceKernels):
+        return kernels
+    for sliding_window in sorted(set(sliding_windows)):
+        difference = relative_difference(kernels, device, shape, dtype, sliding_window)
+        if not difference <= LIMITS[dtype]:
+            log.error(
+                "the native kernels are wrong here (%s, %s, window %d: off by %.2g); the reference serves, much slower",
+                *(device, dtype, sliding_window, difference),
+            )
+            return ReferenceKernels(device, shape)
+    return kernels
+
+
+def relative_difference(
+    kernels: Kernels, device: torch.device, shape: AttentionShape, dtype: torch.dtype, sliding_window: int
+) -> float:
+    """Of the step's outputs from the reference's, over the norm of these; NaN where any is NaN."""
+    step = _Step(device, shape, dtype)
+    wanted = step.run(ReferenceKernels(device, shape), sliding_window)
+    found = step.run(kernels, sliding_window)
+    return float((found - wanted).norm() / wanted.norm())
+
+
+class _Step:
+    """The same inputs for all kernels."""
+
+    def __init__(self, device: torch.device, shape: AttentionShape, dtype: torch.dtype) -> None:
+        rng = np.random.default_rng(0)
+        context_lens, query_lens = np.array(SEQUENCES, np.int64).T
+        num_blocks = -(-context_lens // shape.block_size)
+        tables = np.zeros((len(SEQUENCES), int(num_blocks.max())), np.int32)
+        ids = rng.permutation(int(num_blocks.sum())) + 1
+        for table, first, count in zip(tables, np.cumsum(num_blocks) - num_blocks, num_blocks, strict=True):
+            table[:count] = ids[first : first + count]
+        positions = [np.arange(c - q, c) for c, q in SEQUENCES]
+        slots = [
+            t[p // shape.block_size] * shape.block_size + p % shape.block_size
+            for t, p in zip(tables, positions, strict=True)
+        ]
+        self._shape = shape
+        self._metadata = AttentionMetadata(
+            block_tables=torch.from_numpy(tables).to(device),
+            context_lens=torch.from_numpy(context_lens.astype(np.int32)).to(device),
+            cu_seqlens_q=torch.from_numpy(np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)).to(device),
+            slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+            host_context_lens=context_lens,
+            host_query_lens=query_lens,
+        )
+
+        def random(*size: int) -> torch.Tensor:
+            values = rng.standard_normal(size, dtype=np.float32)
+            return torch.from_numpy(values).to(device=device, dtype=dtype)
+
+        # One block more than is used: the copy's destination.
+        layout = (2, len(ids) + 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        self._pool = random(*layout)
+        for table, length, count in zip(tables, context_lens, num_blocks, strict=True):
+            self._pool[:, int(table[count - 1]), :, int(length - 1) % shape.block_size + 1 :] = float("nan")
+        self._pool[:, 0] = self._pool[:, -1] = float("nan")
+        num_tokens = int(query_lens.sum())
+        self._query = random(num_tokens, shape.num_heads, shape.head_dim)
+        self._key = random(num_tokens, shape.num_kv_heads, shape.head_dim)
+        self._value = random(num_tokens, shape.num_kv_heads, shape.head_dim)
+
+    def run(self, kernels: Kernels, sliding_window: int) -> torch.Tensor:
+        """Write, attend, copy: outputs and the copied block in one float32 vector."""
+        pool = self._pool.clone()
+        layer = LayerKV(pool[0], pool[1])
+        step = kernels.prepare(self._metadata)
+        step.write_kv(self._key, self._value, layer)
+        output = step.attend(self._query, layer, sliding_window)
+        source, last = int(self._metadata.block_tables[2, 0]), pool.shape[1] - 1
+        kernels.copy_blocks(pool[None], [BlockCopy(source, last, self._shape.block_size)])
+        return torch.cat([output.float().flatten(), pool[:, last].float().flatten()])

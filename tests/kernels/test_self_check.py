@@ -1,0 +1,72 @@
+"""Kernels that are wrong on a machine do not serve there."""
+
+import logging
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+import kernels.self_check
+from kernels import AttentionMetadata, AttentionShape, AttentionStep, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels.reference import ReferenceKernels
+from kernels.self_check import LIMITS, checked_kernels, relative_difference
+
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=64, block_size=16, scale=0.125)
+
+
+class Broken:
+    """The reference, but for one mistake."""
+
+    def __init__(self, mistake: str) -> None:
+        self.mistake = mistake
+        self.kernels = ReferenceKernels(CPU, SHAPE)
+
+    def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
+        return BrokenStep(self.mistake, self.kernels.prepare(metadata))
+
+    def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
+        if self.mistake != "copies nothing":
+            self.kernels.copy_blocks(pool, copies)
+
+
+class BrokenStep:
+    def __init__(self, mistake: str, step: AttentionStep) -> None:
+        self.mistake = mistake
+        self.step = step
+
+    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
+        self.step.write_kv(key, key if self.mistake == "writes keys twice" else value, layer)
+
+    def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
+        output = self.step.attend(query, layer, 0 if self.mistake == "sees past its window" else sliding_window)
+        if self.mistake == "leaves a NaN":
+            output[-1, -1, -1] = float("nan")
+        if self.mistake == "loses a partition":
+            output[2] *= 0.9
+        return output
+
+
+def serving(caplog: pytest.LogCaptureFixture) -> str:
+    return " ".join(record.message for record in caplog.records if record.levelno >= logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    "mistake", ["copies nothing", "writes keys twice", "sees past its window", "leaves a NaN", "loses a partition"]
+)
+def test_wrong_kernels_do_not_serve(
+    mistake: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken(mistake))
+    assert isinstance(checked_kernels(CPU, SHAPE, torch.float32, (0, 20)), ReferenceKernels)
+    assert "wrong here (cpu, torch.float32, window" in serving(caplog)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_right_kernels_do(dtype: torch.dtype, head_dim: int, caplog: pytest.LogCaptureFixture) -> None:
+    shape = AttentionShape(num_heads=8, num_kv_heads=2, head_dim=head_dim, block_size=16, scale=head_dim**-0.5)
+    found: Kernels = checked_kernels(CPU, shape, dtype, (0, 33))
+    assert type(found) is type(select_kernels(CPU, shape))
+    assert serving(caplog) == ""
+    assert relative_difference(found, CPU, shape, dtype, 0) < LIMITS[dtype] / 2, "rounding has room"

@@ -229,6 +229,7 @@ class CudaStep:
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""
+        assert query.dtype == layer.keys.dtype
         query = _with_chunked_tokens(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if sliding_window not in self._work:

@@ -52,7 +52,7 @@ struct DecodeShared {
   }
 };
 
-// One warp's share of the tokens `visible`.
+// One warp's share of the tokens `visible`. The first tiles are under way before the queries are loaded.
 __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs& args, const DecodeShared& shared,
                                              const QueryRows& rows, const PagedHead& head, TokenRange visible) {
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
@@ -61,6 +61,8 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
   int token = visible.begin / kTileTokens * kTileTokens + warp * kTileTokens;
 #pragma unroll
   for (int stage = 0; stage < kDecodeStages - 1; ++stage) ring.start(stage, head, token + stage * kStep, visible);
+  load_queries<kTileRows, kDecodeThreads>(shared.queries(), args, rows);
+  __syncthreads();
 
   const TileMath::Queries queries(shared.queries());
   const int positions[kLaneRows] = {rows.position(lane_row(lane, 0)), rows.position(lane_row(lane, 1))};
@@ -122,8 +124,6 @@ __device__ __forceinline__ void decode_item(const AttentionArgs& args, const Ite
   const DecodeShared shared;
   const int warp = threadIdx.x / kWarpThreads;
   const QueryRows rows(args, item, kv_head);
-  load_queries<kTileRows, kDecodeThreads>(shared.queries(), args, rows);
-  __syncthreads();
   RowSums sums;
   decode_tiles(sums, args, shared, rows, PagedHead(args, item.seq, kv_head), visible_tokens(args, item, rows));
   wait_for_copies<0>();

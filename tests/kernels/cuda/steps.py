@@ -21,8 +21,9 @@ from tests.kernels.cuda.guarded import guarded
 
 NO_BLOCK = 2**30
 SOFT_CAP = 2.0
-# Small partitions, so that short sequences are split too.
+# Small partitions, so that short sequences are split too; or one, so that its tiles go round the rings.
 PARTITION_LEN = 32
+LONG_PARTITION_LEN = 512
 MAX_PARTITIONS = 4
 # Enough for the partial results of any case.
 SCRATCH_ROWS = 16 * 16 * MAX_PARTITIONS
@@ -39,6 +40,7 @@ class Case:
     lens: list[tuple[int, int]]
     seed: int
     order_seed: int
+    partition_len: int = PARTITION_LEN
 
     @property
     def shape(self) -> AttentionShape:
@@ -48,10 +50,10 @@ class Case:
 
     @property
     def tuning(self) -> Tuning:
-        return Tuning(PARTITION_LEN, MAX_PARTITIONS, SOFT_CAP if self.variant.has_soft_cap else 0.0)
+        return Tuning(self.partition_len, MAX_PARTITIONS, SOFT_CAP if self.variant.has_soft_cap else 0.0)
 
 
-contexts = st.one_of(st.integers(0, 40), st.integers(0, 300))
+contexts = st.one_of(st.integers(0, 40), st.integers(0, 400))
 queries = st.one_of(st.just(1), st.just(1), st.integers(1, 6), st.integers(1, 70))
 
 
@@ -67,6 +69,7 @@ def cases(variant: Variant) -> st.SearchStrategy[Case]:
         lens=st.lists(st.tuples(contexts, queries), min_size=1, max_size=4),
         seed=st.integers(0, 2**32 - 1),
         order_seed=st.integers(0, 2**32 - 1),
+        partition_len=st.sampled_from([PARTITION_LEN, LONG_PARTITION_LEN]),
     )
 
 

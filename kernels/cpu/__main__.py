@@ -1,4 +1,4 @@
-"""`python -m kernels.cpu [TARGET ...]` compiles the CPU kernels ahead: an image's CPU is not known where it is built."""
+"""`python -m kernels.cpu [TARGET ...]` compiles the CPU kernels ahead: the CPU is not known where an image is built."""
 
 import logging
 import sys

@@ -191,22 +191,6 @@ inline void store_pair_first(Element* to, FloatPair x, int count) {
 
 // --- Across lanes.
 
-inline float largest(Floats x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
-// In a fixed order: halves are added until one lane is left.
-inline float sum(Floats x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 // Picks lane lane_of(i) of a and b side by side.
 template <class LaneOf, int... i>
 inline Floats shuffle(Floats a, Floats b, LaneOf, std::integer_sequence<int, i...>) {
@@ -216,6 +200,29 @@ inline Floats shuffle(Floats a, Floats b, LaneOf, std::integer_sequence<int, i..
 template <class LaneOf>
 inline Floats shuffle(Floats a, Floats b) {
   return shuffle(a, b, LaneOf{}, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <int distance>
+struct RotatedLane {
+  static constexpr int at(int i) { return (i + distance) % kLanes; }
+};
+
+// All lanes combined into one, in a fixed order: halves first.
+template <int distance = kLanes / 2, class Combine>
+inline float combine(Floats x, Combine two) {
+  if constexpr (distance == 0) {
+    return x[0];
+  } else {
+    return combine<distance / 2>(two(x, shuffle<RotatedLane<distance>>(x, x)), two);
+  }
+}
+
+inline float largest(Floats x) {
+  return combine(x, [](Floats a, Floats b) { return max(a, b); });
+}
+
+inline float sum(Floats x) {
+  return combine(x, [](Floats a, Floats b) { return a + b; });
 }
 
 // Level `step` of adding up lanes, for vectors a and b: afterwards a bit of the lane's index says which of the two a lane

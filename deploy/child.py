@@ -26,6 +26,8 @@ class Command:
     argv: tuple[str, ...]
     quiet_start: bool = False
     """What it says before everything is ready is chatter."""
+    progress: str = ""
+    """Lines with this in them tell why the start takes long: they are passed on at once."""
     environment: tuple[tuple[str, str], ...] = ()
     """What others of this machine must not read off the command line."""
 
@@ -42,12 +44,12 @@ class ChildLog:
         self._muted = False
         self._lock = threading.Lock()
 
-    def write(self, line: str, is_chatter: bool = False) -> None:
-        """One line of a child; `is_chatter`: not worth keeping back."""
+    def write(self, line: str, is_chatter: bool = False, is_progress: bool = False) -> None:
+        """One line of a child; `is_chatter`: not worth keeping back; `is_progress`: not to be kept back."""
         with self._lock:
             if self._muted:
                 return
-            if not self._holding:
+            if is_progress or not self._holding:
                 sys.stderr.write(line)
                 sys.stderr.flush()
             elif not is_chatter:
@@ -122,7 +124,8 @@ class Child:
         with self._process.stdout as lines:
             for line in lines:
                 self._last_line = line.strip() or self._last_line
-                log.write(line, self.command.quiet_start)
+                is_progress = bool(self.command.progress) and self.command.progress in line
+                log.write(line, self.command.quiet_start, is_progress)
 
 
 def _bind_to(parent_pid: int) -> Callable[[], None]:

@@ -96,7 +96,7 @@ def worker_commands(settings: UpSettings, socket_path: Path) -> list[Command]:
             "num-threads": max(1, num_cores() // settings.workers) if on_cpu else None,
         }
         argv = (sys.executable, "-m", "worker", *_flags(flags))
-        commands.append(Command(f"worker-{index}", argv))
+        commands.append(Command(f"worker-{index}", argv, progress=" compiling "))
     return commands
 
 

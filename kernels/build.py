@@ -117,7 +117,8 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(library: Library, compiler: str, path: Path) -> None:
     """Only under the lock: what a killed compile left is overwritten, and a whole file appears at once."""
     partial = path.with_suffix(".partial")
-    log.info("compiling %s with %s, once; kept in %s", library.name, compiler, path.parent)
+    # A warning, since whoever waits for the start should see why.
+    log.warning("compiling %s with %s, once; kept in %s", library.name, compiler, path.parent)
     start = time.monotonic()
     _run([compiler, *library.flags, "-o", str(partial), *map(str, library.sources)])
     partial.replace(path)

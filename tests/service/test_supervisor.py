@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -211,6 +212,14 @@ def test_lines_are_held_until_everything_is_ready(capfd):
     log.mute()
     log.write("end\n")
     assert capfd.readouterr().err == "early\nlate\nafter\n"
+
+
+def test_a_line_that_tells_why_it_takes_long_is_passed_on_at_once(capfd):
+    command = replace(sh("a", "echo early; echo compiling kernels"), progress="compiling ")
+    child = Child(command, ChildLog())
+    assert child.wait() == 0
+    assert child.last_line == "compiling kernels"
+    assert capfd.readouterr().err == "compiling kernels\n"
 
 
 async def test_starting_children_while_grpc_runs_does_not_hang(stack):

@@ -18,12 +18,14 @@ class SplitRule:
     query_tile: query tokens of a tile at most.
     partition_len: KV tokens of a partition, a multiple of the block size; doubled for a tile until max_partitions do.
     max_split_queries: a tile with more query tokens is not split over KV tokens (it is busy enough as it is).
+    split_tails: whether that goes for the last tile of a longer prompt too; if not, it is as whole as the others.
     """
 
     query_tile: int
     partition_len: int
     max_partitions: int
     max_split_queries: int
+    split_tails: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def make_work_list(
     kv_starts = np.maximum(0, first_positions - sliding_window + 1) if sliding_window else np.zeros_like(kv_ends)
     kv_starts -= kv_starts % block_size
 
-    lens = np.where(num_queries <= rule.max_split_queries, partition_lens(kv_ends, rule), kv_ends)
+    deciding_lens = num_queries if rule.split_tails else query_lens[seqs]
+    lens = np.where(deciding_lens <= rule.max_split_queries, partition_lens(kv_ends, rule), kv_ends)
     first_partitions = kv_starts // lens
     num_partitions = -(-kv_ends // lens) - first_partitions
     tiles, partition_index = _expand(num_partitions)

@@ -40,7 +40,13 @@ class CpuKernels:
         self._native = NativeLibrary(shared_library(library(target or runnable_targets()[0])))
         self._shape = shape
         group_size = shape.num_heads // shape.num_kv_heads
-        self._rule = SplitRule(max(1, TILE_ROWS // group_size), PARTITION_LEN, MAX_PARTITIONS, max_split_queries=1)
+        self._rule = SplitRule(
+            query_tile=max(1, TILE_ROWS // group_size),
+            partition_len=PARTITION_LEN,
+            max_partitions=MAX_PARTITIONS,
+            max_split_queries=1,
+            split_tails=False,
+        )
 
     def prepare(self, metadata: AttentionMetadata) -> "CpuStep":
         """Work lists for a step."""

@@ -37,8 +37,10 @@ class Attention {
   }
 
  private:
+  // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
   void do_item(int item, int kv_head) const {
-    if (work_.num_queries[item] > 1) {
+    const int seq = work_.seqs[item];
+    if (work_.cu_seqlens_q[seq + 1] - work_.cu_seqlens_q[seq] > 1) {
       prefill(item, kv_head);
     } else {
       decode_in_tiles(item, kv_head);

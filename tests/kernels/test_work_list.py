@@ -1,5 +1,6 @@
 """Work lists: every pair of query and visible KV token once, by borders that no neighbour moves."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -17,6 +18,7 @@ rules = st.builds(
     partition_len=st.sampled_from([16, 32, 128]),
     max_partitions=st.integers(1, 8),
     max_split_queries=st.sampled_from([0, 1, 16]),
+    split_tails=st.booleans(),
 )
 lens = st.lists(st.tuples(st.integers(0, 700), st.one_of(st.just(1), st.integers(1, 90))), min_size=1, max_size=6)
 windows = st.sampled_from([0, 0, 1, 16, 100])
@@ -74,6 +76,13 @@ def test_borders_do_not_depend_on_neighbours(pairs: list[tuple[int, int]], windo
         assert (together.kv_starts[here] == alone.kv_starts).all()
         assert (together.kv_ends[here] == alone.kv_ends).all()
         assert (together.num_queries[here] == alone.num_queries).all()
+
+
+def test_a_prompt_s_tail_is_split_only_where_the_rule_says_so() -> None:
+    rule = SplitRule(query_tile=4, partition_len=16, max_partitions=8, max_split_queries=1)
+    assert make([(100, 5)], 0, rule).num_queries.tolist() == [4, *[1] * 7]
+    assert make([(100, 5)], 0, dataclasses.replace(rule, split_tails=False)).num_queries.tolist() == [4, 1]
+    assert len(make([(100, 1)], 0, dataclasses.replace(rule, split_tails=False)).seqs) == 7
 
 
 def test_partitions_double_where_there_would_be_too_many() -> None:

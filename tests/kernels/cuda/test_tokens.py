@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import AttentionShape
+from kernels import AttentionShape, self_check
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import Variant
 from tests.kernels.cuda.steps import MAX_PARTITIONS, PARTITION_LEN, open_emulated
 from tests.unit.test_worker_models import NUM_OUTPUT, PROMPT_LENS, generate, reference, start
-from worker import loading
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +21,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The worker attends with them, and with no others."""
+def _emulated_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The worker tries them, as it does all native kernels, finds nothing wrong, and attends with them."""
     opened: list[Variant] = []
 
     def open_library(variant: Variant) -> KernelLibrary:
@@ -34,9 +33,10 @@ def _emulated_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         backend = Backend(open_library, lambda: 0)
         return CudaKernels(device, shape, backend, Tuning(PARTITION_LEN, MAX_PARTITIONS))
 
-    monkeypatch.setattr(loading, "select_kernels", select)
+    monkeypatch.setattr(self_check, "select_kernels", select)
     yield
     assert opened
+    assert not [record for record in caplog.records if record.name == "pagoda.kernels" and record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize(("family", "block_size"), [("qwen2", 16), ("mistral", 32), ("qwen3", 16)])

@@ -16,12 +16,12 @@ from worker.models.rope import rotate
 
 EPSILON = 1e-5
 # Pairs that fill a warp's lanes and pairs that do not.
-VARIANTS = [variant for variant in NAMED_VARIANTS if not variant.has_window and not variant.has_soft_cap][::2]
+VARIANTS = [variant for variant in NAMED_VARIANTS if not variant.has_window and not variant.has_soft_cap]
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.integers(0, 2**32 - 1))
 def test_equals_the_steps_one_by_one(
     variant: Variant, num_kv_heads: int, group_size: int, num_tokens: int, has_norms: bool, seed: int

@@ -17,7 +17,7 @@ from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import Variant, emulated_library
-from tests.kernels.cuda.guarded import guarded
+from tests.kernels.guarded import guarded
 
 NO_BLOCK = 2**30
 SOFT_CAP = 2.0

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from kernels import LayerKV
 from kernels.cuda.attention import Angles, HeadNorms
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
-from tests.kernels.cuda.guarded import guarded
 from tests.kernels.cuda.steps import relative_error
 from tests.kernels.cuda.test_kv import NUM_BLOCKS, kernels_for, metadata_of
+from tests.kernels.guarded import guarded
 from worker.models.rope import rotate
 
 EPSILON = 1e-5

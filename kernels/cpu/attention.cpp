@@ -131,7 +131,9 @@ class Attention {
   }
 
   int64_t output_stride() const { return static_cast<int64_t>(shape_.num_heads) * shape_.head_dim; }
-  const Element* query(int64_t row) const { return static_cast<const Element*>(call_.query) + row * call_.query_stride; }
+  const Element* query(int64_t row) const {
+    return static_cast<const Element*>(call_.query) + row * call_.query_stride;
+  }
   Element* output(int64_t row) const { return static_cast<Element*>(call_.output) + row * output_stride(); }
 
   const Shape& shape_;
@@ -144,7 +146,9 @@ class Attention {
 }  // namespace
 }  // namespace pagoda
 
-extern "C" __attribute__((visibility("default"))) void pagoda_attend(const pagoda::Shape* shape, const pagoda::Work* work, const pagoda::Call* call) {
+#pragma GCC visibility push(default)
+
+extern "C" void pagoda_attend(const pagoda::Shape* shape, const pagoda::Work* work, const pagoda::Call* call) {
   using namespace pagoda;
   switch (shape->element_type) {
     case kFloat32: return Attention<float>(*shape, *work, *call).run();
@@ -152,3 +156,5 @@ extern "C" __attribute__((visibility("default"))) void pagoda_attend(const pagod
     case kFloat16: return Attention<Float16>(*shape, *work, *call).run();
   }
 }
+
+#pragma GCC visibility pop

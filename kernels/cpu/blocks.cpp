@@ -3,8 +3,10 @@
 
 #include "attention.h"
 
+#pragma GCC visibility push(default)
+
 // Writes num_tokens rows of `slots` into the slots of slot_mapping, [num_tokens].
-extern "C" __attribute__((visibility("default"))) void pagoda_write_slots(const pagoda::Shape* shape, const pagoda::Slots* slots, const int64_t* slot_mapping,
+extern "C" void pagoda_write_slots(const pagoda::Shape* shape, const pagoda::Slots* slots, const int64_t* slot_mapping,
                                    int64_t num_tokens, int32_t element_bytes) {
   const int64_t row_bytes = static_cast<int64_t>(shape->head_dim) * element_bytes;
   const int64_t head_bytes = shape->block_size * row_bytes;
@@ -22,7 +24,7 @@ extern "C" __attribute__((visibility("default"))) void pagoda_write_slots(const 
 
 // Runs copies in order: [num_copies, 3], source block, destination block, tokens. pool: [num_planes, num_blocks,
 // num_kv_heads, block_size, head_dim], a plane being one layer's keys or values.
-extern "C" __attribute__((visibility("default"))) void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64_t num_planes, int64_t num_blocks,
+extern "C" void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64_t num_planes, int64_t num_blocks,
                                    const int64_t* copies, int64_t num_copies, int32_t element_bytes,
                                    int32_t num_threads) {
   const int64_t row_bytes = static_cast<int64_t>(shape->head_dim) * element_bytes;
@@ -40,3 +42,5 @@ extern "C" __attribute__((visibility("default"))) void pagoda_copy_blocks(const 
     }
   }
 }
+
+#pragma GCC visibility pop

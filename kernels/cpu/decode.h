@@ -195,8 +195,8 @@ class DecodeTile {
     }
   }
 
-  // Blocks that are prefetched ahead of their use, in the order in which they are read: keys of a chunk, its values ...
-  static constexpr int kBlocksAhead = 2;
+  // From the block in use to the one that is prefetched, in the order of reading: keys of a chunk, its values ...
+  static constexpr int kBlocksAhead = 1;
 
   static void prefetch_elements(const Element* first, int count) {
     constexpr int kLine = kAlignment / sizeof(Element);

@@ -225,8 +225,8 @@ inline float sum(Floats x) {
   return combine(x, [](Floats a, Floats b) { return a + b; });
 }
 
-// Level `step` of adding up lanes, for vectors a and b: afterwards a bit of the lane's index says which of the two a lane
-// belongs to. Each pattern is one instruction: levels 1 and 2 stay within four lanes, the others move fours.
+// Level `step` of adding up lanes, for vectors a and b: afterwards a bit of the lane's index says which of the two a
+// lane belongs to. Each pattern is one instruction: levels 1 and 2 stay within four lanes, the others move fours.
 template <int step, bool second>
 struct PairedLane {
   static constexpr int at(int i) {

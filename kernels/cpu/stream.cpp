@@ -3,9 +3,10 @@
 
 #include "simd.h"
 
+#pragma GCC visibility push(default)
+
 // Reads num_bytes (a multiple of 4 KiB) from `bytes`, each thread a part of its own; the sum keeps the reads alive.
-extern "C" __attribute__((visibility("default"))) float pagoda_stream_read(const char* bytes, int64_t num_bytes,
-                                                                           int32_t num_threads) {
+extern "C" float pagoda_stream_read(const char* bytes, int64_t num_bytes, int32_t num_threads) {
   using namespace pagoda;
   constexpr int kStep = 4096, kSums = 4;
   float total = 0.0f;
@@ -20,3 +21,5 @@ extern "C" __attribute__((visibility("default"))) float pagoda_stream_read(const
   }
   return total;
 }
+
+#pragma GCC visibility pop

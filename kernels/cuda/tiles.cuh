@@ -38,7 +38,7 @@ struct TileRing {
       for (int part = 0; part < kTokens; part += kTileTokens) {
         const bool has_any = first_token + part < visible.end && first_token + part + kTileTokens > visible.begin;
         const int64_t source = has_any ? head.offset(first_token + part) : 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int i = thread; i < kTileTokens * kRowChunks; i += kThreads) {
           const int token = i / kRowChunks, chunk = i % kRowChunks;
           const int64_t from = source + token * kHeadDim + chunk * kChunkElements;

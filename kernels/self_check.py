@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels.build import BuildError
 from kernels.reference import ReferenceKernels
 
 log = logging.getLogger("pagoda.kernels")
@@ -28,15 +29,18 @@ def checked_kernels(
     kernels = select_kernels(device, shape)
     if isinstance(kernels, ReferenceKernels):
         return kernels
-    for sliding_window in sorted(set(sliding_windows)):
-        difference = relative_difference(kernels, device, shape, dtype, sliding_window)
-        if not difference <= LIMITS[dtype]:
-            log.error(
-                "the native kernels are wrong here (%s, %s, window %d: off by %.2g); the reference serves, much slower",
-                *(device, dtype, sliding_window, difference),
-            )
-            return ReferenceKernels(device, shape)
-    return kernels
+    try:
+        for sliding_window in sorted(set(sliding_windows)):
+            difference = relative_difference(kernels, device, shape, dtype, sliding_window)
+            if not difference <= LIMITS[dtype]:
+                lack = f"wrong here ({device}, {dtype}, window {sliding_window}: off by {difference:.2g})"
+                break
+        else:
+            return kernels
+    except BuildError as error:  # a variant is compiled when it is first met
+        lack = f"not to be built: {error}"
+    log.error("the native kernels are %s; the reference serves, many times slower", lack)
+    return ReferenceKernels(device, shape)
 
 
 def relative_difference(

@@ -8,6 +8,7 @@ import torch
 
 import kernels.self_check
 from kernels import AttentionMetadata, AttentionShape, AttentionStep, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels.build import BuildError
 from kernels.reference import ReferenceKernels
 from kernels.self_check import LIMITS, checked_kernels, relative_difference
 
@@ -23,6 +24,8 @@ class Broken:
         self.kernels = ReferenceKernels(CPU, SHAPE)
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
+        if self.mistake == "does not compile":
+            raise BuildError("nvcc ended with 1")
         return BrokenStep(self.mistake, self.kernels.prepare(metadata))
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
@@ -60,6 +63,14 @@ def test_wrong_kernels_do_not_serve(
     monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken(mistake))
     assert isinstance(checked_kernels(CPU, SHAPE, torch.float32, (0, 20)), ReferenceKernels)
     assert "wrong here (cpu, torch.float32, window" in serving(caplog)
+
+
+def test_kernels_that_do_not_compile_do_not_serve(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken("does not compile"))
+    assert isinstance(checked_kernels(CPU, SHAPE, torch.float32, (0,)), ReferenceKernels)
+    assert "not to be built: nvcc ended with 1" in serving(caplog)
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)

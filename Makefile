@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all proto lint types bench-step kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -33,6 +33,14 @@ class PlanSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Applied:
+    """A plan whose changes the batch has made, and what it runs."""
+
+    order: Order
+    inputs: StepInputs
+
+
+@dataclass(frozen=True, slots=True)
 class _Ran:
     """A step without its report. Seconds of the step, of the gap before it; whether its plan was there in time."""
 
@@ -57,52 +65,56 @@ class Executor:
 
     def run(self) -> None:
         """Until the source raises."""
-        order: Order | None = None
-        inputs: StepInputs | None = None
+        following: _Applied | None = None
         while True:
-            is_back_to_back = order is not None
-            if order is None:
+            applied, was_there = following, following is not None
+            if applied is None:
                 self._report()
-                order = self._source.take()
-            if inputs is None:
-                inputs = self._apply(order)
-            order, inputs = (None, None) if inputs is None else self._run(order, inputs, is_back_to_back)
+                applied = self._apply(self._source.take())
+            following = None if applied is None else self._run(applied, was_there)
 
-    def _run(self, order: Order, inputs: StepInputs, is_back_to_back: bool) -> tuple[Order | None, StepInputs | None]:
-        """Run one step; the plan that is there at its end, and what that runs, if it is known already."""
+    def _run(self, applied: _Applied, is_back_to_back: bool) -> _Applied | None:
+        """Run one step; the plan that is there at its end."""
+        order, inputs = applied.order, applied.inputs
         self._batch.read(inputs)
         self._runner.prepare(order.plan)
         start = time.perf_counter()
         running = self._runner.launch(inputs)
         self._batch.begin(inputs)
         self._report()
-        following, following_inputs = self._apply_meanwhile(running)
+        following = self._apply_meanwhile(running)
         sampled = running.wait()
         end = time.perf_counter()
         self._batch.commit(inputs, sampled)
-        if following is not None and following_inputs is not None and not sampled.all_finite:
-            following_inputs = self._batch.build(following.plan)
         self._unreported = _Ran(order, inputs.scheduled, sampled, end - start, start - self._last_end, is_back_to_back)
         self._last_end = end
-        return following or self._source.take_within(0.0), following_inputs
+        if following is None:
+            return self._apply_within(0.0)
+        if not sampled.all_finite:
+            return _Applied(following.order, self._batch.build(following.order.plan))
+        return following
 
-    def _apply_meanwhile(self, running: RunningStep) -> tuple[Order | None, StepInputs | None]:
+    def _apply_meanwhile(self, running: RunningStep) -> _Applied | None:
         """Wait for the next plan or the end of the step, and apply the plan if it comes first."""
         while (patience_s := running.patience_s()) > 0:
-            order = self._source.take_within(patience_s)
-            if order is not None:
-                inputs = self._apply(order)
-                return (None, None) if inputs is None else (order, inputs)
-        return None, None
+            applied = self._apply_within(patience_s)
+            if applied is not None:
+                return applied
+        return None
 
-    def _apply(self, order: Order) -> StepInputs | None:
-        """What the plan runs; None where it is broken, and was given back."""
+    def _apply_within(self, seconds: float) -> _Applied | None:
+        """The next plan, applied; None where none comes in time, or it is broken."""
+        order = self._source.take_within(seconds)
+        return None if order is None else self._apply(order)
+
+    def _apply(self, order: Order) -> _Applied | None:
+        """None where the plan is broken, and was given back."""
         if order.registration != self._registration:
             # After each registration the owner sends its sequences in full: what it does not send has ended.
             self._batch.clear()
             self._registration = order.registration
         try:
-            return self._batch.apply(order.plan)
+            return _Applied(order, self._batch.apply(order.plan))
         except ProtocolError as error:
             self._batch.clear()
             self._report()

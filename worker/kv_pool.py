@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kernels import LayerKV
+from kernels.cpu.memory import empty_on_huge_pages
 from worker.errors import ConfigError
 from worker.models.spec import ModelSpec
 
@@ -89,8 +90,9 @@ class KVPool:
     def allocate(cls, spec: ModelSpec, block_size: int, num_blocks: int, like: torch.Tensor) -> "KVPool":
         """A pool with the dtype and device of `like`."""
         shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
-        blocks = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return cls(spec, block_size, num_blocks, blocks)
+        if like.device.type == "cpu":
+            return cls(spec, block_size, num_blocks, empty_on_huge_pages(shape, like.dtype))
+        return cls(spec, block_size, num_blocks, torch.empty(shape, dtype=like.dtype, device=like.device))
 
     def poison(self) -> None:
         """Fill the whole pool with NaN."""

@@ -10,11 +10,13 @@
 #include "attention.h"
 #include "blocks.h"
 #include "simd.h"
+#include "softmax.h"
 
 namespace pagoda {
 
-constexpr int kChunk = 128;               // tokens
-constexpr int kMaxRows = kLanes / 2;        // their accumulators fill the registers
+constexpr int kChunk = 128;           // tokens
+constexpr int kMaxRows = kLanes / 2;  // their accumulators fill the registers
+
 template <class Element, int kRows>
 class DecodeTile {
  public:
@@ -28,8 +30,6 @@ class DecodeTile {
         store_pair(query_[row] + d, {x.first * (scale * kLog2E), x.second * (scale * kLog2E)});
         store_pair(sums_[row] + d, FloatPair{});
       }
-      maxima_[row] = kHidden;
-      norms_[row] = 0.0f;
     }
   }
 
@@ -45,7 +45,7 @@ class DecodeTile {
   // The attention output of the partition alone.
   void write(Element* output) const {
     for (int row = 0; row < num_rows_; ++row) {
-      const float inverse = 1.0f / norms_[row];
+      const float inverse = 1.0f / states_[row].norm;
       for (int d = 0; d < head_dim_; d += kPair) {
         const FloatPair x = load_pair(sums_[row] + d);
         store_pair_first(output + row * head_dim_ + d, {x.first * inverse, x.second * inverse},
@@ -58,8 +58,8 @@ class DecodeTile {
   void write_partial(float* sums, int stride, float* norms) const {
     for (int row = 0; row < num_rows_; ++row) {
       std::memcpy(sums + row * stride, sums_[row], padded_dim_ * sizeof(float));
-      norms[2 * row] = maxima_[row];
-      norms[2 * row + 1] = norms_[row];
+      norms[2 * row] = states_[row].maximum;
+      norms[2 * row + 1] = states_[row].norm;
     }
   }
 
@@ -134,18 +134,7 @@ class DecodeTile {
       float* scores = scores_[row];
       std::fill(scores, scores + first, kHidden);
       std::fill(scores + last, scores + columns, kHidden);
-      Floats top = broadcast(maxima_[row]);
-      for (int i = 0; i < columns; i += kLanes) top = max(load(scores + i), top);
-      const float maximum = largest(top);
-      Floats total = {};
-      for (int i = 0; i < columns; i += kLanes) {
-        const Floats weights = exp2(load(scores + i) - maximum);
-        store(scores + i, weights);
-        total += weights;
-      }
-      decay_[row] = std::exp2(maxima_[row] - maximum);
-      norms_[row] = norms_[row] * decay_[row] + sum(total);
-      maxima_[row] = maximum;
+      decay_[row] = states_[row].weigh(scores, columns);
     }
   }
 
@@ -207,7 +196,8 @@ class DecodeTile {
   alignas(kAlignment) float query_[kRows][kMaxHeadDim];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
   alignas(kAlignment) float scores_[kRows][kChunk];
-  float maxima_[kRows], norms_[kRows], decay_[kRows];
+  RowState states_[kRows];
+  float decay_[kRows];
 };
 
 }  // namespace pagoda

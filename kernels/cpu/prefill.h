@@ -14,6 +14,7 @@
 #include "blocks.h"
 #include "matmul.h"
 #include "simd.h"
+#include "softmax.h"
 
 namespace pagoda {
 
@@ -172,19 +173,10 @@ class PrefillTile {
     const int visible_start = std::clamp(std::max(first, tile_.first_visible(row)) - span, 0, visible_end);
     std::fill(scores, scores + visible_start, kHidden);
     std::fill(scores + visible_end, scores + columns, kHidden);
-    Floats top = broadcast(maxima_[row]);
-    for (int i = 0; i < columns; i += kLanes) top = max(load(scores + i), top);
-    const float maximum = largest(top);
-    const float shift = maximum == kHidden ? 0.0f : maximum;
-    Floats total = {};
-    for (int i = 0; i < columns; i += kLanes) {
-      const Floats weights = exp2(load(scores + i) - shift);
-      store(scores + i, weights);
-      total += weights;
-    }
-    decay_[row] = std::exp2(maxima_[row] - shift);
-    norms_[row] = norms_[row] * decay_[row] + sum(total);
-    maxima_[row] = maximum;
+    RowState state{maxima_[row], norms_[row]};
+    decay_[row] = state.weigh(scores, columns);
+    maxima_[row] = state.maximum;
+    norms_[row] = state.norm;
   }
 
   void add_values(int first_row, int tokens) {

@@ -7,7 +7,7 @@ from pathlib import Path
 from kernels.build import Library
 
 SOURCES = ("attention.cpp", "blocks.cpp", "stream.cpp")
-HEADERS = ("attention.h", "blocks.h", "decode.h", "matmul.h", "prefill.h", "simd.h")
+HEADERS = ("attention.h", "blocks.h", "decode.h", "matmul.h", "prefill.h", "simd.h", "softmax.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
 
 

@@ -134,6 +134,9 @@ async def client_main(address: str, count: int, max_tokens: int, streamed: bool)
 
 def make_model(directory: Path) -> Path:
     """A checkpoint whose configuration allows long sequences; its weights are never run."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     model = make_checkpoint("llama3", directory)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32_768}))

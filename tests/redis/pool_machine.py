@@ -33,7 +33,7 @@ from tests.redis_servers import RedisServer
 T = TypeVar("T")
 WORKER = "worker-0"
 LOG_TTL_S = 600
-MAX_PLANS = 2
+MAX_PLANS = 3
 MAX_SEQUENCES = 8
 MAX_BLOCKS = 6
 """Of one sequence."""

@@ -25,7 +25,6 @@ from scheduler.wire import StepNumbers, build_plan
 
 END = 0
 """The end-of-sequence token; no prompt holds it."""
-MAX_PLANS_IN_FLIGHT = 2
 CANCELLED = Ending(FinishReason.ABORT)
 
 
@@ -57,6 +56,8 @@ class SimLimits:
     lookahead: int = 2
     ack_rounds: int = 1
     """Rounds from a script to its answer; 0: before the next round begins."""
+    plans_ahead: int = 1
+    """Plans that wait behind the one that runs."""
 
 
 @dataclass(slots=True)
@@ -233,7 +234,7 @@ class Simulation:
         while len(self.committer.ended) < len(self.arrivals):
             assert self.round_number < max_rounds, f"stuck: {self.describe()}"
             self.step()
-        for _ in range(MAX_PLANS_IN_FLIGHT + 1):
+        for _ in range(self.limits.plans_ahead + 2):
             self.step()
         for seq_id, live in self.live.items():
             expected, log = self.expected_output(seq_id), self.committer.logs.get(seq_id, [])
@@ -326,7 +327,7 @@ class Simulation:
 
     def _plan_ahead(self) -> list[tuple[pb.StepPlan, list[ScheduledRow]]]:
         plans = []
-        while len(self._in_flight) < MAX_PLANS_IN_FLIGHT:
+        while len(self._in_flight) <= self.limits.plans_ahead:
             before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
             rows = self.planner.schedule()
             if not rows:

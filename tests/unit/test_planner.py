@@ -54,6 +54,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
         overcommit=draw(st.sampled_from([0.5, 1.0, 3.0, 100.0])),
         lookahead=draw(st.integers(2, 9)),
         ack_rounds=draw(st.integers(0, 4)),
+        plans_ahead=draw(st.sampled_from([1, 2])),
     )
     return Simulation(limits, requests)
 

@@ -1,0 +1,36 @@
+// The online softmax that decode and prefill share.
+#pragma once
+
+#include <cmath>
+
+#include "blocks.h"
+#include "simd.h"
+
+namespace pagoda {
+
+// A row of attention as far as it is summed up: the highest score (base 2), the sum of the weights.
+struct RowState {
+  float maximum = kHidden;
+  float norm = 0.0f;
+
+  // Turns the next scores, hidden ones being kHidden, into weights. columns: a multiple of kLanes.
+  // Returns by how much what was summed before shrinks.
+  float weigh(float* scores, int columns) {
+    Floats top = broadcast(maximum);
+    for (int i = 0; i < columns; i += kLanes) top = max(load(scores + i), top);
+    const float highest = largest(top);
+    const float shift = highest == kHidden ? 0.0f : highest;  // nothing visible yet: all weights are 0
+    Floats total = {};
+    for (int i = 0; i < columns; i += kLanes) {
+      const Floats weights = exp2(load(scores + i) - shift);
+      store(scores + i, weights);
+      total += weights;
+    }
+    const float decay = std::exp2(maximum - shift);
+    norm = norm * decay + sum(total);
+    maximum = highest;
+    return decay;
+  }
+};
+
+}  // namespace pagoda

@@ -1,6 +1,5 @@
 """The stream of text against the decode of the whole, whatever the ids, the stops and the grouping."""
 
-import codecs
 import time
 from functools import cache
 from pathlib import Path
@@ -81,12 +80,23 @@ def groups(draw: st.DrawFn, ids: list[int]) -> list[list[int]]:
     return [ids[a:b] for a, b in zip([0, *cut], [*cut, len(ids)], strict=True)]
 
 
+@cache
+def beginnings() -> frozenset[bytes]:
+    """Every proper prefix of every character's bytes (the last byte of a character takes 64 values)."""
+    codes = (code for code in range(0x80, 0x110000, 0x40) if not 0xD800 <= code < 0xE000)
+    return frozenset(char[:size] for char in (chr(code).encode() for code in codes) for size in range(1, len(char)))
+
+
 def decided(ids: list[int]) -> str:
-    """The specification: what of the bytes is certain."""
+    """The specification: what of the bytes is certain, all but the beginning of a character at the end.
+
+    (Python's own incremental decoder also holds back half a surrogate, ED A0, which can't become anything.)
+    """
     tokenizer = load("byte_level")
     pieces = [tokenizer.piece(token_id) for token_id in ids]
     data = b"".join(piece.encode() if isinstance(piece, str) else piece for piece in pieces)
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    size = max(size for size in range(min(3, len(data)) + 1) if size == 0 or data[-size:] in beginnings())
+    return data[: len(data) - size].decode(errors="replace")
 
 
 def first_stop(ids: list[int], stops: list[str]) -> tuple[int, int, str] | None:
@@ -212,6 +222,13 @@ def test_broken_bytes_are_not_held_for_ever():
     pieces = run(stream, [[i] for i in ids])
     assert join(pieces) == Piece(tuple(ids[:49]), "\ufffd" * 49)
     assert stream.finish() == Piece(tuple(ids[49:]), "\ufffd")
+
+
+def test_half_a_surrogate_is_broken_at_once():
+    stream = text_stream("\ufffd")
+    stream.push(ids_of(b"\xed\xa0"))
+    assert stream.stopped
+    assert stream.num_tokens_at_stop == 2
 
 
 def test_a_real_replacement_character_is_not_held():

@@ -87,6 +87,14 @@ def start_up(model: Path, folder: Path, *flags: object, **environment: str) -> U
     return Up(process, port, pids_file, line)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sigint_is_heard() -> Iterator[None]:
+    """A shell's background job ignores it, and so would the children of the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def up(model, tmp_path_factory) -> Iterator[Up]:
     running = start_up(model, tmp_path_factory.mktemp("up"), "--workers", 2, "--kv-memory", "8MiB")

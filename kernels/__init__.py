@@ -1,8 +1,8 @@
-"""Paged attention behind one small face.
+"""Paged attention, and the matrix products around it, behind one small face.
 
-Owns the arithmetic over KV blocks: writing keys and values by slot, attending through block tables, copying blocks.
-Knows nothing of requests, sequences or plans. `reference` is the specification; `select_kernels` is the one place
-where native kernels attach.
+Owns the arithmetic over KV blocks (writing keys and values by slot, attending through block tables, copying blocks)
+and over weights. Knows nothing of requests, sequences or plans. `reference` is the specification; `select_kernels` is
+the one place where native kernels attach.
 """
 
 import logging
@@ -82,11 +82,42 @@ class BlockCopy:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Of each token's rotary embedding: cos, sin, [num_tokens, 1, head_dim / 2], contiguous, of the model's dtype."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A root mean square norm. weight: [size of what is normed]."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Root mean square norms on heads. query, key: [head_dim]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    epsilon: float
+
+
 class AttentionStep(Protocol):
     """The work lists of one step, used by all its layers."""
 
-    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
-        """Write key and value, [num_tokens, num_kv_heads, head_dim], into the slots of slot_mapping."""
+    def rotate_and_write(
+        self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
+    ) -> torch.Tensor:
+        """Norm and turn queries and keys, write keys and values into the slots of slot_mapping; returns the queries.
+
+        heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first, then keys, then values; what it
+        holds afterwards is undefined. Dimension i is turned with i + head_dim / 2.
+        """
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """Causal attention of query, [num_tokens, num_heads, head_dim], over the written slots; the same shape.
@@ -96,8 +127,30 @@ class AttentionStep(Protocol):
         """
 
 
+class Linear(Protocol):
+    """y = x W^T + b for rows x, with what comes before and after it in a layer; sums are float32.
+
+    Rows are [num_tokens, in] and [num_tokens, out], contiguous, of the weight's dtype.
+    """
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """y of the norm of x."""
+
+    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """y of the norm of x, in float32."""
+
+    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add y to `total`."""
+
+    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
+        """Add to `total` the y of SiLU(gate) * up. gate_up: [num_tokens, 2 * in], gates first."""
+
+
 class Kernels(Protocol):
     """One implementation for one device, model shape and block size."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """weight: [out, in], contiguous; bias: [out]. It may keep its own copy, in an order of its own."""
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
         """Work lists for a step, made once for all layers."""

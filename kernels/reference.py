@@ -1,4 +1,4 @@
-"""The specification of paged attention, in plain PyTorch, for any device and dtype; sums are float32.
+"""The specification, in plain PyTorch, for any device and dtype; attention's sums are float32.
 
 Rows with as many queries and (rounded up) as many blocks are gathered and computed together. How a row is cut and
 padded depends on its own lengths alone, never on its neighbours. Slots past a sequence's length may hold NaN: scores
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV, Norm
 
 # Queries of one row that are computed at once: bounds the scores of a long prompt.
 MAX_QUERIES = 256
@@ -75,6 +76,10 @@ class ReferenceKernels:
                 groups.append(self._group(metadata.block_tables, pieces, some, num_blocks))
         return ReferenceStep(self._shape, tuple(groups), self._kv_rows(metadata.slot_mapping))
 
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "ReferenceLinear":
+        """See `kernels.Kernels.linear`."""
+        return ReferenceLinear(weight, bias)
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         for copy in copies:
@@ -123,11 +128,19 @@ class ReferenceStep:
         self._kv_rows = kv_rows
         self._hidden: dict[tuple[int, int], torch.Tensor] = {}
 
-    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
-        """See `kernels.AttentionStep.write_kv`."""
-        head_dim = self._shape.head_dim
+    def rotate_and_write(
+        self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
+    ) -> torch.Tensor:
+        """See `kernels.AttentionStep.rotate_and_write`."""
+        head_dim, num_heads, num_kv_heads = self._shape.head_dim, self._shape.num_heads, self._shape.num_kv_heads
+        query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if norms is not None:
+            query = F.rms_norm(query, (head_dim,), norms.query, norms.epsilon)
+            key = F.rms_norm(key, (head_dim,), norms.key, norms.epsilon)
+        query, key = _rotate(query, angles), _rotate(key, angles)
         layer.keys.view(-1, head_dim).index_copy_(0, self._kv_rows, key.reshape(-1, head_dim))
         layer.values.view(-1, head_dim).index_copy_(0, self._kv_rows, value.reshape(-1, head_dim))
+        return query
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""
@@ -164,6 +177,39 @@ class ReferenceStep:
         """A float32 copy of the group's blocks: [pieces * num_kv_heads * num_blocks, block_size * head_dim]."""
         rows = blocks.view(-1, self._shape.block_size * self._shape.head_dim)
         return rows.index_select(0, group.block_rows).float()
+
+
+class ReferenceLinear:
+    """See `kernels.Linear`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.Linear.of_normed`."""
+        return self._multiply(F.rms_norm(x, (x.shape[-1],), norm.weight, norm.epsilon))
+
+    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.Linear.logits`."""
+        return self.of_normed(x, norm).float()
+
+    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """See `kernels.Linear.add`."""
+        total += self._multiply(x)
+
+    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
+        """See `kernels.Linear.add_gated`."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        total += self._multiply(F.silu(gate) * up)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+def _rotate(heads: torch.Tensor, angles: Angles) -> torch.Tensor:
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin), dim=-1)
 
 
 def _cut(metadata: AttentionMetadata) -> _Pieces:

@@ -1,7 +1,7 @@
 """Native kernels are tried against the reference before they serve: on this machine, in this build, for this model.
 
 Owns one mixed step over a small pool: decodes short and long enough to be split, prompts whole and in part, blocks in
-shuffled order, NaN in every slot that nobody wrote. It takes milliseconds.
+shuffled order, NaN in every slot that nobody wrote; and one small matrix in all its uses. It takes milliseconds.
 """
 
 import logging
@@ -10,7 +10,17 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels import (
+    Angles,
+    AttentionMetadata,
+    AttentionShape,
+    BlockCopy,
+    HeadNorms,
+    Kernels,
+    LayerKV,
+    Norm,
+    select_kernels,
+)
 from kernels.build import BuildError
 from kernels.reference import ReferenceKernels
 
@@ -18,6 +28,9 @@ log = logging.getLogger("pagoda.kernels")
 
 # (KV tokens, query tokens) of each sequence.
 SEQUENCES = ((1, 1), (37, 1), (600, 1), (16, 16), (70, 30))
+# Inputs and outputs of the matrix: whole vectors and a rest of each.
+MATRIX = (83, 45)
+EPSILON = 1e-5
 # Relative difference of all outputs together (Frobenius norm) that rounding can explain, by dtype.
 LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
@@ -90,17 +103,31 @@ class _Step:
             self._pool[:, int(table[count - 1]), :, int(length - 1) % shape.block_size + 1 :] = float("nan")
         self._pool[:, 0] = self._pool[:, -1] = float("nan")
         num_tokens = int(query_lens.sum())
-        self._query = random(num_tokens, shape.num_heads, shape.head_dim)
-        self._key = random(num_tokens, shape.num_kv_heads, shape.head_dim)
-        self._value = random(num_tokens, shape.num_kv_heads, shape.head_dim)
+        self._heads = random(num_tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        angles = random(num_tokens, 1, shape.head_dim // 2)
+        self._angles = Angles(angles.cos(), angles.sin())
+        self._head_norms = HeadNorms(random(shape.head_dim), random(shape.head_dim), EPSILON)
+        num_inputs, num_outputs = MATRIX
+        self._weight, self._bias = random(num_outputs, num_inputs) / num_inputs**0.5, random(num_outputs)
+        self._norm = Norm(random(num_inputs), EPSILON)
+        self._rows, self._total = random(num_tokens, 2 * num_inputs), random(num_tokens, num_outputs)
 
     def run(self, kernels: Kernels, sliding_window: int) -> torch.Tensor:
-        """Write, attend, copy: outputs and the copied block in one float32 vector."""
+        """All operations: outputs, and the copied block, in one float32 vector."""
         pool = self._pool.clone()
         layer = LayerKV(pool[0], pool[1])
         step = kernels.prepare(self._metadata)
-        step.write_kv(self._key, self._value, layer)
-        output = step.attend(self._query, layer, sliding_window)
+        query = step.rotate_and_write(self._heads.clone(), self._angles, self._head_norms, layer)
+        attended = step.attend(query, layer, sliding_window)
         source, last = int(self._metadata.block_tables[2, 0]), pool.shape[1] - 1
         kernels.copy_blocks(pool[None], [BlockCopy(source, last, self._shape.block_size)])
-        return torch.cat([output.float().flatten(), pool[:, last].float().flatten()])
+        outputs = [attended, pool[:, last], *self._multiply(kernels)]
+        return torch.cat([output.float().flatten() for output in outputs])
+
+    def _multiply(self, kernels: Kernels) -> list[torch.Tensor]:
+        linear = kernels.linear(self._weight, self._bias)
+        rows = self._rows[:, : self._weight.shape[1]].contiguous()
+        added, gated = self._total.clone(), self._total.clone()
+        linear.add(rows, added)
+        linear.add_gated(self._rows, gated)
+        return [linear.of_normed(rows, self._norm), linear.logits(rows, self._norm), added, gated]

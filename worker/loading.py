@@ -29,12 +29,12 @@ class Loaded:
 def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     """Raises ConfigError and ModelError."""
     device = select_device(config.device)
-    weights = load_weights(spec, model_dir, select_dtype(config.dtype, spec.dtype, device), device)
-    decoder = Decoder(spec, weights)
+    dtype = select_dtype(config.dtype, spec.dtype, device)
     shape = AttentionShape(
         spec.num_heads, spec.num_kv_heads, spec.head_dim, config.block_size, scale=spec.head_dim**-0.5
     )
-    kernels = checked_kernels(device, shape, decoder.like.dtype, spec.sliding_windows)
+    kernels = checked_kernels(device, shape, dtype, spec.sliding_windows)
+    decoder = Decoder(spec, load_weights(spec, model_dir, dtype, device), kernels)
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
     bytes_per_block = block_bytes(spec, config.block_size, decoder.like.element_size())
     num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from worker.errors import ModelError
-from worker.models.decoder import LayerWeights, Linear, ModelWeights
+from worker.models.decoder import LayerWeights, LinearWeights, ModelWeights
 from worker.models.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -61,15 +61,15 @@ class _Layout:
             self.places[name] = part
         return whole
 
-    def linear(self, parts: list[tuple[str, int]], num_in: int, bias: bool) -> Linear:
+    def linear(self, parts: list[tuple[str, int]], num_in: int, bias: bool) -> LinearWeights:
         """Checkpoint projections with these names and output sizes, stacked."""
         weight = self.stacked([(f"{name}.weight", rows) for name, rows in parts], num_in)
-        return Linear(weight, self.stacked([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
+        return LinearWeights(weight, self.stacked([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
 
 
 def _lay_out(spec: ModelSpec, layout: _Layout) -> ModelWeights:
     embedding = layout.tensor("model.embed_tokens.weight", spec.vocab_size, spec.hidden_size)
-    layers = tuple(_lay_out_layer(spec, layout, f"model.layers.{i}") for i in range(spec.num_layers))
+    layers = [_lay_out_layer(spec, layout, f"model.layers.{i}") for i in range(spec.num_layers)]
     norm = layout.tensor("model.norm.weight", spec.hidden_size)
     tied = spec.tie_word_embeddings
     lm_head = embedding if tied else layout.tensor("lm_head.weight", spec.vocab_size, spec.hidden_size)

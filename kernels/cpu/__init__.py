@@ -1,4 +1,4 @@
-"""Paged attention on CPUs, in C++: see `kernels.Kernels`.
+"""The kernels for CPUs, in C++: see `kernels.Kernels`.
 
 Owns what the C++ is called with. Its threads are torch's own (one OpenMP pool serves both), as many as
 `torch.get_num_threads()` says.
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
 from kernels.build import shared_library
-from kernels.cpu.binding import ELEMENT_TYPES, Call, NativeLibrary, Shape, Slots, Work
+from kernels.cpu.binding import ELEMENT_TYPES, Call, NativeLibrary, RotateCall, Shape, Work
+from kernels.cpu.linear import PackedLinear
 from kernels.cpu.targets import Target, library, runnable_targets
 from kernels.work_list import SplitRule, WorkList, make_work_list
 
@@ -52,6 +53,10 @@ class CpuKernels:
         """Work lists for a step."""
         return CpuStep(self._native, self._shape, self._rule, metadata)
 
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """See `kernels.Kernels.linear`."""
+        return PackedLinear(self._native, weight, bias)
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int64)
@@ -80,17 +85,29 @@ class CpuStep:
         self._works: dict[int, _PreparedWork] = {}
         self._c_shapes: dict[torch.dtype, Shape] = {}
 
-    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
-        """See `kernels.AttentionStep.write_kv`."""
-        for source, blocks in ((key, layer.keys), (value, layer.values)):
-            rows = _rows(source, blocks.dtype)
-            self._native.write_slots(
-                self._c_shape(blocks.dtype),
-                Slots(rows.data_ptr(), blocks.data_ptr(), rows.stride(0)),
+    def rotate_and_write(
+        self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
+    ) -> torch.Tensor:
+        """See `kernels.AttentionStep.rotate_and_write`. The queries are a part of `heads`."""
+        heads = _rows(heads, layer.keys.dtype)
+        self._native.rotate_and_write(
+            self._c_shape(layer.keys.dtype),
+            RotateCall(
+                heads.data_ptr(),
+                angles.cos.data_ptr(),
+                angles.sin.data_ptr(),
+                norms.query.data_ptr() if norms else None,
+                norms.key.data_ptr() if norms else None,
+                layer.keys.data_ptr(),
+                layer.values.data_ptr(),
                 self._metadata.slot_mapping.data_ptr(),
-                rows.shape[0],
-                rows.element_size(),
-            )
+                heads.stride(0),
+                heads.shape[0],
+                norms.epsilon if norms else 0.0,
+                torch.get_num_threads(),
+            ),
+        )
+        return heads[:, : self._shape.num_heads]
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

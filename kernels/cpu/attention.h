@@ -54,11 +54,21 @@ struct Call {
   int64_t query_stride;
 };
 
-// One layer's new keys or values. Rows are `stride` elements apart.
-struct Slots {
-  const void* source;  // [num_tokens, num_kv_heads, head_dim]
-  void* blocks;        // [num_blocks, num_kv_heads, block_size, head_dim]
-  int64_t stride;
+// One layer's queries, keys and values, as the projection left them. Queries are turned in place, keys and values
+// written into their slots.
+struct RotateCall {
+  void* heads;             // [num_tokens, num_heads + 2 * num_kv_heads, head_dim], tokens heads_stride elements apart
+  const void* cos;         // [num_tokens, head_dim / 2]
+  const void* sin;         // likewise
+  const void* query_norm;  // [head_dim], or null
+  const void* key_norm;    // likewise
+  void* keys;              // [num_blocks, num_kv_heads, block_size, head_dim]
+  void* values;            // likewise
+  const int64_t* slot_mapping;  // [num_tokens]
+  int64_t heads_stride;
+  int64_t num_tokens;
+  float norm_epsilon;
+  int32_t num_threads;
 };
 
 }  // namespace pagoda

@@ -42,10 +42,37 @@ class Call(ctypes.Structure):
     )
 
 
-class Slots(ctypes.Structure):
+class RotateCall(ctypes.Structure):
     """See `attention.h`."""
 
-    _fields_ = (("source", c_void_p), ("blocks", c_void_p), ("stride", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("heads", "cos", "sin", "query_norm", "key_norm", "keys", "values")),
+        ("slot_mapping", c_void_p),
+        ("heads_stride", c_int64),
+        ("num_tokens", c_int64),
+        ("norm_epsilon", c_float),
+        ("num_threads", c_int32),
+    )
+
+
+class LinearWeight(ctypes.Structure):
+    """See `Linear` in `linear.h`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int32) for name in ("num_inputs", "num_outputs", "element_type")),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """See `linear.h`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("input", "norm_weight", "output")),
+        *((name, c_int64) for name in ("input_stride", "output_stride", "num_rows")),
+        ("norm_epsilon", c_float),
+        *((name, c_int32) for name in ("input_kind", "output_kind", "num_threads")),
+    )
 
 
 class NativeLibrary:
@@ -56,9 +83,16 @@ class NativeLibrary:
         self.attend = library.pagoda_attend
         self.attend.argtypes = (POINTER(Shape), POINTER(Work), POINTER(Call))
         self.attend.restype = None
-        self.write_slots = library.pagoda_write_slots
-        self.write_slots.argtypes = (POINTER(Shape), POINTER(Slots), c_void_p, c_int64, c_int32)
-        self.write_slots.restype = None
+        self.rotate_and_write = library.pagoda_rotate_and_write
+        self.rotate_and_write.argtypes = (POINTER(Shape), POINTER(RotateCall))
+        self.rotate_and_write.restype = None
+        self.linear = library.pagoda_linear
+        self.linear.argtypes = (POINTER(LinearWeight), POINTER(LinearCall))
+        self.linear.restype = None
+        self.pack = library.pagoda_pack
+        self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
+        self.pack.restype = None
+        self.panel_size: int = library.pagoda_panel_size()
         self.copy_blocks = library.pagoda_copy_blocks
         self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32)
         self.copy_blocks.restype = None

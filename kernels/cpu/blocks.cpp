@@ -1,26 +1,9 @@
-// Moving keys and values: into their slots, and from block to block.
+// Moving keys and values from block to block.
 #include <cstring>
 
 #include "attention.h"
 
 #pragma GCC visibility push(default)
-
-// Writes num_tokens rows of `slots` into the slots of slot_mapping, [num_tokens].
-extern "C" void pagoda_write_slots(const pagoda::Shape* shape, const pagoda::Slots* slots, const int64_t* slot_mapping,
-                                   int64_t num_tokens, int32_t element_bytes) {
-  const int64_t row_bytes = static_cast<int64_t>(shape->head_dim) * element_bytes;
-  const int64_t head_bytes = shape->block_size * row_bytes;
-  const char* source = static_cast<const char*>(slots->source);
-  char* blocks = static_cast<char*>(slots->blocks);
-  for (int64_t token = 0; token < num_tokens; ++token) {
-    const int64_t block = slot_mapping[token] / shape->block_size, offset = slot_mapping[token] % shape->block_size;
-    const char* from = source + token * slots->stride * element_bytes;
-    char* to = blocks + block * shape->num_kv_heads * head_bytes + offset * row_bytes;
-    for (int head = 0; head < shape->num_kv_heads; ++head) {
-      std::memcpy(to + head * head_bytes, from + head * row_bytes, row_bytes);
-    }
-  }
-}
 
 // Runs copies in order: [num_copies, 3], source block, destination block, tokens. pool: [num_planes, num_blocks,
 // num_kv_heads, block_size, head_dim], a plane being one layer's keys or values.

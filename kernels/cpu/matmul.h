@@ -1,7 +1,7 @@
-// Matrix products of float32 panels, the inner loops of prefill.
+// The inner loop of every matrix product: a tile of the product in registers.
 //
-// A panel is kPanel columns wide and contiguous: b[depth][kPanel]. Each element of the product is summed in the order
-// of `depth`, whatever the tile it is computed in.
+// The right side comes in panels of kPanel columns, contiguous, [depth][kPanel]; a row of it is one pair of vectors.
+// Each element of the product is summed in the order of `depth`, whatever the tile: a row depends on no other row.
 #pragma once
 
 #include <cstdint>
@@ -10,31 +10,40 @@
 
 namespace pagoda {
 
-constexpr int kPanelVectors = 2;
-constexpr int kPanel = kPanelVectors * kLanes;        // columns
-constexpr int kTileRows = kLanes == 16 ? 12 : 6;      // accumulators fill the registers
+constexpr int kPanel = kPair;                     // columns
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;  // with one panel, their accumulators fill the registers
 
-// c[kTileRows][kPanel] = c * decay[row] + a[kTileRows][depth] * b[depth][kPanel]; c starts at 0 without `decay`.
-template <bool kAccumulate>
-inline void multiply_tile(const float* a, int a_stride, const float* b, float* c, int c_stride, int depth,
-                          const float* decay) {
-  Floats sums[kTileRows][kPanelVectors] = {};
-  if constexpr (kAccumulate) {
-    for (int row = 0; row < kTileRows; ++row) {
-      for (int i = 0; i < kPanelVectors; ++i) sums[row][i] = load(c + row * c_stride + i * kLanes) * decay[row];
+template <int kRows, int kPanels = 1>
+struct ProductTile {
+  FloatPair sums[kRows][kPanels];
+
+  // sums += a[kRows][depth] * b[depth][kPanels * kPanel]; panels of b are panel_stride elements apart. kBytesAhead of
+  // each are prefetched.
+  template <int kBytesAhead = 0, class Element>
+  void multiply(const float* a, int64_t a_stride, const Element* b, int64_t panel_stride, int depth) {
+    for (int k = 0; k < depth; ++k, b += kPanel) {
+      FloatPair columns[kPanels];
+      for (int i = 0; i < kPanels; ++i) {
+        columns[i] = load_pair(b + i * panel_stride);
+        if constexpr (kBytesAhead > 0) prefetch_row(b + i * panel_stride + kBytesAhead / sizeof(Element));
+      }
+      for (int row = 0; row < kRows; ++row) {
+        const Floats x = broadcast(a[row * a_stride + k]);
+        for (int i = 0; i < kPanels; ++i) {
+          sums[row][i].first += x * columns[i].first;
+          sums[row][i].second += x * columns[i].second;
+        }
+      }
     }
   }
-  for (int k = 0; k < depth; ++k, b += kPanel) {
-    Floats columns[kPanelVectors];
-    for (int i = 0; i < kPanelVectors; ++i) columns[i] = load(b + i * kLanes);
-    for (int row = 0; row < kTileRows; ++row) {
-      const Floats x = broadcast(a[row * a_stride + k]);
-      for (int i = 0; i < kPanelVectors; ++i) sums[row][i] += x * columns[i];
+
+ private:
+  template <class Element>
+  static void prefetch_row(const Element* row) {
+    for (size_t byte = 0; byte < kPanel * sizeof(Element); byte += kAlignment) {
+      prefetch(reinterpret_cast<const char*>(row) + byte);
     }
   }
-  for (int row = 0; row < kTileRows; ++row) {
-    for (int i = 0; i < kPanelVectors; ++i) store(c + row * c_stride + i * kLanes, sums[row][i]);
-  }
-}
+};
 
 }  // namespace pagoda

@@ -7,37 +7,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 
 #include "attention.h"
 #include "blocks.h"
 #include "matmul.h"
+#include "scratch.h"
 #include "simd.h"
 #include "softmax.h"
 
 namespace pagoda {
 
 constexpr int kSpan = 128;  // tokens
-
-// Uninitialised float32 scratch of one thread; grows, and stays for the next call.
-class Scratch {
- public:
-  float* floats(size_t count) {
-    if (count > capacity_) {
-      memory_.reset(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{kAlignment})));
-      capacity_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Release {
-    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
-  };
-  std::unique_ptr<float, Release> memory_;
-  size_t capacity_ = 0;
-};
 
 // Query tokens `first_position` to `first_position + num_tokens - 1`; rows are (token, head of the group).
 struct QueryTile {
@@ -159,8 +139,9 @@ class PrefillTile {
   void score(int first_row, int columns) {
     for (int column = 0; column < columns; column += kPanel) {
       for (int row = first_row; row < num_rows_; row += kTileRows) {
-        multiply_tile<false>(query_ + row * head_dim_, head_dim_, keys_ + column * head_dim_,
-                             scores_ + row * kSpan + column, kSpan, head_dim_, nullptr);
+        ProductTile<kTileRows> tile = {};
+        tile.multiply(query_ + row * head_dim_, head_dim_, keys_ + column * head_dim_, 0, head_dim_);
+        for (int i = 0; i < kTileRows; ++i) store_pair(scores_ + (row + i) * kSpan + column, tile.sums[i][0]);
       }
     }
   }
@@ -182,8 +163,13 @@ class PrefillTile {
   void add_values(int first_row, int tokens) {
     for (int d = 0; d < value_dim_; d += kPanel) {
       for (int row = first_row; row < num_rows_; row += kTileRows) {
-        multiply_tile<true>(scores_ + row * kSpan, kSpan, values_ + d * kSpan, sums_ + row * value_dim_ + d,
-                            value_dim_, tokens, decay_ + row);
+        ProductTile<kTileRows> tile;
+        for (int i = 0; i < kTileRows; ++i) {
+          const FloatPair x = load_pair(sums_ + (row + i) * value_dim_ + d);
+          tile.sums[i][0] = {x.first * decay_[row + i], x.second * decay_[row + i]};
+        }
+        tile.multiply(scores_ + row * kSpan, kSpan, values_ + d * kSpan, 0, tokens);
+        for (int i = 0; i < kTileRows; ++i) store_pair(sums_ + (row + i) * value_dim_ + d, tile.sums[i][0]);
       }
     }
   }

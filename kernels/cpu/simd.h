@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #ifdef __F16C__
 #include <immintrin.h>
@@ -264,6 +265,16 @@ template <bool upper>
 struct InterleavedLane {
   static constexpr int at(int i) { return i / 2 + (upper ? kLanes / 2 : 0) + (i % 2 ? kLanes : 0); }
 };
+
+// A pair of Element's order, in the order of elements.
+template <class Element>
+inline FloatPair to_order(FloatPair x) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    return {shuffle<InterleavedLane<false>>(x.first, x.second), shuffle<InterleavedLane<true>>(x.first, x.second)};
+  } else {
+    return x;
+  }
+}
 
 // rows[i][j] becomes rows[j][i], by log2(kLanes) perfect shuffles.
 inline void transpose(Floats (&rows)[kLanes]) {

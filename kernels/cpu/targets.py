@@ -6,8 +6,11 @@ from pathlib import Path
 
 from kernels.build import Library
 
-SOURCES = ("attention.cpp", "blocks.cpp", "stream.cpp")
-HEADERS = ("attention.h", "blocks.h", "decode.h", "matmul.h", "prefill.h", "simd.h", "softmax.h")
+SOURCES = ("attention.cpp", "blocks.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
+HEADERS = (
+    *("attention.h", "blocks.h", "decode.h", "linear.h", "matmul.h", "prefill.h", "rows.h", "scratch.h", "simd.h"),
+    "softmax.h",
+)
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
 
 

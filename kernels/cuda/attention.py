@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, KvWriteArgs, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
+from kernels.reference import ReferenceLinear
 from kernels.work_list import SplitRule, make_work_list
 
 # KV tokens of a partition, and partitions of a sequence at most (longer ones have longer partitions).
@@ -43,23 +44,6 @@ class Tuning:
     partition_len: int = PARTITION_LEN
     max_partitions: int = MAX_PARTITIONS
     soft_cap: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Angles:
-    """Of each token: cos, sin, [num_tokens, 1, head_dim / 2], contiguous, of the model's dtype."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorms:
-    """Root mean square norms on heads. query, key: [head_dim]."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +106,10 @@ class CudaKernels:
         max_items = longest * len(metadata.host_context_lens)
         self.scratch.reserve(max_items)
         return CudaStep(self, metadata, max_items)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ReferenceLinear:
+        """See `kernels.Kernels.linear`."""
+        return ReferenceLinear(weight, bias)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`: one launch for each run of copies that do not depend on each other."""
@@ -196,11 +184,7 @@ class CudaStep:
     def rotate_and_write(
         self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
     ) -> torch.Tensor:
-        """Norm and turn queries and keys, write keys and values, in one pass; returns the queries.
-
-        heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], queries first, then keys, then values. Dimension i
-        is turned with i + head_dim / 2. Arithmetic is float32, rounded once.
-        """
+        """See `kernels.AttentionStep.rotate_and_write`. One pass; arithmetic is float32, rounded once."""
         shape, slots = self._kernels.shape, self._metadata.slot_mapping
         heads = _with_chunked_tokens(heads)
         assert angles.cos.is_contiguous()

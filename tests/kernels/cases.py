@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, AttentionStep, HeadNorms, Kernels, LayerKV
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,50 @@ class Step:
     def run(self, kernels_: Kernels, device: str = "cpu") -> torch.Tensor:
         """Write the step's keys and values, then attend: [num_tokens, num_heads, head_dim]."""
         step = kernels_.prepare(self.metadata(device))
+        query = write_plain(step, self.heads().to(device), self.layer)
+        return step.attend(query, self.layer, self.case.sliding_window).cpu()
+
+    def heads(self) -> torch.Tensor:
+        """The step's queries, keys and values, as a layer's projection has them."""
         new = [count for _, count in self.case.lens]
-        step.write_kv(
-            torch.cat([k[-n:] for k, n in zip(self.keys, new, strict=True)]).to(device),
-            torch.cat([v[-n:] for v, n in zip(self.values, new, strict=True)]).to(device),
-            self.layer,
+        keys, values = (
+            torch.cat([row[-n:] for row, n in zip(rows, new, strict=True)]) for rows in (self.keys, self.values)
         )
-        return step.attend(torch.cat(self.queries).to(device), self.layer, self.case.sliding_window).cpu()
+        return torch.cat((torch.cat(self.queries), keys, values), dim=1)
 
     def dense(self) -> torch.Tensor:
         """The same by definition, in float64."""
         return torch.cat(
             [dense(q, k, v, self.case) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)]
         )
+
+
+def turned(
+    heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, shape: AttentionShape
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values after norms and rotation, by definition, in float64."""
+    query, key, value = torch.split(heads.double(), [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+    if norms is not None:
+        query = F.rms_norm(query, (shape.head_dim,), norms.query.double(), norms.epsilon)
+        key = F.rms_norm(key, (shape.head_dim,), norms.key.double(), norms.epsilon)
+    cos, sin = angles.cos.double(), angles.sin.double()
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return turn(query), turn(key), value
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of what is expected."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def write_plain(step: AttentionStep, heads: torch.Tensor, layer: LayerKV) -> torch.Tensor:
+    """Writes keys and values as they are: every token's angle is 0. Returns the queries."""
+    zeros = torch.zeros_like(heads[:, :1, : heads.shape[2] // 2])
+    return step.rotate_and_write(heads, Angles(zeros.cos(), zeros), None, layer)
 
 
 def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: Case) -> torch.Tensor:

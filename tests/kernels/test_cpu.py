@@ -15,7 +15,7 @@ from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import BASELINE, Target, runnable_targets
 from kernels.reference import ReferenceKernels
-from tests.kernels.cases import Case, Step
+from tests.kernels.cases import Case, Step, relative_error, write_plain
 from tests.kernels.guarded import guarded
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
@@ -35,10 +35,6 @@ cases = st.builds(
     ),
     seed=st.integers(0, 2**32 - 1),
 )
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 @targets
@@ -157,10 +153,9 @@ def test_reads_and_writes_nothing_past_its_buffers(target: Target, case: Case, d
     tensors = ("block_tables", "context_lens", "cu_seqlens_q", "slot_mapping")
     metadata = dataclasses.replace(metadata, **{name: guarded(getattr(metadata, name)) for name in tensors})
     prepared = CpuKernels(case.shape, target).prepare(metadata)
-    new = [count for _, count in step.case.lens]
-    keys, values = (torch.cat([x[-n:] for x, n in zip(rows, new, strict=True)]) for rows in (step.keys, step.values))
-    prepared.write_kv(guarded(keys), guarded(values), step.layer)
-    assert torch.equal(prepared.attend(guarded(torch.cat(step.queries)), step.layer, case.sliding_window), expected)
+    query = write_plain(prepared, guarded(step.heads()), step.layer)
+    assert torch.equal(prepared.attend(query, step.layer, case.sliding_window), expected)
+    assert torch.equal(prepared.attend(guarded(query), step.layer, case.sliding_window), expected)
 
 
 copies = st.lists(st.builds(BlockCopy, st.integers(0, 4), st.integers(0, 4), st.integers(1, 16)), max_size=6)
@@ -174,22 +169,6 @@ def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtype: torch.
     ReferenceKernels(torch.device("cpu"), shape).copy_blocks(expected, blocks)
     CpuKernels(shape).copy_blocks(pool, blocks)
     assert torch.equal(pool, expected)
-
-
-def test_parts_of_one_tensor_need_no_copy() -> None:
-    """Query, key and value come as slices of one projection."""
-    case = Case(2, 2, 16, 16, 0, [(0, 1), (20, 1), (3, 5)], seed=1)
-    step = Step(case)
-    new = [count for _, count in case.lens]
-    rows = [
-        torch.cat([part[-n:] for part, n in zip(x, new, strict=True)]) for x in (step.queries, step.keys, step.values)
-    ]
-    query, key, value = torch.split(torch.cat(rows, dim=1), [4, 2, 2], dim=1)
-    assert not query.is_contiguous()
-    prepared = CpuKernels(case.shape).prepare(step.metadata())
-    prepared.write_kv(key, value, step.layer)
-    found = prepared.attend(query, step.layer, 0)
-    assert torch.equal(found, Step(case).run(CpuKernels(case.shape)))
 
 
 def test_without_a_compiler_the_reference_serves_and_says_so(

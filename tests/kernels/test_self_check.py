@@ -7,7 +7,18 @@ import pytest
 import torch
 
 import kernels.self_check
-from kernels import AttentionMetadata, AttentionShape, AttentionStep, BlockCopy, Kernels, LayerKV, select_kernels
+from kernels import (
+    Angles,
+    AttentionMetadata,
+    AttentionShape,
+    AttentionStep,
+    BlockCopy,
+    HeadNorms,
+    Kernels,
+    LayerKV,
+    Linear,
+    select_kernels,
+)
 from kernels.build import BuildError
 from kernels.reference import ReferenceKernels
 from kernels.self_check import LIMITS, checked_kernels, relative_difference
@@ -28,6 +39,9 @@ class Broken:
             raise BuildError("nvcc ended with 1")
         return BrokenStep(self.mistake, self.kernels.prepare(metadata))
 
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return self.kernels.linear(weight, None if self.mistake == "adds no bias" else bias)
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         if self.mistake != "copies nothing":
             self.kernels.copy_blocks(pool, copies)
@@ -38,8 +52,12 @@ class BrokenStep:
         self.mistake = mistake
         self.step = step
 
-    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
-        self.step.write_kv(key, key if self.mistake == "writes keys twice" else value, layer)
+    def rotate_and_write(
+        self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
+    ) -> torch.Tensor:
+        if self.mistake == "turns the wrong way":
+            angles = Angles(angles.cos, -angles.sin)
+        return self.step.rotate_and_write(heads, angles, None if self.mistake == "norms no head" else norms, layer)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         output = self.step.attend(query, layer, 0 if self.mistake == "sees past its window" else sliding_window)
@@ -55,7 +73,11 @@ def serving(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(
-    "mistake", ["copies nothing", "writes keys twice", "sees past its window", "leaves a NaN", "loses a partition"]
+    "mistake",
+    [
+        *("copies nothing", "turns the wrong way", "norms no head", "sees past its window", "leaves a NaN"),
+        *("loses a partition", "adds no bias"),
+    ],
 )
 def test_wrong_kernels_do_not_serve(
     mistake: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

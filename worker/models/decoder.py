@@ -9,21 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import AttentionStep, LayerKV
-from worker.models.rope import Rope, rotate
+from kernels import Angles, AttentionStep, HeadNorms, Kernels, LayerKV, Linear, Norm
+from worker.models.rope import Rope
 from worker.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """y = x W^T + b. weight: [out, in]; bias: [out] or None."""
+class LinearWeights:
+    """Of y = x W^T + b. weight: [out, in]; bias: [out] or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [num_tokens, in]; returns [num_tokens, out]."""
-        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +27,13 @@ class LayerWeights:
     """One layer. qkv stacks query, key and value heads; gate_up stacks gate and up; q_norm, k_norm: [head_dim]."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: LinearWeights
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    o: Linear
+    o: LinearWeights
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: LinearWeights
+    down: LinearWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +41,7 @@ class ModelWeights:
     """embedding, lm_head: [vocab_size, hidden_size], one tensor where they are tied; norm: [hidden_size]."""
 
     embedding: torch.Tensor
-    layers: tuple[LayerWeights, ...]
+    layers: list[LayerWeights]
     norm: torch.Tensor
     lm_head: torch.Tensor
 
@@ -63,47 +59,49 @@ class TokenBatch:
 class Decoder:
     """Runs a model's layers over flattened tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, kernels: Kernels) -> None:
+        """Takes the layers out of `weights` one by one: kernels may keep their own copy of each matrix."""
         self._spec = spec
-        self._weights = weights
+        self._embedding = weights.embedding
+        self._layers = [_Layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
+        self._norm = Norm(weights.norm, spec.rms_norm_eps)
+        self._lm_head = kernels.linear(weights.lm_head, None)
         self._rope = Rope(spec.rope, spec.head_dim, weights.embedding.device)
 
     @property
     def like(self) -> torch.Tensor:
         """A tensor of the model's dtype, on its device."""
-        return self._weights.norm
+        return self._embedding
 
     def forward(self, batch: TokenBatch, attention: AttentionStep, kv: Sequence[LayerKV]) -> torch.Tensor:
         """Write the tokens' keys and values into `kv` and return logits: [num_samples, vocab_size] float32."""
-        weights, eps = self._weights, self._spec.rms_norm_eps
-        hidden = F.embedding(batch.input_ids, weights.embedding)
-        cos, sin = self._rope.angles(batch.positions, hidden.dtype)
-        for i, layer in enumerate(weights.layers):
-            normed = _rms_norm(hidden, layer.input_norm, eps)
-            query, key, value = self._heads(layer, normed, cos, sin)
-            attention.write_kv(key, value, kv[i])
-            attended = attention.attend(query, kv[i], self._spec.sliding_windows[i])
-            hidden = hidden + layer.o(attended.flatten(1))
-            gate, up = layer.gate_up(_rms_norm(hidden, layer.post_norm, eps)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
-        sampled = _rms_norm(hidden[batch.sampled_rows], weights.norm, eps)
-        return F.linear(sampled, weights.lm_head).float()
-
-    def _heads(
-        self, layer: LayerWeights, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each [num_tokens, its heads, head_dim], the first two turned by their positions."""
-        spec = self._spec
-        heads = layer.qkv(normed).view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-        turned, value = torch.split(heads, [spec.num_heads + spec.num_kv_heads, spec.num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query, key = torch.split(turned, [spec.num_heads, spec.num_kv_heads], dim=1)
-            query = _rms_norm(query, layer.q_norm, spec.rms_norm_eps)
-            key = _rms_norm(key, layer.k_norm, spec.rms_norm_eps)
-            return rotate(query, cos, sin), rotate(key, cos, sin), value
-        query, key = torch.split(rotate(turned, cos, sin), [spec.num_heads, spec.num_kv_heads], dim=1)
-        return query, key, value
+        hidden = F.embedding(batch.input_ids, self._embedding)
+        angles = self._rope.angles(batch.positions, hidden.dtype)
+        for i, layer in enumerate(self._layers):
+            layer.forward(hidden, angles, attention, kv[i])
+        return self._lm_head.logits(hidden[batch.sampled_rows], self._norm)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+class _Layer:
+    """One layer, its matrices as the kernels want them."""
+
+    def __init__(self, spec: ModelSpec, weights: LayerWeights, sliding_window: int, kernels: Kernels) -> None:
+        def linear(of: LinearWeights) -> Linear:
+            return kernels.linear(of.weight, of.bias)
+
+        eps = spec.rms_norm_eps
+        self._heads = (spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        self._sliding_window = sliding_window
+        self._input_norm, self._post_norm = Norm(weights.input_norm, eps), Norm(weights.post_norm, eps)
+        self._head_norms = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            self._head_norms = HeadNorms(weights.q_norm, weights.k_norm, eps)
+        self._qkv, self._o = linear(weights.qkv), linear(weights.o)
+        self._gate_up, self._down = linear(weights.gate_up), linear(weights.down)
+
+    def forward(self, hidden: torch.Tensor, angles: Angles, attention: AttentionStep, kv: LayerKV) -> None:
+        """Adds the layer's attention and MLP to `hidden`, [num_tokens, hidden_size]."""
+        heads = self._qkv.of_normed(hidden, self._input_norm).view(-1, *self._heads)
+        query = attention.rotate_and_write(heads, angles, self._head_norms, kv)
+        self._o.add(attention.attend(query, kv, self._sliding_window).flatten(1), hidden)
+        self._down.add_gated(self._gate_up.of_normed(hidden, self._post_norm), hidden)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of each supported rope_type, and their application.
+"""Rotary position embedding: frequencies of each supported rope_type, and the angles of positions.
 
 Arithmetic follows transformers.modeling_rope_utils, step by step in float32, so that float32 ids agree.
 """
@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from kernels import Angles
 from worker.models.spec import RopeSpec
 
 
@@ -17,17 +18,11 @@ class Rope:
         inverse_frequencies, self._attention_factor = _inverse_frequencies(spec, head_dim)
         self._inverse_frequencies = inverse_frequencies.to(device)
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for positions [num_tokens]: each [num_tokens, 1, head_dim / 2], for `rotate`."""
+    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> Angles:
+        """For positions [num_tokens]."""
         angles = positions[:, None].float() * self._inverse_frequencies
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn pairs (i, i + head_dim / 2) of heads [num_tokens, num_heads, head_dim] by their token's angles."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])
 
 
 def _inverse_frequencies(spec: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:

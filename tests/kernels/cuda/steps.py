@@ -17,6 +17,7 @@ from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import Variant, emulated_library
+from tests.kernels.cases import write_plain
 from tests.kernels.guarded import guarded
 
 NO_BLOCK = 2**30
@@ -157,14 +158,12 @@ class Step:
         step = kernels.prepare(self.metadata())
         new = [sequence.query.shape[0] for sequence in self.sequences]
         key, value = (
-            self._place(torch.cat([tensor[-n:] for n, tensor in zip(new, tensors, strict=True)]))
+            torch.cat([tensor[-n:] for n, tensor in zip(new, tensors, strict=True)])
             for tensors in ([s.keys for s in self.sequences], [s.values for s in self.sequences])
         )
-        step.write_kv(key, value, self.layer)
-        query = torch.cat([sequence.query for sequence in self.sequences])
-        # As the decoder has it: a part of a tensor that holds the keys' heads too.
-        of_all_heads = self._place(torch.cat([query, key.cpu()], dim=1))
-        return step.attend(of_all_heads[:, : query.shape[1]], self.layer, self.case.sliding_window)
+        heads = torch.cat([torch.cat([sequence.query for sequence in self.sequences]), key, value], dim=1)
+        query = write_plain(step, self._place(heads), self.layer)
+        return step.attend(query, self.layer, self.case.sliding_window)
 
     def emulate(self, kernels: CudaKernels | None = None) -> torch.Tensor:
         """`run` with the emulated kernels, new ones by default."""

@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import LayerKV
-from kernels.cuda.attention import Angles, HeadNorms
+from kernels import Angles, HeadNorms, LayerKV
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
+from tests.kernels.cases import turned
 from tests.kernels.cuda.steps import relative_error
 from tests.kernels.cuda.test_kv import NUM_BLOCKS, kernels_for, metadata_of
 from tests.kernels.guarded import guarded
-from worker.models.rope import rotate
 
 EPSILON = 1e-5
 # Pairs that fill a warp's lanes and pairs that do not.
@@ -42,11 +40,7 @@ def test_equals_the_steps_one_by_one(
     kernels = kernels_for(variant, num_heads, num_kv_heads)
     found = kernels.prepare(metadata_of(slots)).rotate_and_write(heads, Angles(cos, sin), norms, layer)
 
-    query, key, value = torch.split(heads.double(), [num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if norms is not None:
-        query = F.rms_norm(query, (head_dim,), norms.query.double(), EPSILON)
-        key = F.rms_norm(key, (head_dim,), norms.key.double(), EPSILON)
-    query, key = (rotate(x, cos.double(), sin.double()) for x in (query, key))
+    query, key, value = turned(heads, Angles(cos, sin), norms, kernels.shape)
     written_keys, written_values = (
         x.transpose(1, 2).reshape(-1, num_kv_heads, head_dim) for x in (layer.keys, layer.values)
     )

@@ -1,0 +1,40 @@
+// What the C functions of linear.cpp take; `binding.py` mirrors it field by field.
+#pragma once
+
+#include <cstdint>
+
+namespace pagoda {
+
+// y = x W^T + b. W is packed in panels of outputs, [num_panels][num_inputs][kPanel], the last one filled with zeros.
+struct Linear {
+  const void* weight;
+  const void* bias;  // [num_outputs] of the weight's type, or null
+  int32_t num_inputs;
+  int32_t num_outputs;
+  int32_t element_type;
+};
+
+// What x is made from.
+enum Input : int32_t {
+  kPlain = 0,
+  kNormed = 1,  // the root mean square norm of a row of num_inputs
+  kGated = 2,   // a row of 2 * num_inputs: SiLU of the first half, times the second
+};
+
+enum Output : int32_t { kWrite = 0, kAdd = 1, kWriteFloat = 2 };
+
+// Rows are `stride` elements apart.
+struct LinearCall {
+  const void* input;        // [num_rows, num_inputs or twice that]
+  const void* norm_weight;  // [num_inputs]; kNormed
+  void* output;             // [num_rows, num_outputs]; float32 for kWriteFloat
+  int64_t input_stride;
+  int64_t output_stride;
+  int64_t num_rows;
+  float norm_epsilon;
+  int32_t input_kind;   // Input
+  int32_t output_kind;  // Output
+  int32_t num_threads;
+};
+
+}  // namespace pagoda

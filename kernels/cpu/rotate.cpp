@@ -1,0 +1,78 @@
+// Between a layer's projection and its attention, in one pass: norms on heads, rotary embedding, KV write.
+#include <cstring>
+
+#include "attention.h"
+#include "rows.h"
+
+namespace pagoda {
+namespace {
+
+constexpr int kFewTokens = 16;  // fewer are not worth waking other threads
+
+template <class Element>
+class Rotation {
+ public:
+  Rotation(const Shape& shape, const RotateCall& call)
+      : shape_(shape), call_(call), half_(shape.head_dim / 2), head_stride_(shape.block_size * shape.head_dim) {}
+
+  void run() const {
+#pragma omp parallel for num_threads(call_.num_threads) if (call_.num_tokens >= kFewTokens)
+    for (int64_t token = 0; token < call_.num_tokens; ++token) {
+      Element* head = static_cast<Element*>(call_.heads) + token * call_.heads_stride;
+      for (int i = 0; i < shape_.num_heads; ++i, head += shape_.head_dim) turn(token, head, call_.query_norm, head);
+      const int64_t to = first_slot(token);
+      for (int i = 0; i < shape_.num_kv_heads; ++i, head += shape_.head_dim) {
+        turn(token, head, call_.key_norm, static_cast<Element*>(call_.keys) + to + i * head_stride_);
+      }
+      for (int i = 0; i < shape_.num_kv_heads; ++i, head += shape_.head_dim) {
+        std::memcpy(static_cast<Element*>(call_.values) + to + i * head_stride_, head, shape_.head_dim * sizeof(Element));
+      }
+    }
+  }
+
+ private:
+  // Of the token, for the first KV head.
+  int64_t first_slot(int64_t token) const {
+    const int64_t slot = call_.slot_mapping[token], block = slot / shape_.block_size;
+    return block * shape_.num_kv_heads * head_stride_ + slot % shape_.block_size * shape_.head_dim;
+  }
+
+  // Dimension d with d + half_, by the token's angle. `to` may be `from`.
+  void turn(int64_t token, const Element* from, const void* norm, Element* to) const {
+    const auto* weight = static_cast<const Element*>(norm);
+    const Element* cos = static_cast<const Element*>(call_.cos) + token * half_;
+    const Element* sin = static_cast<const Element*>(call_.sin) + token * half_;
+    const float scale = weight ? inverse_rms(from, shape_.head_dim, call_.norm_epsilon) : 1.0f;
+    for_vectors(half_, [&](int d, int count) {
+      Floats first = load_some(from + d, count), second = load_some(from + half_ + d, count);
+      if (weight) {
+        first *= scale * load_some(weight + d, count);
+        second *= scale * load_some(weight + half_ + d, count);
+      }
+      const Floats c = load_some(cos + d, count), s = load_some(sin + d, count);
+      store_some(to + d, first * c - second * s, count);
+      store_some(to + half_ + d, second * c + first * s, count);
+    });
+  }
+
+  const Shape& shape_;
+  const RotateCall& call_;
+  int half_;             // of head_dim
+  int64_t head_stride_;  // elements between a block's heads
+};
+
+}  // namespace
+}  // namespace pagoda
+
+#pragma GCC visibility push(default)
+
+extern "C" void pagoda_rotate_and_write(const pagoda::Shape* shape, const pagoda::RotateCall* call) {
+  using namespace pagoda;
+  switch (shape->element_type) {
+    case kFloat32: return Rotation<float>(*shape, *call).run();
+    case kBFloat16: return Rotation<BFloat16>(*shape, *call).run();
+    case kFloat16: return Rotation<Float16>(*shape, *call).run();
+  }
+}
+
+#pragma GCC visibility pop

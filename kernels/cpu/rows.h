@@ -1,0 +1,66 @@
+// Rows of a layer's tensors as float32, with the norm or the gate that comes before a matrix product.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace pagoda {
+
+// Calls apply(d, count) for vectors of `width` elements: count is kLanes, or less for the last.
+template <class Apply>
+inline void for_vectors(int width, Apply apply) {
+  int d = 0;
+  for (; d + kLanes <= width; d += kLanes) apply(d, kLanes);
+  if (d < width) apply(d, width - d);
+}
+
+template <class Element>
+inline Floats load_some(const Element* from, int count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
+template <class Element>
+inline void store_some(Element* to, Floats x, int count) {
+  count == kLanes ? store(to, x) : store_first(to, x, count);
+}
+
+// 1 / root of the mean of squares.
+template <class Element>
+inline float inverse_rms(const Element* row, int width, float epsilon) {
+  Floats squares = {};
+  for_vectors(width, [&](int d, int count) {
+    const Floats x = load_some(row + d, count);
+    squares += x * x;
+  });
+  return 1.0f / std::sqrt(sum(squares) / width + epsilon);
+}
+
+template <class Element>
+inline void normalize(const Element* row, const Element* weight, float* to, int width, float epsilon) {
+  const float scale = inverse_rms(row, width, epsilon);
+  for_vectors(width, [&](int d, int count) {
+    store_some(to + d, load_some(row + d, count) * scale * load_some(weight + d, count), count);
+  });
+}
+
+inline Floats silu(Floats x) {
+  const Floats power = exp2((x < 0.0f ? x : -x) * 1.44269504f);
+  return x * (x < 0.0f ? power : broadcast(1.0f)) / (power + 1.0f);
+}
+
+// row: [2 * width], gates before what they open.
+template <class Element>
+inline void gate(const Element* row, float* to, int width) {
+  for_vectors(width, [&](int d, int count) {
+    store_some(to + d, silu(load_some(row + d, count)) * load_some(row + width + d, count), count);
+  });
+}
+
+template <class Element>
+inline void convert(const Element* row, float* to, int width) {
+  for_vectors(width, [&](int d, int count) { store_some(to + d, load_some(row + d, count), count); });
+}
+
+}  // namespace pagoda

@@ -1,0 +1,146 @@
+"""What the CPU kernels do around attention (products, norms, gates, rotation), against float64, on each target."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import Angles, AttentionShape, HeadNorms, LayerKV, Norm
+from kernels.build import find_compiler
+from kernels.cpu import CpuKernels
+from kernels.cpu.targets import Target, runnable_targets
+from tests.kernels.cases import Case, Step, relative_error, turned
+from tests.kernels.guarded import guarded
+
+pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+EPSILON = 1e-5
+SHAPE = AttentionShape(4, 2, 8, 16, 0.5)
+
+targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
+dtypes = st.sampled_from(list(TOLERANCES))
+# Widths around whole vectors and panels; rows around whole tiles, and more than are converted at once.
+widths = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 257]))
+row_counts = st.one_of(st.integers(1, 40), st.sampled_from([480, 481, 967]))
+
+
+class Product:
+    """A random matrix, rows for it, and all that `kernels.Linear` makes of them, in float64 and as found."""
+
+    def __init__(self, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, seed: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> torch.Tensor:
+            return guarded(torch.randn(*shape, generator=rng).to(dtype))
+
+        self.weight, self.bias = random(num_outputs, num_inputs), random(num_outputs)
+        self.rows, self.gate_up = random(num_rows, num_inputs), random(num_rows, 2 * num_inputs)
+        self.norm, self.total = Norm(random(num_inputs), EPSILON), random(num_rows, num_outputs)
+
+    def expected(self, has_bias: bool) -> list[torch.Tensor]:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight.double(), self.bias.double() if has_bias else None)
+
+        rows, total = self.rows.double(), self.total.double()
+        normed = linear(F.rms_norm(rows, (rows.shape[1],), self.norm.weight.double(), EPSILON))
+        gate, up = self.gate_up.double().chunk(2, dim=1)
+        return [normed, normed, total + linear(rows), total + linear(F.silu(gate) * up)]
+
+    def found(self, target: Target, has_bias: bool, some: slice = slice(None)) -> list[torch.Tensor]:
+        linear = CpuKernels(SHAPE, target).linear(self.weight, self.bias if has_bias else None)
+        rows, gate_up = guarded(self.rows[some]), guarded(self.gate_up[some])
+        added, gated = guarded(self.total[some]), guarded(self.total[some])
+        linear.add(rows, added)
+        linear.add_gated(gate_up, gated)
+        return [linear.of_normed(rows, self.norm), linear.logits(rows, self.norm), added, gated]
+
+
+@targets
+@settings(max_examples=30, deadline=None)
+@given(row_counts, widths, widths, dtypes, st.booleans(), st.integers(0, 2**32 - 1))
+def test_products_are_right(
+    target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, has_bias: bool, seed: int
+) -> None:
+    product = Product(num_rows, num_inputs, num_outputs, dtype, seed)
+    normed, logits, added, gated = product.found(target, has_bias)
+    assert (normed.dtype, logits.dtype, added.dtype) == (dtype, torch.float32, dtype)
+    tolerances = [TOLERANCES[dtype], TOLERANCES[torch.float32], TOLERANCES[dtype], TOLERANCES[dtype]]
+    expected = product.expected(has_bias)
+    for found, right, tolerance in zip((normed, logits, added, gated), expected, tolerances, strict=True):
+        assert relative_error(found, right) < tolerance
+
+
+@targets
+@settings(max_examples=30, deadline=None)
+@given(row_counts, widths, widths, dtypes, st.data())
+def test_a_row_is_the_same_alone_and_in_any_batch(
+    target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Bit for bit: greedy ids can't depend on who else is in the step."""
+    product = Product(num_rows, num_inputs, num_outputs, dtype, seed=num_rows)
+    start = data.draw(st.integers(0, num_rows - 1))
+    some = slice(start, start + data.draw(st.sampled_from([1, 1, 2, 5, 13])))
+    for whole, part in zip(product.found(target, True), product.found(target, True, some), strict=True):
+        assert torch.equal(whole[some], part)
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    product = Product(3, 40, 20, torch.bfloat16, seed=1)
+    product.gate_up[0, 3], product.gate_up[1, 45] = float("nan"), float("inf")
+    product.rows[2, 1] = float("nan")
+    normed, logits, added, gated = product.found(runnable_targets()[0], has_bias=True)
+    for outputs in (normed, logits, added):
+        assert outputs[2].isnan().all()
+        assert outputs[:2].isfinite().all()
+    assert not gated[:2].isfinite().any()
+    assert gated[2].isfinite().all()
+
+
+@pytest.mark.parametrize("gate", [-100.0, -20.0, 0.0, 20.0, 100.0])
+def test_gates_far_from_zero(gate: float) -> None:
+    linear = CpuKernels(SHAPE).linear(torch.eye(16), None)
+    total = torch.zeros(1, 16)
+    linear.add_gated(torch.cat((torch.full((1, 16), gate), torch.ones(1, 16)), dim=1), total)
+    torch.testing.assert_close(total, F.silu(torch.full((1, 16), gate)), rtol=1e-6, atol=1e-30)
+
+
+@targets
+@settings(max_examples=30, deadline=None)
+@given(
+    st.builds(
+        Case,
+        num_kv_heads=st.integers(1, 3),
+        group_size=st.integers(1, 4),
+        head_dim=st.sampled_from([2, 8, 12, 64, 80, 96, 128, 256]),
+        block_size=st.sampled_from([16, 32]),
+        sliding_window=st.just(0),
+        lens=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=4),
+        seed=st.integers(0, 2**32 - 1),
+    ),
+    dtypes,
+    st.booleans(),
+)
+def test_rotates_and_writes_its_slots_and_no_other(
+    target: Target, case: Case, dtype: torch.dtype, has_norms: bool
+) -> None:
+    step = Step(case, dtype)
+    before = LayerKV(step.layer.keys.clone(), step.layer.values.clone())
+    layer = LayerKV(guarded(step.layer.keys), guarded(step.layer.values))
+    metadata, heads = step.metadata(), step.heads()
+    rng = torch.Generator().manual_seed(case.seed)
+    cos, sin = (torch.randn(len(heads), 1, case.head_dim // 2, generator=rng).to(dtype) for _ in range(2))
+    weights = (guarded(torch.randn(case.head_dim, generator=rng).to(dtype)) for _ in range(2))
+    angles, norms = Angles(guarded(cos), guarded(sin)), HeadNorms(*weights, EPSILON) if has_norms else None
+    prepared = CpuKernels(case.shape, target).prepare(metadata)
+    query = prepared.rotate_and_write(guarded(heads), angles, norms, layer)
+
+    expected_query, key, value = turned(heads, angles, norms, case.shape)
+    slots = metadata.slot_mapping
+    places = (slots // case.block_size, slice(None), slots % case.block_size)
+    assert relative_error(query, expected_query) < TOLERANCES[dtype]
+    assert relative_error(layer.keys[places], key) < TOLERANCES[dtype]
+    assert torch.equal(layer.values[places].double(), value)
+    for blocks, blocks_before in ((layer.keys, before.keys), (layer.values, before.values)):
+        blocks[places] = blocks_before[places]
+        assert torch.equal(blocks.nan_to_num(7.0), blocks_before.nan_to_num(7.0))

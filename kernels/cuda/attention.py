@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
-from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, KvWriteArgs, RotateArgs
+from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
 from kernels.reference import ReferenceLinear
@@ -161,25 +161,6 @@ class CudaStep:
             packed = self._cut(work.library, sliding_window)
             assert packed.num_units == work.packed.num_units, "the grid is captured too"
             work.values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
-
-    def write_kv(self, key: torch.Tensor, value: torch.Tensor, layer: LayerKV) -> None:
-        """See `kernels.AttentionStep.write_kv`."""
-        key, value = _with_chunked_tokens(key), _with_chunked_tokens(value)
-        slots = self._metadata.slot_mapping
-        self._kernels.library(layer.keys.dtype, has_window=False).write_kv(
-            KvWriteArgs(
-                key=key.data_ptr(),
-                value=value.data_ptr(),
-                keys=layer.keys.data_ptr(),
-                values=layer.values.data_ptr(),
-                slot_mapping=slots.data_ptr(),
-                stream=self._kernels.backend.current_stream(),
-                key_stride=key.stride(0),
-                value_stride=value.stride(0),
-                num_tokens=slots.shape[0],
-                num_kv_heads=self._kernels.shape.num_kv_heads,
-            )
-        )
 
     def rotate_and_write(
         self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV

@@ -22,7 +22,13 @@ struct TokenRange {
   __device__ __forceinline__ bool contains(int token) const { return token >= begin && token < end; }
 };
 
-// One KV head of one sequence in the pool; keys, values: [num_blocks, num_kv_heads, kBlockSize, kHeadDim].
+// Element offset of a token in the pool's keys, and in its values: [num_blocks, num_kv_heads, kBlockSize, kHeadDim].
+// `offset` is the token's in its block.
+__device__ __forceinline__ int64_t pool_offset(int64_t block, int offset, int num_kv_heads, int kv_head) {
+  return ((block * num_kv_heads + kv_head) * kBlockSize + offset) * kHeadDim;
+}
+
+// One KV head of one sequence in the pool.
 struct PagedHead {
   const Element* keys;
   const Element* values;
@@ -38,8 +44,7 @@ struct PagedHead {
 
   // Element offset of a token in `keys` and `values`. The token must be one of the sequence's own.
   __device__ __forceinline__ int64_t offset(int token) const {
-    const int64_t block = block_table[token / kBlockSize];
-    return ((block * num_kv_heads + kv_head) * kBlockSize + token % kBlockSize) * kHeadDim;
+    return pool_offset(block_table[token / kBlockSize], token % kBlockSize, num_kv_heads, kv_head);
   }
 };
 

@@ -1,11 +1,12 @@
 // The C ABI of one variant. Every call returns 0 or an error that pagoda_error describes, starts its kernels on the
 // stream it is given, allocates nothing and waits for nothing.
+#include "copy.cuh"
 #include "prefill.cuh"
 #include "rotate.cuh"
 
 // What the host must know of this build.
 struct Facts {
-  int32_t attention_args_bytes, kv_write_args_bytes, block_copy_args_bytes, rotate_args_bytes;
+  int32_t attention_args_bytes, block_copy_args_bytes, rotate_args_bytes;
   int32_t decode_rows, prefill_rows;  // query rows of an item at most
   int32_t decode_blocks;              // blocks of the decode grid that the device runs at once
 };
@@ -58,7 +59,6 @@ extern "C" {
 // Once per process and device, before the first call there; the device must be the current one.
 int pagoda_open(Facts* facts) {
   facts->attention_args_bytes = sizeof(AttentionArgs);
-  facts->kv_write_args_bytes = sizeof(KvWriteArgs);
   facts->block_copy_args_bytes = sizeof(BlockCopyArgs);
   facts->rotate_args_bytes = sizeof(RotateArgs);
   facts->decode_rows = kTileRows;
@@ -71,11 +71,6 @@ int pagoda_attend(const AttentionArgs* args) {
   return status ? status : start_prefill(*args);
 }
 
-int pagoda_write_kv(const KvWriteArgs* args) {
-  if (args->num_tokens == 0) return 0;
-  return launch(write_kv_kernel, dim3(args->num_tokens), kKvWriteThreads, 0, args->stream, *args);
-}
-
 int pagoda_rotate(const RotateArgs* args) {
   if (args->num_tokens == 0) return 0;
   return launch(rotate_kernel, dim3(args->num_tokens), kRotateThreads, 0, args->stream, *args);
@@ -84,7 +79,7 @@ int pagoda_rotate(const RotateArgs* args) {
 int pagoda_copy_blocks(const BlockCopyArgs* args) {
   if (args->num_copies == 0) return 0;
   const dim3 grid(args->num_copies, args->num_planes);
-  return launch(copy_blocks_kernel, grid, kKvWriteThreads, 0, args->stream, *args);
+  return launch(copy_blocks_kernel, grid, kCopyThreads, 0, args->stream, *args);
 }
 
 #if defined(__CUDACC__)

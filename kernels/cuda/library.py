@@ -17,7 +17,6 @@ class Facts(Structure):
     """struct Facts."""
 
     attention_args_bytes: int
-    kv_write_args_bytes: int
     block_copy_args_bytes: int
     rotate_args_bytes: int
     decode_rows: int
@@ -26,7 +25,6 @@ class Facts(Structure):
 
     _fields_ = [
         ("attention_args_bytes", c_int32),
-        ("kv_write_args_bytes", c_int32),
         ("block_copy_args_bytes", c_int32),
         ("rotate_args_bytes", c_int32),
         ("decode_rows", c_int32),
@@ -65,25 +63,8 @@ class AttentionArgs(Structure):
     ]
 
 
-class KvWriteArgs(Structure):
-    """struct KvWriteArgs; its fields are described in kv_write.cuh."""
-
-    _fields_ = [
-        ("key", c_void_p),
-        ("value", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("slot_mapping", c_void_p),
-        ("stream", c_void_p),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
-        ("num_tokens", c_int32),
-        ("num_kv_heads", c_int32),
-    ]
-
-
 class BlockCopyArgs(Structure):
-    """struct BlockCopyArgs; its fields are described in kv_write.cuh."""
+    """struct BlockCopyArgs; its fields are described in copy.cuh."""
 
     _fields_ = [
         ("pool", c_void_p),
@@ -125,23 +106,17 @@ class KernelLibrary:
         self._library = ctypes.CDLL(str(path))
         self._library.pagoda_error.restype = ctypes.c_char_p
         self._attend = self._declare("pagoda_attend", AttentionArgs)
-        self._write_kv = self._declare("pagoda_write_kv", KvWriteArgs)
         self._copy_blocks = self._declare("pagoda_copy_blocks", BlockCopyArgs)
         self._rotate = self._declare("pagoda_rotate", RotateArgs)
         self.facts = Facts()
         self._check(self._declare("pagoda_open", Facts)(self.facts))
         assert self.facts.attention_args_bytes == ctypes.sizeof(AttentionArgs)
-        assert self.facts.kv_write_args_bytes == ctypes.sizeof(KvWriteArgs)
         assert self.facts.block_copy_args_bytes == ctypes.sizeof(BlockCopyArgs)
         assert self.facts.rotate_args_bytes == ctypes.sizeof(RotateArgs)
 
     def attend(self, args: AttentionArgs) -> None:
         """Start decode and prefill attention. Raises KernelError, as all calls do."""
         self._check(self._attend(args))
-
-    def write_kv(self, args: KvWriteArgs) -> None:
-        """Start writing keys and values."""
-        self._check(self._write_kv(args))
 
     def copy_blocks(self, args: BlockCopyArgs) -> None:
         """Start one run of independent copies."""

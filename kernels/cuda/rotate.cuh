@@ -1,7 +1,7 @@
 // Between a layer's projection and its attention, in one pass: norms on heads, rotary embedding, KV write.
 #pragma once
 
-#include "kv_write.cuh"
+#include "layout.cuh"
 
 struct RotateArgs {
   const void* heads;  // [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: queries, keys, values
@@ -12,7 +12,7 @@ struct RotateArgs {
   void* query;  // [num_tokens, num_heads, head_dim], contiguous
   void* keys;   // [num_blocks, num_kv_heads, block_size, head_dim], as values
   void* values;
-  const int64_t* slot_mapping;  // [num_tokens]
+  const int64_t* slot_mapping;  // [num_tokens]: block_id * block_size + offset
   cudaStream_t stream;
   int64_t heads_stride;  // elements from token to token
   int32_t num_tokens, num_heads, num_kv_heads;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs args)
       pairs.store(static_cast<Element*>(args.query) + (token * args.num_heads + head) * kHeadDim);
     } else {
       const int kv_head = is_value ? head - num_turned : head - args.num_heads;
-      const int64_t to = slot_chunk(slot, args.num_kv_heads, kv_head, 0) * kChunkElements;
+      const int64_t to = pool_offset(slot / kBlockSize, slot % kBlockSize, args.num_kv_heads, kv_head);
       pairs.store(static_cast<Element*>(is_value ? args.values : args.keys) + to);
     }
   }

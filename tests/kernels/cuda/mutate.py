@@ -39,7 +39,7 @@ class Mutation:
     @property
     def tests(self) -> str:
         """The file of the tests that should notice."""
-        return {"kv_write.cuh": "test_kv.py", "rotate.cuh": "test_rotate.py"}.get(self.file, ATTENTION_TESTS)
+        return {"copy.cuh": "test_copy.py", "rotate.cuh": "test_rotate.py"}.get(self.file, ATTENTION_TESTS)
 
 
 def read_mutations() -> list[Mutation]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kernels.cuda.library import AttentionArgs, KernelLibrary
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
-from tests.kernels.cuda.steps import Case, Step, cases, dense, emulated_kernels, fill, relative_error
+from tests.kernels.cases import relative_error
+from tests.kernels.cuda.steps import Case, Step, cases, dense, emulated_kernels, fill
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 

@@ -13,7 +13,8 @@ from kernels.cuda.attention import CudaKernels
 from kernels.cuda.select import cuda_backend
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from kernels.reference import ReferenceKernels
-from tests.kernels.cuda.steps import Case, Step, cases, relative_error
+from tests.kernels.cases import relative_error
+from tests.kernels.cuda.steps import Case, Step, cases
 from tests.kernels.cuda.test_attention import TOLERANCES
 
 pytestmark = [

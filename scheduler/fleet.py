@@ -230,12 +230,15 @@ class Fleet:
 
     async def _watch(self) -> None:
         while True:
+            due = monotonic() + WATCH_INTERVAL_S
             await asyncio.sleep(WATCH_INTERVAL_S)
+            late_s = monotonic() - due
             if self._pipe.oldest_wait_s > self._config.worker_wait_s:
                 self._live_requests.interrupt_streams()  # Redis is away for too long for a client to be left waiting
             for slot in list(self.slots.values()):
                 engine = slot.engine
                 if engine is not None and not engine.is_lost:
+                    engine.clock.excuse(late_s)
                     self._judge(engine)
                 elif engine is None and not slot.lock.locked():
                     await self._resolve_lost(slot)

@@ -54,6 +54,11 @@ class StepClock:
         """The worker lives."""
         self.last_heard = monotonic()
 
+    def excuse(self, stalled_s: float) -> None:
+        """The scheduler itself did not run for so long: what the worker sent meanwhile has not been read yet."""
+        self.last_heard += stalled_s
+        self._head_since += stalled_s
+
     @property
     def num_plans_ahead(self) -> int:
         """Plans to be there beside the one that runs: one, or two where one has often come too late."""

@@ -84,29 +84,25 @@ class CpuStep:
         self._metadata = metadata
         self._works: dict[int, _PreparedWork] = {}
         self._c_shapes: dict[torch.dtype, Shape] = {}
+        # Filled anew for each layer, in part: a small step is done sooner than a call is built.
+        self._rotate_call = RotateCall(
+            slot_mapping=metadata.slot_mapping.data_ptr(), num_threads=torch.get_num_threads()
+        )
 
     def rotate_and_write(
         self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
     ) -> torch.Tensor:
         """See `kernels.AttentionStep.rotate_and_write`. The queries are a part of `heads`."""
         heads = _rows(heads, layer.keys.dtype)
-        self._native.rotate_and_write(
-            self._c_shape(layer.keys.dtype),
-            RotateCall(
-                heads.data_ptr(),
-                angles.cos.data_ptr(),
-                angles.sin.data_ptr(),
-                norms.query.data_ptr() if norms else None,
-                norms.key.data_ptr() if norms else None,
-                layer.keys.data_ptr(),
-                layer.values.data_ptr(),
-                self._metadata.slot_mapping.data_ptr(),
-                heads.stride(0),
-                heads.shape[0],
-                norms.epsilon if norms else 0.0,
-                torch.get_num_threads(),
-            ),
-        )
+        call = self._rotate_call
+        call.heads, call.heads_stride, call.num_tokens = heads.data_ptr(), heads.stride(0), heads.shape[0]
+        call.cos, call.sin = angles.cos.data_ptr(), angles.sin.data_ptr()
+        call.keys, call.values = layer.keys.data_ptr(), layer.values.data_ptr()
+        call.query_norm = call.key_norm = None
+        if norms is not None:
+            call.query_norm, call.key_norm = norms.query.data_ptr(), norms.key.data_ptr()
+            call.norm_epsilon = norms.epsilon
+        self._native.rotate_and_write(self._c_shape(layer.keys.dtype), call)
         return heads[:, : self._shape.num_heads]
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
@@ -116,19 +112,10 @@ class CpuStep:
         prepared = self._works[sliding_window]
         rows = _rows(query, layer.keys.dtype)
         output = torch.empty(query.shape, dtype=query.dtype)
-        self._native.attend(
-            self._c_shape(layer.keys.dtype),
-            prepared.work,
-            Call(
-                rows.data_ptr(),
-                layer.keys.data_ptr(),
-                layer.values.data_ptr(),
-                output.data_ptr(),
-                prepared.partial_sums.data_ptr(),
-                prepared.partial_norms.data_ptr(),
-                rows.stride(0),
-            ),
-        )
+        call = prepared.call
+        call.query, call.query_stride, call.output = rows.data_ptr(), rows.stride(0), output.data_ptr()
+        call.keys, call.values = layer.keys.data_ptr(), layer.values.data_ptr()
+        self._native.attend(self._c_shape(layer.keys.dtype), prepared.work, call)
         return output
 
     def _c_shape(self, dtype: torch.dtype) -> Shape:
@@ -146,11 +133,10 @@ class _PreparedWork:
         items = make_work_list(
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )
-        self._kept = (items, metadata, order := _longest_first(items))
-        self.partial_sums = torch.empty(
-            items.num_partial_rows * shape.num_heads * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP
-        )
-        self.partial_norms = torch.empty(items.num_partial_rows * shape.num_heads * 2)
+        rows = items.num_partial_rows * shape.num_heads
+        sums, norms = torch.empty(rows * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP), torch.empty(rows * 2)
+        self._kept = (items, metadata, order := _longest_first(items), sums, norms)
+        self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())
         arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
         self.work = Work(
             len(items.seqs),

@@ -90,10 +90,13 @@ class Product {
     if constexpr (kRows > 1) {
       if (num_rows < kRows) return multiply_rows<kRows - 1>(num_rows, rows, row, panel, num_panels);
     }
-    constexpr int kPanels = panels_at_once(kRows);
-    const int end = panel + num_panels;
+    multiply_panels<kRows, panels_at_once(kRows)>(rows, row, panel, panel + num_panels);
+  }
+
+  template <int kRows, int kPanels>
+  void multiply_panels(const float* rows, int64_t row, int panel, int end) const {
     for (; panel + kPanels <= end; panel += kPanels) multiply_tile<kRows, kPanels>(rows, row, panel);
-    for (; panel < end; ++panel) multiply_tile<kRows, 1>(rows, row, panel);
+    if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, panel, end);
   }
 
   template <int kRows, int kPanels>

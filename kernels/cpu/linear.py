@@ -1,7 +1,5 @@
 """Matrix products over packed weights: see `kernels.Linear`."""
 
-from enum import IntEnum
-
 import torch
 
 from kernels import Norm
@@ -9,20 +7,9 @@ from kernels.cpu.binding import ELEMENT_TYPES, LinearCall, LinearWeight, NativeL
 from kernels.cpu.memory import empty_on_huge_pages
 
 
-class Input(IntEnum):
-    """See `linear.h`."""
-
-    PLAIN = 0
-    NORMED = 1
-    GATED = 2
-
-
-class Output(IntEnum):
-    """See `linear.h`."""
-
-    WRITE = 0
-    ADD = 1
-    WRITE_FLOAT = 2
+# Input and Output of `linear.h`.
+PLAIN, NORMED, GATED = range(3)
+WRITE, ADD, WRITE_FLOAT = range(3)
 
 
 class PackedLinear:
@@ -45,44 +32,38 @@ class PackedLinear:
             self._num_outputs,
             ELEMENT_TYPES[weight.dtype],
         )
+        self._call = LinearCall()  # one for all calls: filling it anew would take longer than a small product
 
     def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.of_normed`."""
         y = torch.empty((x.shape[0], self._num_outputs), dtype=self._dtype)
-        self._run(x, y, Input.NORMED, Output.WRITE, norm)
+        self._run(x, y, NORMED, WRITE, norm)
         return y
 
     def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.logits`."""
         y = torch.empty((x.shape[0], self._num_outputs), dtype=torch.float32)
-        self._run(x, y, Input.NORMED, Output.WRITE_FLOAT, norm)
+        self._run(x, y, NORMED, WRITE_FLOAT, norm)
         return y
 
     def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
         """See `kernels.Linear.add`."""
-        self._run(x, total, Input.PLAIN, Output.ADD)
+        self._run(x, total, PLAIN, ADD)
 
     def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
         """See `kernels.Linear.add_gated`."""
-        self._run(gate_up, total, Input.GATED, Output.ADD)
+        self._run(gate_up, total, GATED, ADD)
 
-    def _run(self, x: torch.Tensor, y: torch.Tensor, before: Input, after: Output, norm: Norm | None = None) -> None:
-        width = self._num_inputs * (2 if before is Input.GATED else 1)
+    def _run(self, x: torch.Tensor, y: torch.Tensor, before: int, after: int, norm: Norm | None = None) -> None:
+        call, (num_rows, width) = self._call, x.shape
+        assert width == self._num_inputs * (2 if before == GATED else 1)
         assert x.dtype == self._dtype
-        assert x.shape == (y.shape[0], width)
-        assert x.stride(1) == y.stride(1) == 1
-        self._native.linear(
-            self._weight,
-            LinearCall(
-                x.data_ptr(),
-                norm.weight.data_ptr() if norm else None,
-                y.data_ptr(),
-                x.stride(0),
-                y.stride(0),
-                x.shape[0],
-                norm.epsilon if norm else 0.0,
-                before,
-                after,
-                torch.get_num_threads(),
-            ),
-        )
+        assert x.is_contiguous()
+        assert y.is_contiguous()
+        call.input, call.output, call.num_rows = x.data_ptr(), y.data_ptr(), num_rows
+        call.input_stride, call.output_stride = width, self._num_outputs
+        call.input_kind, call.output_kind = before, after
+        if norm is not None:
+            call.norm_weight, call.norm_epsilon = norm.weight.data_ptr(), norm.epsilon
+        call.num_threads = torch.get_num_threads()
+        self._native.linear(self._weight, call)

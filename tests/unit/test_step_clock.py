@@ -90,6 +90,18 @@ def test_a_plan_that_waits_behind_another_has_its_time_from_its_turn(time: Time)
     assert clock.overdue_s() == 0
 
 
+def test_time_in_which_the_scheduler_itself_stood_still_does_not_count(time: Time) -> None:
+    clock = StepClock()
+    run(clock, time, 0.01)
+    clock.on_plan(8)
+    time.now += 30.0
+    clock.excuse(29.5)
+    assert time.now - clock.last_heard == pytest.approx(0.5)
+    assert clock.overdue_s() == 0
+    time.now += 2.5
+    assert clock.overdue_s() == pytest.approx(1.0)
+
+
 def test_idle_time_is_no_time_of_a_step(time: Time) -> None:
     clock = StepClock()
     run(clock, time, 0.01)

@@ -152,6 +152,12 @@ class Kernels(Protocol):
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """weight: [out, in], contiguous; bias: [out]. It may keep its own copy, in an order of its own."""
 
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """The lowest of the most likely token ids, and whether all logits are finite (1 or 0): [2, num_rows] int64.
+
+        logits: [num_rows, vocab_size] float32. The id of a row that is not finite is any.
+        """
+
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
         """Work lists for a step, made once for all layers."""
 

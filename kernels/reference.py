@@ -80,6 +80,10 @@ class ReferenceKernels:
         """See `kernels.Kernels.linear`."""
         return ReferenceLinear(weight, bias)
 
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `kernels.Kernels.greedy`."""
+        return greedy(logits)
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         for copy in copies:
@@ -205,6 +209,11 @@ class ReferenceLinear:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """See `kernels.Kernels.greedy`."""
+    return torch.stack((logits.argmax(dim=-1), logits.sum(dim=-1).isfinite().long()))
 
 
 def _rotate(heads: torch.Tensor, angles: Angles) -> torch.Tensor:

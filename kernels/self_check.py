@@ -121,7 +121,7 @@ class _Step:
         attended = step.attend(query, layer, sliding_window)
         source, last = int(self._metadata.block_tables[2, 0]), pool.shape[1] - 1
         kernels.copy_blocks(pool[None], [BlockCopy(source, last, self._shape.block_size)])
-        outputs = [attended, pool[:, last], *self._multiply(kernels)]
+        outputs = [attended, pool[:, last], *self._multiply(kernels), kernels.greedy(self._weight.float())]
         return torch.cat([output.float().flatten() for output in outputs])
 
     def _multiply(self, kernels: Kernels) -> list[torch.Tensor]:

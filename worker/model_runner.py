@@ -44,7 +44,7 @@ class ModelRunner:
             self._kernels.prepare(self._metadata(inputs)),
             self._pool.layers,
         )
-        return choose(logits, inputs.sampled)
+        return choose(logits, inputs.sampled, self._kernels)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(

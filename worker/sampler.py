@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kernels import Kernels
 from worker.rng import uniforms
 from worker.step import Sampled, SampledRows
 
@@ -22,23 +23,21 @@ FIRST_LOOK = 256
 CHUNK_SIZE = 256
 
 
-def choose(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
+def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.Tensor:
     """Token ids, and whether the logits were finite (1 or 0): [2, num_rows] int64, on the device of the logits.
 
     logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids.
     """
-    is_finite = logits.sum(dim=-1).isfinite()
+    choices = kernels.greedy(logits)
+    token_ids = choices[0]
     for row, forbidden in rows.forbidden:
         logits[row, [token_id for token_id in forbidden if token_id < logits.shape[1]]] = float("-inf")
+        token_ids[row] = logits[row].argmax()
     random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
-    if len(random) == len(rows.temperatures):
-        token_ids = _sample_random(logits, rows)
-    else:
-        token_ids = logits.argmax(dim=-1)
-        if len(random):
-            on_device = torch.from_numpy(random).to(logits.device)
-            token_ids[on_device] = _sample_random(logits[on_device], rows.take(random))
-    return torch.stack((token_ids, is_finite.long()))
+    if len(random):
+        on_device = torch.from_numpy(random).to(logits.device)
+        token_ids[on_device] = _sample_random(logits[on_device], rows.take(random))
+    return choices
 
 
 def to_sampled(choices: torch.Tensor) -> Sampled:

@@ -57,6 +57,14 @@ class CpuKernels:
         """See `kernels.Kernels.linear`."""
         return PackedLinear(self._native, weight, bias)
 
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `kernels.Kernels.greedy`."""
+        assert logits.is_contiguous()
+        assert logits.dtype == torch.float32
+        choices = torch.empty((2, logits.shape[0]), dtype=torch.int64)
+        self._native.greedy(logits.data_ptr(), choices.data_ptr(), *logits.shape, torch.get_num_threads())
+        return choices
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int64)

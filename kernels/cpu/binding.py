@@ -89,6 +89,9 @@ class NativeLibrary:
         self.linear = library.pagoda_linear
         self.linear.argtypes = (POINTER(LinearWeight), POINTER(LinearCall))
         self.linear.restype = None
+        self.greedy = library.pagoda_greedy
+        self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
+        self.greedy.restype = None
         self.pack = library.pagoda_pack
         self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
         self.pack.restype = None

@@ -6,7 +6,6 @@ from kernels import Norm
 from kernels.cpu.binding import ELEMENT_TYPES, LinearCall, LinearWeight, NativeLibrary
 from kernels.cpu.memory import empty_on_huge_pages
 
-
 # Input and Output of `linear.h`.
 PLAIN, NORMED, GATED = range(3)
 WRITE, ADD, WRITE_FLOAT = range(3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kernels.build import Library
 
-SOURCES = ("attention.cpp", "blocks.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
+SOURCES = ("attention.cpp", "blocks.cpp", "greedy.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "linear.h", "matmul.h", "prefill.h", "rows.h", "scratch.h", "simd.h"),
     "softmax.h",

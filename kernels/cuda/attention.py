@@ -16,7 +16,7 @@ from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNo
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
-from kernels.reference import ReferenceLinear
+from kernels.reference import ReferenceLinear, greedy
 from kernels.work_list import SplitRule, make_work_list
 
 # KV tokens of a partition, and partitions of a sequence at most (longer ones have longer partitions).
@@ -110,6 +110,10 @@ class CudaKernels:
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ReferenceLinear:
         """See `kernels.Kernels.linear`."""
         return ReferenceLinear(weight, bias)
+
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        """See `kernels.Kernels.greedy`."""
+        return greedy(logits)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`: one launch for each run of copies that do not depend on each other."""

@@ -106,6 +106,25 @@ def test_gates_far_from_zero(gate: float) -> None:
 
 
 @targets
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.data())
+def test_greedy_takes_the_lowest_of_the_highest(
+    target: Target, num_rows: int, vocab_size: int, data: st.DataObject
+) -> None:
+    """Few values, so that many are equal; some rows with one that is not finite."""
+    values = data.draw(st.lists(st.integers(-3, 3), min_size=num_rows * vocab_size, max_size=num_rows * vocab_size))
+    logits = torch.tensor(values, dtype=torch.float32).view(num_rows, vocab_size)
+    broken = data.draw(st.dictionaries(st.integers(0, num_rows - 1), st.sampled_from([float("nan"), float("inf")])))
+    for row, value in broken.items():
+        logits[row, data.draw(st.integers(0, vocab_size - 1))] = value
+    token_ids, is_finite = CpuKernels(SHAPE, target).greedy(guarded(logits))
+    assert is_finite.tolist() == [row not in broken for row in range(num_rows)]
+    for row in set(range(num_rows)) - set(broken):
+        assert token_ids[row] == logits[row].tolist().index(logits[row].max())
+    assert ((token_ids >= 0) & (token_ids < vocab_size)).all()
+
+
+@targets
 @settings(max_examples=30, deadline=None)
 @given(
     st.builds(

@@ -42,6 +42,9 @@ class Broken:
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return self.kernels.linear(weight, None if self.mistake == "adds no bias" else bias)
 
+    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.kernels.greedy(-logits if self.mistake == "takes the least likely" else logits)
+
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         if self.mistake != "copies nothing":
             self.kernels.copy_blocks(pool, copies)
@@ -76,7 +79,7 @@ def serving(caplog: pytest.LogCaptureFixture) -> str:
     "mistake",
     [
         *("copies nothing", "turns the wrong way", "norms no head", "sees past its window", "leaves a NaN"),
-        *("loses a partition", "adds no bias"),
+        *("loses a partition", "adds no bias", "takes the least likely"),
     ],
 )
 def test_wrong_kernels_do_not_serve(

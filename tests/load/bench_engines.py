@@ -240,8 +240,8 @@ def show(runs: dict[str, dict[str, list[Run]]]) -> Iterator[str]:
         found = [median(name, label) for name in runs if name != "pagoda"]
         return f"{median('pagoda', label) / (min(found) if label == 'W4' else max(found)):.2f}x"
 
-    heads = {label: f"{label}: ms to the first, ms per token" if label == "W4" else f"{label}: tokens/s" for label in labels}
-    yield " | ".join(["", *heads.values()])
+    heads = [f"{label}: ms to the first, ms per token" if label == "W4" else f"{label}: tokens/s" for label in labels]
+    yield " | ".join(["", *heads])
     yield " | ".join(["---"] * (1 + len(labels)))
     for name in runs:
         yield " | ".join([name, *(cell(name, label) for label in labels)])

@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kernels import AttentionShape, select_kernels
 from worker.rng import draw, uniforms
 from worker.sampler import choose, to_sampled
 from worker.step import Sampled, SampledRows
 
+KERNELS = select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5))
 VOCAB_SIZE = 600  # more than the sampler looks at first
 
 
 def sample(logits: torch.Tensor, rows: SampledRows) -> Sampled:
-    return to_sampled(choose(logits, rows))
+    return to_sampled(choose(logits, rows, KERNELS))
 
 
 def rows(

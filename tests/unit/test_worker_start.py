@@ -271,6 +271,7 @@ def test_dtypes() -> None:
     assert select_dtype("float16", "bfloat16", CPU) == torch.float16
     assert select_dtype("auto", "float16", CPU) == torch.float32
     assert select_dtype("auto", "float32", CPU) == torch.float32
+    assert select_dtype("auto", "bfloat16", CPU) == torch.bfloat16
     assert select_dtype("auto", "bfloat16", torch.device("cuda:0")) == torch.bfloat16
 
 

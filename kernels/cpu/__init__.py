@@ -11,16 +11,17 @@ import torch
 
 from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
 from kernels.build import shared_library
+from kernels.clusters import make_clusters
 from kernels.cpu.binding import ELEMENT_TYPES, Call, NativeLibrary, RotateCall, Shape, Work
 from kernels.cpu.linear import PackedLinear
 from kernels.cpu.targets import Target, library, runnable_targets
-from kernels.work_list import SplitRule, WorkList, make_work_list
+from kernels.work_list import SplitRule, make_work_list
 
 MAX_HEAD_DIM = 256
 # Rows (query tokens times heads of a group) that unpacked keys and values serve: fewer unpack too often, more
 # outgrow the L2 cache.
 TILE_ROWS = 192
-PARTITION_LEN = 512
+PARTITION_LEN = 256
 MAX_PARTITIONS = 64
 # kPartialStep of attention.h
 PARTIAL_STEP = 32
@@ -143,16 +144,23 @@ class _PreparedWork:
         )
         rows = items.num_partial_rows * shape.num_heads
         sums, norms = torch.empty(rows * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP), torch.empty(rows * 2)
-        self._kept = (items, metadata, order := _longest_first(items), sums, norms)
+        clusters = make_clusters(
+            items,
+            (metadata.host_query_lens[items.seqs] == 1) & (sliding_window == 0),
+            metadata.block_tables.numpy(),
+            shape.block_size,
+        )
+        self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())
         arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
         self.work = Work(
-            len(items.seqs),
+            len(clusters.starts) - 1,
             len(items.merge_items),
             metadata.block_tables.stride(0),
             sliding_window,
             torch.get_num_threads(),
-            order.ctypes.data,
+            clusters.starts.ctypes.data,
+            clusters.order.ctypes.data,
             *(array.ctypes.data for array in arrays),
             items.merge_items.ctypes.data,
             items.merge_counts.ctypes.data,
@@ -160,11 +168,6 @@ class _PreparedWork:
             metadata.context_lens.data_ptr(),
             metadata.cu_seqlens_q.data_ptr(),
         )
-
-
-def _longest_first(items: WorkList) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """The order in which threads take items: small ones last, so that all end together."""
-    return np.argsort(-items.costs, kind="stable").astype(np.int32)
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

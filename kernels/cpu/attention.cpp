@@ -1,7 +1,7 @@
-// The attention of one layer: items shared out to threads, then the merges.
+// The attention of one layer: clusters of items shared out to threads, then the merges.
 //
-// Owns the loop over the work list. Items are taken in `order` by whichever thread is free: results do not depend on
-// who did what.
+// Owns the loop over the work list. Clusters are taken in their order by whichever thread is free: results do not
+// depend on who did what, nor on which items a cluster holds.
 #include "attention.h"
 
 #include "decode.h"
@@ -21,13 +21,13 @@ class Attention {
         partial_dim_((shape.head_dim + kPartialStep - 1) / kPartialStep * kPartialStep) {}
 
   void run() const {
-    const int num_units = work_.num_items * shape_.num_kv_heads;
+    const int num_units = work_.num_clusters * shape_.num_kv_heads;
     const int num_merge_units = work_.num_merges * shape_.num_heads;
 #pragma omp parallel num_threads(work_.num_threads)
     {
 #pragma omp for schedule(dynamic)
       for (int unit = 0; unit < num_units; ++unit) {
-        do_item(work_.order[unit / shape_.num_kv_heads], unit % shape_.num_kv_heads);
+        do_cluster(unit / shape_.num_kv_heads, unit % shape_.num_kv_heads);
       }
 #pragma omp for schedule(static)
       for (int unit = 0; unit < num_merge_units; ++unit) {
@@ -38,36 +38,48 @@ class Attention {
 
  private:
   // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
-  void do_item(int item, int kv_head) const {
-    const int seq = work_.seqs[item];
+  void do_cluster(int cluster, int kv_head) const {
+    const int32_t* items = work_.order + work_.cluster_starts[cluster];
+    const int num_items = work_.cluster_starts[cluster + 1] - work_.cluster_starts[cluster];
+    const int seq = work_.seqs[items[0]];
     if (work_.cu_seqlens_q[seq + 1] - work_.cu_seqlens_q[seq] > 1) {
-      prefill(item, kv_head);
+      for (int i = 0; i < num_items; ++i) prefill(items[i], kv_head);
     } else {
-      decode_in_tiles(item, kv_head);
+      decode_in_tiles(items, num_items, kv_head);
     }
   }
 
-  // The group's heads in tiles of 1, 2, 4 or 8 rows, as many as the registers hold at most.
-  void decode_in_tiles(int item, int kv_head) const {
-    for (int first = 0; first < group_size_; first += kMaxRows) {
-      const int num_rows = std::min(kMaxRows, group_size_ - first);
-      decode_tile<1>(item, kv_head, kv_head * group_size_ + first, num_rows);
+  // The items' heads in tiles of 1, 2, 4 or 8 rows, as many as the registers hold at most.
+  void decode_in_tiles(const int32_t* items, int num_items, int kv_head) const {
+    const int num_rows = num_items * group_size_;
+    for (int first = 0; first < num_rows; first += kMaxRows) {
+      decode_tile<1>(items, kv_head, first, std::min(kMaxRows, num_rows - first));
     }
   }
 
+  // Rows first_row on: those of a cluster are (item, head of the group).
   template <int kRows>
-  void decode_tile(int item, int kv_head, int head, int num_rows) const {
+  void decode_tile(const int32_t* items, int kv_head, int first_row, int num_rows) const {
     if constexpr (kRows < kMaxRows) {
-      if (num_rows > kRows) return decode_tile<2 * kRows>(item, kv_head, head, num_rows);
+      if (num_rows > kRows) return decode_tile<2 * kRows>(items, kv_head, first_row, num_rows);
     }
-    const int64_t row = work_.query_starts[item];
-    DecodeTile<Element, kRows> tile(query(row) + head * shape_.head_dim, num_rows, shape_.head_dim, shape_.scale);
-    tile.attend(partition(item, kv_head, position(item)));
-    if (work_.partials[item] < 0) {
-      tile.write(output(row) + head * shape_.head_dim);
-    } else {
-      const int64_t part = partial(item, 0, head);
-      tile.write_partial(call_.partial_sums + part * partial_dim_, partial_dim_, call_.partial_norms + part * 2);
+    int row_items[kRows], heads[kRows];
+    const Element* queries[kRows];
+    for (int row = 0; row < num_rows; ++row) {
+      row_items[row] = items[(first_row + row) / group_size_];
+      heads[row] = kv_head * group_size_ + (first_row + row) % group_size_;
+      queries[row] = query(work_.query_starts[row_items[row]]) + heads[row] * shape_.head_dim;
+    }
+    DecodeTile<Element, kRows> tile(queries, num_rows, shape_.head_dim, shape_.scale);
+    tile.attend(partition(items[0], kv_head, position(items[0])));
+    for (int row = 0; row < num_rows; ++row) {
+      const int item = row_items[row];
+      if (work_.partials[item] < 0) {
+        tile.write(row, output(work_.query_starts[item]) + heads[row] * shape_.head_dim);
+      } else {
+        const int64_t part = partial(item, 0, heads[row]);
+        tile.write_partial(row, call_.partial_sums + part * partial_dim_, call_.partial_norms + part * 2);
+      }
     }
   }
 

@@ -24,12 +24,13 @@ struct Shape {
 
 // One step's work list (see work_list.py) and the tables that it refers to.
 struct Work {
-  int32_t num_items;
+  int32_t num_clusters;
   int32_t num_merges;
   int32_t table_stride;    // entries between two block tables
   int32_t sliding_window;  // tokens; 0 is full attention
   int32_t num_threads;
-  const int32_t* order;  // [num_items], in which items are begun
+  const int32_t* cluster_starts;  // [num_clusters + 1], into order; items of a cluster read the same KV
+  const int32_t* order;           // [num_items]
   const int32_t* seqs;
   const int32_t* query_starts;
   const int32_t* num_queries;

@@ -26,9 +26,10 @@ class Work(ctypes.Structure):
     """See `attention.h`."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("num_items", "num_merges", "table_stride", "sliding_window", "num_threads")),
-        *((name, c_void_p) for name in ("order", "seqs", "query_starts", "num_queries", "kv_starts", "kv_ends")),
-        *((name, c_void_p) for name in ("partials", "merge_items", "merge_counts")),
+        *((name, c_int32) for name in ("num_clusters", "num_merges", "table_stride", "sliding_window", "num_threads")),
+        *((name, c_void_p) for name in ("cluster_starts", "order", "seqs", "query_starts")),
+        *((name, c_void_p) for name in ("num_queries", "kv_starts", "kv_ends", "partials")),
+        *((name, c_void_p) for name in ("merge_items", "merge_counts")),
         *((name, c_void_p) for name in ("block_tables", "context_lens", "cu_seqlens_q")),
     )
 

@@ -1,4 +1,5 @@
-// Attention of one token over one partition of its KV, for the query heads that share a KV head.
+// Attention of one token over one partition of its KV, for the query heads that share a KV head, and for as many
+// sequences as share the partition.
 //
 // Memory-bound: each element of keys and values is read once, while the blocks that come next are prefetched. Keys are
 // scored for a chunk of tokens, the chunk's weights follow, then its values are added. All sums are float32.
@@ -20,13 +21,13 @@ constexpr int kMaxRows = kLanes / 2;  // their accumulators fill the registers
 template <class Element, int kRows>
 class DecodeTile {
  public:
-  // query: [num_rows, head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
-  DecodeTile(const Element* query, int num_rows, int head_dim, float scale)
-      : num_rows_(num_rows), head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
+  // queries: [num_rows], each [head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
+  DecodeTile(const Element* const* queries, int num_rows, int head_dim, float scale)
+      : head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
     for (int row = 0; row < kRows; ++row) {
       for (int d = 0; d < padded_dim_; d += kPair) {
-        const int count = row < num_rows ? std::min(kPair, head_dim - d) : 0;
-        const FloatPair x = load_pair_first(query + row * head_dim + d, count);
+        FloatPair x = {};
+        if (row < num_rows) x = load_pair_first(queries[row] + d, std::min(kPair, head_dim - d));
         store_pair(query_[row] + d, {x.first * (scale * kLog2E), x.second * (scale * kLog2E)});
         store_pair(sums_[row] + d, FloatPair{});
       }
@@ -42,25 +43,20 @@ class DecodeTile {
     }
   }
 
-  // The attention output of the partition alone.
-  void write(Element* output) const {
-    for (int row = 0; row < num_rows_; ++row) {
-      const float inverse = 1.0f / states_[row].norm;
-      for (int d = 0; d < head_dim_; d += kPair) {
-        const FloatPair x = load_pair(sums_[row] + d);
-        store_pair_first(output + row * head_dim_ + d, {x.first * inverse, x.second * inverse},
-                         std::min(kPair, head_dim_ - d));
-      }
+  // The attention output of a row over the partition alone.
+  void write(int row, Element* output) const {
+    const float inverse = 1.0f / states_[row].norm;
+    for (int d = 0; d < head_dim_; d += kPair) {
+      const FloatPair x = load_pair(sums_[row] + d);
+      store_pair_first(output + d, {x.first * inverse, x.second * inverse}, std::min(kPair, head_dim_ - d));
     }
   }
 
-  // What a merge needs of it. sums: [num_rows, stride], in the order of pairs; norms: [num_rows, 2].
-  void write_partial(float* sums, int stride, float* norms) const {
-    for (int row = 0; row < num_rows_; ++row) {
-      std::memcpy(sums + row * stride, sums_[row], padded_dim_ * sizeof(float));
-      norms[2 * row] = states_[row].maximum;
-      norms[2 * row + 1] = states_[row].norm;
-    }
+  // What a merge needs of a row. sums: head_dim rounded up to pairs, in their order; norm: [2].
+  void write_partial(int row, float* sums, float* norm) const {
+    std::memcpy(sums, sums_[row], padded_dim_ * sizeof(float));
+    norm[0] = states_[row].maximum;
+    norm[1] = states_[row].norm;
   }
 
  private:
@@ -192,7 +188,7 @@ class DecodeTile {
     for (int i = 0; i < count; i += kLine) prefetch(first + i);
   }
 
-  int num_rows_, head_dim_, padded_dim_;
+  int head_dim_, padded_dim_;
   alignas(kAlignment) float query_[kRows][kMaxHeadDim];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
   alignas(kAlignment) float scores_[kRows][kChunk];

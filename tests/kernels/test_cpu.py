@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import AttentionShape, BlockCopy, LayerKV, select_kernels
 from kernels.build import find_compiler
-from kernels.cpu import CpuKernels
+from kernels.cpu import PARTITION_LEN, CpuKernels
 from kernels.cpu.targets import BASELINE, Target, runnable_targets
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
@@ -101,6 +101,36 @@ def test_threads_change_nothing(case: Case, dtype: torch.dtype, num_threads: int
         assert torch.equal(Step(case, dtype).run(CpuKernels(case.shape)), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@targets
+@settings(max_examples=8, deadline=None)
+@given(
+    case=cases,
+    dtype=st.sampled_from(list(TOLERANCES)),
+    prefix_len=st.sampled_from([PARTITION_LEN, 2 * PARTITION_LEN, 2 * PARTITION_LEN + 64]),
+    rests=st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 1, 9])), min_size=2, max_size=40),
+)
+def test_a_shared_prefix_changes_nothing(
+    target: Target, case: Case, dtype: torch.dtype, prefix_len: int, rests: list[tuple[int, int]]
+) -> None:
+    """Bit for bit: sequences whose tables begin with the same blocks, together and each alone."""
+    case = dataclasses.replace(case, lens=[(prefix_len + before, new) for before, new in rests])
+    step = Step(case, dtype)
+    num_shared = prefix_len // case.block_size
+    for seq in range(1, len(rests)):
+        step.tables[seq][:num_shared] = step.tables[0][:num_shared]
+        step.keys[seq][:prefix_len], step.values[seq][:prefix_len] = (
+            step.keys[0][:prefix_len],
+            step.values[0][:prefix_len],
+        )
+    together = step.run(CpuKernels(case.shape, target))
+    assert relative_error(together, step.dense()) < TOLERANCES[dtype]
+    rows = torch.split(together, [new for _, new in case.lens])
+    for seq in (0, len(rests) - 1):
+        alone = Step(dataclasses.replace(case, lens=[case.lens[seq]]), dtype)
+        place(step, seq, alone, 0)
+        assert torch.equal(alone.run(CpuKernels(case.shape, target)), rows[seq])
 
 
 @settings(max_examples=15, deadline=None)

@@ -1,0 +1,86 @@
+"""Which items of a work list read the same KV blocks (a shared prefix): done together, those blocks are read once.
+
+Owns the comparison of block tables. An item is computed in the same way, bit by bit, in a cluster or alone.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.work_list import WorkList
+
+# Items of a cluster at most: enough to make reading cheap, few enough to share a long prefix out to many threads.
+MAX_ITEMS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """In the order in which they are begun: costly ones first, so that all threads end together.
+
+    order: [num_items] int32, all items, those of a cluster one after the other.
+    starts: [num_clusters + 1] int32, into `order`.
+    """
+
+    order: NDArray[np.int32]
+    starts: NDArray[np.int32]
+
+
+def make_clusters(
+    items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32], block_size: int
+) -> Clusters:
+    """Clusters of items with the same blocks and the same KV tokens.
+
+    is_sharing: [num_items], whether an item may be in a cluster with others. block_tables: [num_seqs, max_blocks].
+    """
+    costs = items.costs
+    sharing = np.flatnonzero(is_sharing)
+    first_blocks = block_tables[items.seqs[sharing], items.kv_starts[sharing] // block_size]
+    if len(np.unique(first_blocks)) == len(sharing):  # mostly
+        return Clusters(_int32(np.argsort(-costs, kind="stable")), np.arange(len(costs) + 1, dtype=np.int32))
+
+    alike = np.arange(len(costs))  # of each item, the first that reads the same
+    alike[sharing] = sharing[_first_alike(items, sharing, block_tables, block_size)]
+    order = np.argsort(alike, kind="stable")
+    places = np.arange(len(order))
+    is_first = np.diff(alike[order], prepend=-1) != 0
+    rank = places - np.maximum.accumulate(np.where(is_first, places, 0))
+    starts = np.flatnonzero(rank % MAX_ITEMS == 0)  # large clusters are cut
+    sizes = np.diff(starts, append=len(order))
+    by_cost = np.argsort(-np.add.reduceat(costs[order], starts), kind="stable")
+    ends = np.cumsum(sizes[by_cost])
+    moved = np.repeat(starts[by_cost] - ends + sizes[by_cost], sizes[by_cost]) + places
+    return Clusters(_int32(order[moved]), _int32(np.concatenate([[0], ends])))
+
+
+def _first_alike(
+    items: WorkList, sharing: NDArray[np.int64], block_tables: NDArray[np.int32], block_size: int
+) -> NDArray[np.int64]:
+    """Of each item of `sharing`, the index there of the first that reads the same: by a hash, then block by block."""
+    seqs = items.seqs[sharing]
+    starts, ends = items.kv_starts[sharing] // block_size, -(-items.kv_ends[sharing] // block_size)
+    weights = _weights(block_tables.shape[1] + 2)
+    hashes = np.zeros((len(block_tables), block_tables.shape[1] + 1), np.int64)
+    np.cumsum(block_tables * weights[2:], axis=1, out=hashes[:, 1:])
+    lengths = items.kv_ends[sharing] * weights[0] + starts * weights[1]
+    _, first, alike = np.unique(
+        hashes[seqs, ends] - hashes[seqs, starts] + lengths, return_index=True, return_inverse=True
+    )
+    found = first[alike]
+    # A table's last entry fills up what is shorter than the longest.
+    columns = np.minimum(starts[:, None] + np.arange(int((ends - starts).max())), ends[:, None] - 1)
+    blocks = block_tables[seqs[:, None], columns]
+    is_same = (blocks == blocks[found]).all(axis=1) & (starts == starts[found]) & (ends == ends[found])
+    is_same &= items.kv_ends[sharing] == items.kv_ends[sharing[found]]
+    return np.where(is_same, found, np.arange(len(sharing)))
+
+
+@cache
+def _weights(count: int) -> NDArray[np.int64]:
+    """Odd random numbers; sums of products with them wrap around."""
+    return np.random.default_rng(0).integers(-(2**62), 2**62, count) * 2 + 1
+
+
+def _int32(values: NDArray[np.int64]) -> NDArray[np.int32]:
+    return values.astype(np.int32)

@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all proto lint types bench-step bench-worker bench-engines kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,12 @@ bench-kernels: setup ## CPU attention against a streaming read of memory and aga
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
+
+bench-worker: setup ## Where a CPU worker's step goes: products, attention, sampling, all else
+	@$(BIN)/python -m tests.load.bench_worker
+
+bench-engines: setup ## Whole generations; PEERS='--peer openvino=PYTHON --peer vllm=PYTHON' runs other engines beside
+	@$(BIN)/python -m tests.load.bench_engines $(PEERS)
 
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants

@@ -107,6 +107,43 @@ class HeadNorms:
     epsilon: float
 
 
+class Linear(Protocol):
+    """y = x W^T + b for rows x, with what comes before and after it in a layer; sums are float32.
+
+    Rows are [num_tokens, in] and [num_tokens, out], contiguous, of the weight's dtype.
+    """
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """y of the norm of x."""
+
+    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """y of the norm of x, in float32."""
+
+    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """Add y to `total`."""
+
+    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
+        """Add to `total` the y of SiLU(gate) * up. gate_up: [num_tokens, 2 * in], gates first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer: pre-norm, rotary grouped-query attention, gated MLP; its matrices as `Kernels.linear` made them.
+
+    qkv makes query heads, key heads, value heads; gate_up makes gates, then what they open. sliding_window as in
+    `AttentionStep.attend`.
+    """
+
+    input_norm: Norm
+    qkv: Linear
+    head_norms: HeadNorms | None
+    o: Linear
+    post_norm: Norm
+    gate_up: Linear
+    down: Linear
+    sliding_window: int
+
+
 class AttentionStep(Protocol):
     """The work lists of one step, used by all its layers."""
 
@@ -126,24 +163,8 @@ class AttentionStep(Protocol):
         values must have been written.
         """
 
-
-class Linear(Protocol):
-    """y = x W^T + b for rows x, with what comes before and after it in a layer; sums are float32.
-
-    Rows are [num_tokens, in] and [num_tokens, out], contiguous, of the weight's dtype.
-    """
-
-    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """y of the norm of x."""
-
-    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """y of the norm of x, in float32."""
-
-    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
-        """Add y to `total`."""
-
-    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
-        """Add to `total` the y of SiLU(gate) * up. gate_up: [num_tokens, 2 * in], gates first."""
+    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+        """Add to `hidden`, [num_tokens, hidden_size], what each layer makes of it; keys and values go into `kv`."""
 
 
 class Kernels(Protocol):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV, Norm
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV, Norm
+from kernels.layers import run_layers
 
 # Queries of one row that are computed at once: bounds the scores of a long prompt.
 MAX_QUERIES = 256
@@ -145,6 +146,10 @@ class ReferenceStep:
         layer.keys.view(-1, head_dim).index_copy_(0, self._kv_rows, key.reshape(-1, head_dim))
         layer.values.view(-1, head_dim).index_copy_(0, self._kv_rows, value.reshape(-1, head_dim))
         return query
+
+    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+        """See `kernels.AttentionStep.run_layers`."""
+        run_layers(self, layers, kv, hidden, angles)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

@@ -4,16 +4,18 @@ Owns what the C++ is called with. Its threads are torch's own (one OpenMP pool s
 `torch.get_num_threads()` says.
 """
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV
 from kernels.build import shared_library
 from kernels.clusters import make_clusters
-from kernels.cpu.binding import ELEMENT_TYPES, Call, NativeLibrary, RotateCall, Shape, Work
+from kernels.cpu.binding import ELEMENT_TYPES, Call, LayersCall, NativeLibrary, RotateCall, Shape, WindowWork, Work
 from kernels.cpu.linear import PackedLinear
+from kernels.cpu.stack import LayerStack
 from kernels.cpu.targets import Target, library, runnable_targets
 from kernels.work_list import SplitRule, make_work_list
 
@@ -39,10 +41,11 @@ class CpuKernels:
             raise UnsupportedShapeError(f"head_dim {shape.head_dim} is above {MAX_HEAD_DIM}")
         if shape.block_size not in (16, 32, 64, 128):
             raise UnsupportedShapeError(f"block_size {shape.block_size} is none of 16, 32, 64, 128")
-        self._native = NativeLibrary(shared_library(library(target or runnable_targets()[0])))
-        self._shape = shape
+        self.native = NativeLibrary(shared_library(library(target or runnable_targets()[0])))
+        self.shape = shape
+        self._stack: LayerStack | None = None
         group_size = shape.num_heads // shape.num_kv_heads
-        self._rule = SplitRule(
+        self.rule = SplitRule(
             query_tile=max(1, TILE_ROWS // group_size),
             partition_len=PARTITION_LEN,
             max_partitions=MAX_PARTITIONS,
@@ -52,25 +55,31 @@ class CpuKernels:
 
     def prepare(self, metadata: AttentionMetadata) -> "CpuStep":
         """Work lists for a step."""
-        return CpuStep(self._native, self._shape, self._rule, metadata)
+        return CpuStep(self, metadata)
+
+    def stack(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> LayerStack:
+        """The layers as the C++ wants them, made when they are first met."""
+        if self._stack is None or not self._stack.is_of(layers, kv):
+            self._stack = LayerStack(layers, kv)
+        return self._stack
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See `kernels.Kernels.linear`."""
-        return PackedLinear(self._native, weight, bias)
+        return PackedLinear(self.native, weight, bias)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""
         assert logits.is_contiguous()
         assert logits.dtype == torch.float32
         choices = torch.empty((2, logits.shape[0]), dtype=torch.int64)
-        self._native.greedy(logits.data_ptr(), choices.data_ptr(), *logits.shape, torch.get_num_threads())
+        self.native.greedy(logits.data_ptr(), choices.data_ptr(), *logits.shape, torch.get_num_threads())
         return choices
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int64)
-        self._native.copy_blocks(
-            _c_shape(self._shape, pool.dtype),
+        self.native.copy_blocks(
+            _c_shape(self.shape, pool.dtype),
             pool.data_ptr(),
             pool.shape[0] * pool.shape[1],
             pool.shape[2],
@@ -84,12 +93,10 @@ class CpuKernels:
 class CpuStep:
     """See `kernels.AttentionStep`."""
 
-    def __init__(
-        self, native: NativeLibrary, shape: AttentionShape, rule: SplitRule, metadata: AttentionMetadata
-    ) -> None:
-        self._native = native
-        self._shape = shape
-        self._rule = rule
+    def __init__(self, kernels: CpuKernels, metadata: AttentionMetadata) -> None:
+        self._kernels = kernels
+        self._native = kernels.native
+        self._shape = kernels.shape
         self._metadata = metadata
         self._works: dict[int, _PreparedWork] = {}
         self._c_shapes: dict[torch.dtype, Shape] = {}
@@ -116,9 +123,7 @@ class CpuStep:
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""
-        if sliding_window not in self._works:
-            self._works[sliding_window] = _PreparedWork(self._shape, self._rule, self._metadata, sliding_window)
-        prepared = self._works[sliding_window]
+        prepared = self._prepared(sliding_window)
         rows = _rows(query, layer.keys.dtype)
         output = torch.empty(query.shape, dtype=query.dtype)
         call = prepared.call
@@ -126,6 +131,36 @@ class CpuStep:
         call.keys, call.values = layer.keys.data_ptr(), layer.values.data_ptr()
         self._native.attend(self._c_shape(layer.keys.dtype), prepared.work, call)
         return output
+
+    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+        """See `kernels.AttentionStep.run_layers`. One native call."""
+        if not layers:
+            return
+        assert hidden.is_contiguous()
+        stack = self._kernels.stack(layers, kv)
+        works = [self._prepared(window) for window in stack.windows]
+        windows = [WindowWork(ctypes.pointer(w.work), w.call.partial_sums, w.call.partial_norms) for w in works]
+        scratch = stack.scratch(hidden)
+        call = LayersCall(
+            ctypes.pointer(self._c_shape(hidden.dtype)),
+            stack.c_layers,
+            (WindowWork * len(windows))(*windows),
+            hidden.data_ptr(),
+            *(tensor.data_ptr() for tensor in scratch),
+            angles.cos.data_ptr(),
+            angles.sin.data_ptr(),
+            self._metadata.slot_mapping.data_ptr(),
+            hidden.shape[0],
+            len(stack),
+            torch.get_num_threads(),
+        )
+        self._native.run_layers(call)
+
+    def _prepared(self, sliding_window: int) -> "_PreparedWork":
+        if sliding_window not in self._works:
+            rule = self._kernels.rule
+            self._works[sliding_window] = _PreparedWork(self._shape, rule, self._metadata, sliding_window)
+        return self._works[sliding_window]
 
     def _c_shape(self, dtype: torch.dtype) -> Shape:
         if dtype not in self._c_shapes:

@@ -76,6 +76,37 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class Layer(ctypes.Structure):
+    """See `layers.h`."""
+
+    _fields_ = (
+        *((name, LinearWeight) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "query_norm", "key_norm", "keys", "values")),
+        *((name, c_float) for name in ("norm_epsilon", "head_norm_epsilon")),
+        ("window", c_int32),
+    )
+
+
+class WindowWork(ctypes.Structure):
+    """See `layers.h`."""
+
+    _fields_ = (("work", POINTER(Work)), ("partial_sums", c_void_p), ("partial_norms", c_void_p))
+
+
+class LayersCall(ctypes.Structure):
+    """See `layers.h`."""
+
+    _fields_ = (
+        ("shape", POINTER(Shape)),
+        ("layers", POINTER(Layer)),
+        ("windows", POINTER(WindowWork)),
+        *((name, c_void_p) for name in ("hidden", "heads", "attended", "gate_up", "cos", "sin", "slot_mapping")),
+        ("num_tokens", c_int64),
+        ("num_layers", c_int32),
+        ("num_threads", c_int32),
+    )
+
+
 class NativeLibrary:
     """The functions of one loaded library. torch must have been imported before, so that its OpenMP is the only one."""
 
@@ -90,6 +121,9 @@ class NativeLibrary:
         self.linear = library.pagoda_linear
         self.linear.argtypes = (POINTER(LinearWeight), POINTER(LinearCall))
         self.linear.restype = None
+        self.run_layers = library.pagoda_run_layers
+        self.run_layers.argtypes = (POINTER(LayersCall),)
+        self.run_layers.restype = None
         self.greedy = library.pagoda_greedy
         self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
         self.greedy.restype = None

@@ -17,31 +17,31 @@ class PackedLinear:
     def __init__(self, native: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         assert weight.is_contiguous()
         self._native = native
-        self._num_outputs, self._num_inputs = weight.shape
+        self.num_outputs, self.num_inputs = weight.shape
         self._dtype = weight.dtype
-        panels = -(-self._num_outputs // native.panel_size)
-        self._packed = empty_on_huge_pages((panels * native.panel_size * self._num_inputs,), weight.dtype)
+        panels = -(-self.num_outputs // native.panel_size)
+        self._packed = empty_on_huge_pages((panels * native.panel_size * self.num_inputs,), weight.dtype)
         self._bias = bias
-        shape = (self._num_outputs, self._num_inputs)
+        shape = (self.num_outputs, self.num_inputs)
         native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, weight.element_size(), torch.get_num_threads())
-        self._weight = LinearWeight(
+        self.structure = LinearWeight(
             self._packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            self._num_inputs,
-            self._num_outputs,
+            self.num_inputs,
+            self.num_outputs,
             ELEMENT_TYPES[weight.dtype],
         )
         self._call = LinearCall()  # one for all calls: filling it anew would take longer than a small product
 
     def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.of_normed`."""
-        y = torch.empty((x.shape[0], self._num_outputs), dtype=self._dtype)
+        y = torch.empty((x.shape[0], self.num_outputs), dtype=self._dtype)
         self._run(x, y, NORMED, WRITE, norm)
         return y
 
     def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.logits`."""
-        y = torch.empty((x.shape[0], self._num_outputs), dtype=torch.float32)
+        y = torch.empty((x.shape[0], self.num_outputs), dtype=torch.float32)
         self._run(x, y, NORMED, WRITE_FLOAT, norm)
         return y
 
@@ -55,14 +55,14 @@ class PackedLinear:
 
     def _run(self, x: torch.Tensor, y: torch.Tensor, before: int, after: int, norm: Norm | None = None) -> None:
         call, (num_rows, width) = self._call, x.shape
-        assert width == self._num_inputs * (2 if before == GATED else 1)
+        assert width == self.num_inputs * (2 if before == GATED else 1)
         assert x.dtype == self._dtype
         assert x.is_contiguous()
         assert y.is_contiguous()
         call.input, call.output, call.num_rows = x.data_ptr(), y.data_ptr(), num_rows
-        call.input_stride, call.output_stride = width, self._num_outputs
+        call.input_stride, call.output_stride = width, self.num_outputs
         call.input_kind, call.output_kind = before, after
         if norm is not None:
             call.norm_weight, call.norm_epsilon = norm.weight.data_ptr(), norm.epsilon
         call.num_threads = torch.get_num_threads()
-        self._native.linear(self._weight, call)
+        self._native.linear(self.structure, call)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from kernels.build import Library
 
-SOURCES = ("attention.cpp", "blocks.cpp", "greedy.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
+SOURCES = ("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
 HEADERS = (
-    *("attention.h", "blocks.h", "decode.h", "linear.h", "matmul.h", "prefill.h", "rows.h", "scratch.h", "simd.h"),
-    "softmax.h",
+    *("attention.h", "blocks.h", "decode.h", "layers.h", "linear.h", "matmul.h", "prefill.h", "rows.h"),
+    *("scratch.h", "simd.h", "softmax.h"),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
 

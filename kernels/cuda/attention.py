@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
+from kernels.layers import run_layers
 from kernels.reference import ReferenceLinear, greedy
 from kernels.work_list import SplitRule, make_work_list
 
@@ -195,6 +196,10 @@ class CudaStep:
             )
         )
         return query
+
+    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+        """See `kernels.AttentionStep.run_layers`."""
+        run_layers(self, layers, kv, hidden, angles)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

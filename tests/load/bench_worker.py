@@ -1,7 +1,8 @@
 """`make bench-worker`: where a CPU worker's step goes: matrix products, attention, sampling, and all else.
 
-One worker in this process runs decode steps of the "tiny" checkpoint (33.6M parameters), plans built by hand. The
-native calls are timed one by one; "else" is what is left of the step: Python, torch, the plan and the result.
+One worker in this process runs decode steps of the "tiny" checkpoint (33.6M parameters), plans built by hand. "Else"
+is what is left of a step without its native calls: Python, torch, the plan and the result. A step runs its layers in
+one native call; how that is shared out is measured in steps that make a call per operation.
 """
 
 import argparse
@@ -16,12 +17,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kernels.cpu import CpuStep
 from kernels.cpu.binding import NativeLibrary
+from kernels.layers import run_layers
 from tests.load.bench_engines import VOCAB_SIZE, make_model
 from tests.unit.worker_harness import LocalWorker, Planner
 
 PROMPT_LEN = 128
-PARTS = {"linear": "products", "attend": "attention", "rotate_and_write": "rotary, KV write", "greedy": "sampling"}
+PARTS = {
+    "linear": "products",
+    "attend": "attention",
+    "rotate_and_write": "rotary, KV write",
+    "greedy": "sampling",
+    "run_layers": "layers",
+}
+SHOWN = ("products", "attention", "rotary, KV write", "sampling")
+
+
+@contextmanager
+def call_per_operation() -> Iterator[None]:
+    """Steps that begin within run their layers operation by operation."""
+    native = CpuStep.run_layers
+    CpuStep.run_layers = run_layers  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CpuStep.run_layers = native  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -76,15 +97,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     flags = parser.parse_args(arguments)
-    sys.stdout.write(" | ".join(["dtype", "sequences", "ms per step", *PARTS.values(), "else"]) + "\n")
+    sys.stdout.write(" | ".join(["dtype", "sequences", "ms per step", *SHOWN, "else"]) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         model = make_model("tiny", Path(folder) / "tiny")
         for dtype in ("bfloat16", "float32"):
             for num_seqs in (1, 8, 64):
-                found = measure(model, dtype, num_seqs, flags.steps)
-                step_s = found.pop("step")
-                shares = [f"{100 * found[part] / step_s:.1f} %" for part in PARTS.values()]
-                shares.append(f"{100 * (1 - sum(found.values()) / step_s):.1f} %")
+                whole = measure(model, dtype, num_seqs, flags.steps)
+                with call_per_operation():
+                    apart = measure(model, dtype, num_seqs, flags.steps)
+                step_s = whole.pop("step")
+                native_s = sum(whole.values())
+                scale = native_s / sum(apart[part] for part in SHOWN) / step_s
+                shares = [f"{100 * scale * apart[part]:.1f} %" for part in SHOWN]
+                shares.append(f"{100 * (1 - native_s / step_s):.1f} %")
                 sys.stdout.write(" | ".join([dtype, str(num_seqs), f"{1e3 * step_s:.1f}", *shares]) + "\n")
 
 

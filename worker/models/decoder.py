@@ -1,6 +1,6 @@
-"""The one decoder of all supported families: pre-norm, rotary, grouped-query attention, gated MLP.
+"""The one decoder of all supported families, from token ids to logits.
 
-Owns the order of operations. Weights come from `worker.weights`, attention from `kernels`.
+Weights come from `worker.weights`; `kernels` run the layers.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels import Angles, AttentionStep, HeadNorms, Kernels, LayerKV, Linear, Norm
+from kernels import AttentionStep, HeadNorms, Kernels, Layer, LayerKV, Norm
 from worker.models.rope import Rope
 from worker.models.spec import ModelSpec
 
@@ -63,7 +63,7 @@ class Decoder:
         """Takes the layers out of `weights` one by one: kernels may keep their own copy of each matrix."""
         self._spec = spec
         self._embedding = weights.embedding
-        self._layers = [_Layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
+        self._layers = [_layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
         self._norm = Norm(weights.norm, spec.rms_norm_eps)
         self._lm_head = kernels.linear(weights.lm_head, None)
         self._rope = Rope(spec.rope, spec.head_dim, weights.embedding.device)
@@ -77,31 +77,22 @@ class Decoder:
         """Write the tokens' keys and values into `kv` and return logits: [num_samples, vocab_size] float32."""
         hidden = F.embedding(batch.input_ids, self._embedding)
         angles = self._rope.angles(batch.positions, hidden.dtype)
-        for i, layer in enumerate(self._layers):
-            layer.forward(hidden, angles, attention, kv[i])
+        attention.run_layers(self._layers, kv, hidden, angles)
         return self._lm_head.logits(hidden[batch.sampled_rows], self._norm)
 
 
-class _Layer:
-    """One layer, its matrices as the kernels want them."""
-
-    def __init__(self, spec: ModelSpec, weights: LayerWeights, sliding_window: int, kernels: Kernels) -> None:
-        def linear(of: LinearWeights) -> Linear:
-            return kernels.linear(of.weight, of.bias)
-
-        eps = spec.rms_norm_eps
-        self._heads = (spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
-        self._sliding_window = sliding_window
-        self._input_norm, self._post_norm = Norm(weights.input_norm, eps), Norm(weights.post_norm, eps)
-        self._head_norms = None
-        if weights.q_norm is not None and weights.k_norm is not None:
-            self._head_norms = HeadNorms(weights.q_norm, weights.k_norm, eps)
-        self._qkv, self._o = linear(weights.qkv), linear(weights.o)
-        self._gate_up, self._down = linear(weights.gate_up), linear(weights.down)
-
-    def forward(self, hidden: torch.Tensor, angles: Angles, attention: AttentionStep, kv: LayerKV) -> None:
-        """Adds the layer's attention and MLP to `hidden`, [num_tokens, hidden_size]."""
-        heads = self._qkv.of_normed(hidden, self._input_norm).view(-1, *self._heads)
-        query = attention.rotate_and_write(heads, angles, self._head_norms, kv)
-        self._o.add(attention.attend(query, kv, self._sliding_window).flatten(1), hidden)
-        self._down.add_gated(self._gate_up.of_normed(hidden, self._post_norm), hidden)
+def _layer(spec: ModelSpec, weights: LayerWeights, sliding_window: int, kernels: Kernels) -> Layer:
+    eps = spec.rms_norm_eps
+    head_norms = None
+    if weights.q_norm is not None and weights.k_norm is not None:
+        head_norms = HeadNorms(weights.q_norm, weights.k_norm, eps)
+    return Layer(
+        input_norm=Norm(weights.input_norm, eps),
+        qkv=kernels.linear(weights.qkv.weight, weights.qkv.bias),
+        head_norms=head_norms,
+        o=kernels.linear(weights.o.weight, weights.o.bias),
+        post_norm=Norm(weights.post_norm, eps),
+        gate_up=kernels.linear(weights.gate_up.weight, weights.gate_up.bias),
+        down=kernels.linear(weights.down.weight, weights.down.bias),
+        sliding_window=sliding_window,
+    )

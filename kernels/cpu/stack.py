@@ -1,0 +1,55 @@
+"""A model's layers and their KV, laid out once for `layers.cpp`."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels import Layer, LayerKV
+from kernels.cpu import binding
+from kernels.cpu.linear import PackedLinear
+
+
+class LayerStack:
+    """Owns the C structures; keeps alive what they point to. Every matrix is a PackedLinear."""
+
+    def __init__(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> None:
+        self._layers = layers
+        self._kv = kv
+        self.windows = sorted({layer.sliding_window for layer in layers})
+        structures = [self._structure(layer, layer_kv) for layer, layer_kv in zip(layers, kv, strict=True)]
+        self.c_layers = (binding.Layer * len(layers))(*structures)
+        self._widths = tuple(_packed(x).num_outputs for x in (layers[0].qkv, layers[0].gate_up))
+        self._attended = _packed(layers[0].o).num_inputs
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def is_of(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> bool:
+        """Whether these very objects are laid out here."""
+        return self._layers is layers and self._kv is kv
+
+    def scratch(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Room for heads, attended and gate_up of LayersCall."""
+        heads, gate_up = (hidden.new_empty((hidden.shape[0], width)) for width in self._widths)
+        return heads, hidden.new_empty((hidden.shape[0], self._attended)), gate_up
+
+    def _structure(self, layer: Layer, kv: LayerKV) -> binding.Layer:
+        norms = layer.head_norms
+        assert layer.post_norm.epsilon == layer.input_norm.epsilon
+        return binding.Layer(
+            *(_packed(x).structure for x in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+            layer.input_norm.weight.data_ptr(),
+            layer.post_norm.weight.data_ptr(),
+            norms.query.data_ptr() if norms else None,
+            norms.key.data_ptr() if norms else None,
+            kv.keys.data_ptr(),
+            kv.values.data_ptr(),
+            layer.input_norm.epsilon,
+            norms.epsilon if norms else 0.0,
+            self.windows.index(layer.sliding_window),
+        )
+
+
+def _packed(linear: object) -> PackedLinear:
+    assert isinstance(linear, PackedLinear)
+    return linear

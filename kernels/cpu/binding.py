@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import AttentionShape
+
 ELEMENT_TYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -137,3 +139,12 @@ class NativeLibrary:
         self.stream_read = library.pagoda_stream_read
         self.stream_read.argtypes = (c_void_p, c_int64, c_int32)
         self.stream_read.restype = c_float
+
+
+def c_shape(shape: AttentionShape, dtype: torch.dtype) -> Shape:
+    """Raises TypeError for a dtype that the kernels don't know."""
+    if dtype not in ELEMENT_TYPES:
+        raise TypeError(f"a KV pool of {dtype}: the CPU kernels know {', '.join(map(str, ELEMENT_TYPES))}")
+    return Shape(
+        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, ELEMENT_TYPES[dtype], shape.scale
+    )

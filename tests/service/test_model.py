@@ -22,6 +22,7 @@ from tests.stack import Stack, collect, greedy, started
 
 BROKEN_ID, OTHER_EOS_ID = 299, 250
 PROMPT = [5, 77, 130, 9]
+HELD_S = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +139,16 @@ async def test_no_nan_of_unwritten_memory_reaches_a_logit(
         num_tokens = rng.choice((1, 10, 40))
         reading = asyncio.create_task(collect(client, greedy(prompt, num_tokens)))
         if number % 4 == 0:
-            await asyncio.sleep(0.2 * rng.random())
+            await asyncio.sleep(HELD_S + 0.2 * rng.random())
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
         else:
             reference.check(prompt, (await reading)[0], num_tokens)
 
-    await asyncio.gather(*(one(number) for number in range(80)))
+    with stack.stopped("worker-0"):  # until all are there: a fast one would never run short of blocks
+        all_of_them = asyncio.gather(*(one(number) for number in range(80)))
+        await asyncio.sleep(HELD_S)
+    await all_of_them
     after = (await stack.idle()).workers[0]
     assert after.num_preemptions > before.num_preemptions
     assert after.num_prefix_hit_tokens > before.num_prefix_hit_tokens

@@ -14,9 +14,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 log = logging.getLogger("pagoda.kernels")
 
@@ -120,9 +122,25 @@ def _compile(library: Library, compiler: str, path: Path) -> None:
     # A warning, since whoever waits for the start should see why.
     log.warning("compiling %s with %s, once; kept in %s", library.name, compiler, path.parent)
     start = time.monotonic()
-    _run([compiler, *library.flags, "-o", str(partial), *map(str, library.sources)])
+    if len(library.sources) == 1:
+        _run([compiler, *library.flags, "-o", str(partial), str(library.sources[0])])
+    else:
+        _compile_side_by_side(library, compiler, partial)
     partial.replace(path)
     log.info("compiled %s in %.1f s", library.name, time.monotonic() - start)
+
+
+def _compile_side_by_side(library: Library, compiler: str, to: Path) -> None:
+    """Each source by itself, as many at once as there are cores."""
+    flags = [flag for flag in library.flags if flag != "-shared"]
+    with TemporaryDirectory() as objects, ThreadPoolExecutor(os.cpu_count()) as threads:
+        paths = [str(Path(objects) / f"{source.name}.o") for source in library.sources]
+        commands = [
+            [compiler, *flags, "-c", "-o", path, str(source)]
+            for path, source in zip(paths, library.sources, strict=True)
+        ]
+        list(threads.map(_run, commands))
+        _run([compiler, *library.flags, "-o", str(to), *paths])
 
 
 def _run(command: Sequence[str]) -> str:

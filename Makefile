@@ -48,7 +48,7 @@ types: setup ## mypy, strict
 kernels: setup ## Compile the CPU kernels ahead, for every instruction set
 	@$(BIN)/python -m kernels.cpu
 
-bench-kernels: setup ## CPU attention against a streaming read of memory and against torch
+bench-kernels: setup ## CPU kernels against a streaming read of memory and against torch
 	@$(BIN)/python -m kernels.bench
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps

@@ -1,7 +1,8 @@
-"""`make bench-kernels`: CPU attention against a streaming read of memory and against torch, in one process.
+"""`make bench-kernels`: CPU kernels against a streaming read of memory and against torch, in one process.
 
 Every round measures all candidates of a case one after the other; what is printed and kept are medians over rounds, so
-that a busy moment of the machine hits all alike. Decode is judged by the bytes of KV per second, prefill by time.
+that a busy moment of the machine hits all alike. Decode is judged by the bytes of KV per second, prefill by time,
+matrix products by operations per second, and with one row by the bytes of weights per second.
 """
 
 import argparse
@@ -29,6 +30,8 @@ from kernels.cpu.targets import library, runnable_targets
 
 BLOCK_SIZE = 16
 PAGE_BYTES = 4096
+# Of all matrices of a product's case: far above the caches.
+MATRICES_BYTES = 100 * 10**6
 Candidates = dict[str, Callable[[], object]]
 
 
@@ -195,6 +198,52 @@ def bench_indirection(case: Case, rounds: int) -> dict[str, object]:
     return {**row(case), "GB/s": speeds, "metadata_bytes_per_kv_byte": share}
 
 
+def bench_shared_prefix(case: Case, prefix_len: int, rounds: int) -> dict[str, object]:
+    """Decodes whose tables begin with the same blocks, beside the same decodes with blocks of their own."""
+    own, shared = Pool(case), Pool(case)
+    shared.tables[:, : prefix_len // BLOCK_SIZE] = shared.tables[0, : prefix_len // BLOCK_SIZE]
+    found = medians({"own": own.attend(), "shared": shared.attend()}, rounds)
+    ratio = found["own"] / found["shared"]
+    report(f"{case.name:46} own {found['own'] * 1e3:6.2f} ms, shared {found['shared'] * 1e3:6.2f} ms: {ratio:.1f} x")
+    return {**row(case), "prefix_len": prefix_len, "seconds": found, "times_own": ratio}
+
+
+def bench_product(dtype: torch.dtype, num_outputs: int, num_inputs: int, rounds: int) -> dict[str, object]:
+    """Products of 1, 64 and 512 rows with matrices that come from memory, not from the caches."""
+    weight_bytes = num_outputs * num_inputs * dtype.itemsize
+    weights = torch.randn(max(1, MATRICES_BYTES // weight_bytes), num_outputs, num_inputs).to(dtype)
+    kernels = CpuKernels(AttentionShape(1, 1, 64, BLOCK_SIZE, 1.0))
+    packed = [kernels.linear(weight, None) for weight in weights]
+    stream = empty_on_huge_pages((len(weights) * weight_bytes // PAGE_BYTES * PAGE_BYTES,), torch.uint8).fill_(1)
+    num_threads, figures = torch.get_num_threads(), {}
+    for num_rows in (1, 64, 512):
+        x, total = torch.randn(num_rows, num_inputs).to(dtype), torch.zeros(num_rows, num_outputs, dtype=dtype)
+
+        def with_pagoda(x: torch.Tensor = x, total: torch.Tensor = total) -> None:
+            for linear in packed:
+                linear.add(x, total)
+
+        def with_torch(x: torch.Tensor = x) -> None:
+            for weight in weights:
+                F.linear(x, weight)
+
+        found = medians(
+            {
+                "stream": lambda: kernels.native.stream_read(stream.data_ptr(), stream.numel(), num_threads),
+                "pagoda": with_pagoda,
+                "torch": with_torch,
+            },
+            rounds if num_rows == 1 else max(1, rounds // 3),
+        )
+        operations = 2e-9 * num_rows * weights.numel()
+        figures[num_rows] = {name: operations / found[name] for name in ("pagoda", "torch")}
+        figures[num_rows]["share_of_stream"] = found["stream"] / found["pagoda"]
+    listed = "; ".join(f"{n} rows {x['pagoda']:3.0f} GFLOP/s, torch {x['torch']:3.0f}" for n, x in figures.items())
+    name = f"{str(dtype).removeprefix('torch.'):8} {num_inputs} -> {num_outputs}"
+    report(f"{name:46} {listed}; 1 row reads at {figures[1]['share_of_stream']:.0%} of the stream")
+    return {"dtype": str(dtype), "num_inputs": num_inputs, "num_outputs": num_outputs, "GFLOP/s": figures}
+
+
 def bench_prefill(case: Case, rounds: int) -> dict[str, object]:
     """Time beside that of torch over contiguous KV."""
     pool = Pool(case)
@@ -266,6 +315,17 @@ def main() -> None:
         bench_prefill(Case(dtype, 1, 1024, 1024, num_heads, 8, 128), flags.rounds)
         for dtype in (torch.bfloat16, torch.float32)
         for num_heads in (8, 32)
+    ]
+    report("decode of 64 sequences that share a prefix of 1,024 tokens")
+    results["shared_prefix"] = [
+        bench_shared_prefix(Case(dtype, 64, 1088, 1, 8, 4, 64), 1024, flags.rounds)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    report("matrix products")
+    results["products"] = [
+        bench_product(dtype, num_outputs, num_inputs, flags.rounds)
+        for dtype in (torch.bfloat16, torch.float32)
+        for num_outputs, num_inputs in ((1024, 512), (3072, 512), (512, 1536), (4096, 4096))
     ]
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=1) + "\n")

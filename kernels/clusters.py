@@ -60,7 +60,8 @@ def _first_alike(
     """Of each item of `sharing`, the index there of the first that reads the same: by a hash, then block by block."""
     seqs = items.seqs[sharing]
     starts, ends = items.kv_starts[sharing] // block_size, -(-items.kv_ends[sharing] // block_size)
-    weights = _weights(block_tables.shape[1] + 2)
+    width = block_tables.shape[1]
+    weights = _weights((width + 1).bit_length())[: width + 2]
     hashes = np.zeros((len(block_tables), block_tables.shape[1] + 1), np.int64)
     np.cumsum(block_tables * weights[2:], axis=1, out=hashes[:, 1:])
     lengths = items.kv_ends[sharing] * weights[0] + starts * weights[1]
@@ -77,9 +78,10 @@ def _first_alike(
 
 
 @cache
-def _weights(count: int) -> NDArray[np.int64]:
-    """Odd random numbers; sums of products with them wrap around."""
-    return np.random.default_rng(0).integers(-(2**62), 2**62, count) * 2 + 1
+def _weights(bits: int) -> NDArray[np.int64]:
+    """2^bits odd random numbers; sums of products with them wrap around."""
+    numbers: NDArray[np.int64] = np.random.default_rng(0).integers(-(2**62), 2**62, 2**bits)
+    return numbers | 1
 
 
 def _int32(values: NDArray[np.int64]) -> NDArray[np.int32]:

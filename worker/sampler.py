@@ -35,8 +35,9 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.T
         token_ids[row] = logits[row].argmax()
     random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
     if len(random):
-        on_device = torch.from_numpy(random).to(logits.device)
-        token_ids[on_device] = _sample_random(logits[on_device], rows.take(random))
+        is_all = len(random) == len(token_ids)  # then no row is copied
+        some = slice(None) if is_all else torch.from_numpy(random).to(logits.device)
+        token_ids[some] = _sample_random(logits[some], rows.take(random))
     return choices
 
 

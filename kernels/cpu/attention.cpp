@@ -162,11 +162,7 @@ class Attention {
 
 extern "C" void pagoda_attend(const pagoda::Shape* shape, const pagoda::Work* work, const pagoda::Call* call) {
   using namespace pagoda;
-  switch (shape->element_type) {
-    case kFloat32: return Attention<float>(*shape, *work, *call).run();
-    case kBFloat16: return Attention<BFloat16>(*shape, *work, *call).run();
-    case kFloat16: return Attention<Float16>(*shape, *work, *call).run();
-  }
+  with_element(shape->element_type, [&](auto element) { Attention<decltype(element)>(*shape, *work, *call).run(); });
 }
 
 #pragma GCC visibility pop

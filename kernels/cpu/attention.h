@@ -10,15 +10,13 @@ namespace pagoda {
 constexpr int kMaxHeadDim = 256;
 constexpr int kPartialStep = 32;  // whole vectors, whatever the instruction set
 
-enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
 // What all layers of a model have in common.
 struct Shape {
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t block_size;  // tokens, a power of two
-  int32_t element_type;
+  int32_t element_type;  // ElementType
   float scale;  // of the scores
 };
 

@@ -6,7 +6,6 @@
 
 namespace pagoda {
 
-constexpr float kLog2E = 1.44269504f;
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Blocks of one sequence, seen from one KV head.

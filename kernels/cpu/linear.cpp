@@ -7,7 +7,6 @@
 
 #include <algorithm>
 
-#include "attention.h"
 #include "matmul.h"
 #include "rows.h"
 #include "scratch.h"
@@ -181,11 +180,7 @@ extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_output
 
 extern "C" void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call) {
   using namespace pagoda;
-  switch (linear->element_type) {
-    case kFloat32: return Product<float>(*linear, *call).run();
-    case kBFloat16: return Product<BFloat16>(*linear, *call).run();
-    case kFloat16: return Product<Float16>(*linear, *call).run();
-  }
+  with_element(linear->element_type, [&](auto element) { Product<decltype(element)>(*linear, *call).run(); });
 }
 
 #pragma GCC visibility pop

@@ -11,7 +11,7 @@ struct Linear {
   const void* bias;  // [num_outputs] of the weight's type, or null
   int32_t num_inputs;
   int32_t num_outputs;
-  int32_t element_type;
+  int32_t element_type;  // ElementType
 };
 
 // What x is made from.

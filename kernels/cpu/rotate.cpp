@@ -68,11 +68,7 @@ class Rotation {
 
 extern "C" void pagoda_rotate_and_write(const pagoda::Shape* shape, const pagoda::RotateCall* call) {
   using namespace pagoda;
-  switch (shape->element_type) {
-    case kFloat32: return Rotation<float>(*shape, *call).run();
-    case kBFloat16: return Rotation<BFloat16>(*shape, *call).run();
-    case kFloat16: return Rotation<Float16>(*shape, *call).run();
-  }
+  with_element(shape->element_type, [&](auto element) { Rotation<decltype(element)>(*shape, *call).run(); });
 }
 
 #pragma GCC visibility pop

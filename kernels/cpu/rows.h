@@ -46,7 +46,7 @@ inline void normalize(const Element* row, const Element* weight, float* to, int 
 }
 
 inline Floats silu(Floats x) {
-  const Floats power = exp2((x < 0.0f ? x : -x) * 1.44269504f);
+  const Floats power = exp2((x < 0.0f ? x : -x) * kLog2E);
   return x * (x < 0.0f ? power : broadcast(1.0f)) / (power + 1.0f);
 }
 

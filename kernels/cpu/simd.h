@@ -23,6 +23,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kAlignment = 64;  // bytes
+constexpr float kLog2E = 1.44269504f;
 
 template <class T>
 struct VectorOf {
@@ -38,6 +39,18 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Calls run with a value of the type that `type`, an ElementType, names.
+template <class Run>
+inline void with_element(int32_t type, Run run) {
+  switch (type) {
+    case kFloat32: return run(float{});
+    case kBFloat16: return run(BFloat16{});
+    case kFloat16: return run(Float16{});
+  }
+}
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 

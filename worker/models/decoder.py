@@ -61,7 +61,6 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, kernels: Kernels) -> None:
         """Takes the layers out of `weights` one by one: kernels may keep their own copy of each matrix."""
-        self._spec = spec
         self._embedding = weights.embedding
         self._layers = [_layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
         self._norm = Norm(weights.norm, spec.rms_norm_eps)

@@ -35,6 +35,7 @@ Model = Annotated[Path, typer.Option(help="Hugging Face checkpoint: config.json,
 Workers = Annotated[int, typer.Option(help="Worker processes; CPU workers share the cores and --kv-memory.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda (worker i on device i).")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+KvCacheDtype = Annotated[str | None, typer.Option(help="auto (as --dtype), fp8 or int8: half the memory per token.")]
 KvMemory = Annotated[str | None, typer.Option(help="KV memory, as in 512MiB: of all CPU workers, of each GPU.")]
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks of each worker, instead of --kv-memory.")]
 Port = Annotated[int, typer.Option(help="Port for clients, on 127.0.0.1.")]
@@ -52,6 +53,7 @@ def up(
     workers: Workers = 1,
     device: Device = "cpu",
     dtype: Dtype = None,
+    kv_cache_dtype: KvCacheDtype = None,
     kv_memory: KvMemory = None,
     num_blocks: NumBlocks = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block: 16 or 32.")] = None,
@@ -94,13 +96,14 @@ def run(
     workers: Workers = 1,
     device: Device = "cpu",
     dtype: Dtype = None,
+    kv_cache_dtype: KvCacheDtype = None,
     kv_memory: KvMemory = None,
     num_blocks: NumBlocks = None,
 ) -> None:
     """Start everything, stream one generation, end everything."""
     began_s = time.monotonic()
     _one_of({"--prompt": prompt, "--chat": chat})
-    stack = start(UpSettings(model, workers, device, dtype, kv_memory, num_blocks))
+    stack = start(UpSettings(model, workers, device, dtype, kv_cache_dtype, kv_memory, num_blocks))
     from deploy.generate import build_request, show_run
     from deploy.serve import serve_for
 

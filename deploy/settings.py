@@ -26,6 +26,7 @@ class UpSettings:
     workers: int = 1
     device: str = "cpu"
     dtype: str | None = None
+    kv_cache_dtype: str | None = None
     kv_memory: str | None = None
     num_blocks: int | None = None
     block_size: int | None = None
@@ -64,7 +65,7 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
     flags: dict[str, object] = {
         "model": settings.model,
         "block-size": settings.block_size,
-        "dtype": settings.dtype,
+        "dtype": None if settings.kv_cache_dtype else settings.dtype,  # what the workers agree on
         "max-model-len": settings.max_model_len,
         "record-ttl-s": settings.record_ttl_s,
         "max-waiting": settings.max_waiting,
@@ -87,6 +88,7 @@ def worker_commands(settings: UpSettings, socket_path: Path) -> list[Command]:
             "name": f"worker-{index}",
             "device": f"cuda:{index}" if settings.device == "cuda" else settings.device,
             "dtype": settings.dtype,
+            "kv-cache-dtype": settings.kv_cache_dtype,
             "block-size": settings.block_size,
             "num-blocks": settings.num_blocks,
             "kv-memory": kv_memory,

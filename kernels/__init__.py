@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.kv_format import KVFormat
+
 log = logging.getLogger("pagoda.kernels")
 
 
@@ -21,7 +23,8 @@ log = logging.getLogger("pagoda.kernels")
 class AttentionShape:
     """What every layer of a model has in common.
 
-    `scale` multiplies the scores; `block_size` is in tokens.
+    `scale` multiplies the scores; `block_size` is in tokens; `dtype` is that of weights and activations, `kv_dtype`
+    that of the pool's elements: the same, or an 8-bit one.
     """
 
     num_heads: int
@@ -29,14 +32,16 @@ class AttentionShape:
     head_dim: int
     block_size: int
     scale: float
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """One layer of the KV pool, head-major.
 
-    keys, values: [num_blocks, num_kv_heads, block_size, head_dim], contiguous, of the model's dtype. What a slot holds
-    before it is written is undefined, NaN included.
+    keys, values: [num_blocks, num_kv_heads, head_bytes] uint8, contiguous; what the bytes are is said by the kernels'
+    `kv_format`. What a slot holds before it is written is undefined, NaN included.
     """
 
     keys: torch.Tensor
@@ -170,6 +175,10 @@ class AttentionStep(Protocol):
 class Kernels(Protocol):
     """One implementation for one device, model shape and block size."""
 
+    @property
+    def kv_format(self) -> KVFormat:
+        """How the pool's bytes are to be read."""
+
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """weight: [out, in], contiguous; bias: [out]. It may keep its own copy, in an order of its own."""
 
@@ -183,7 +192,7 @@ class Kernels(Protocol):
         """Work lists for a step, made once for all layers."""
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
-        """Run `copies` in order. pool: [num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim]."""
+        """Run `copies` in order. pool: [num_layers, 2, num_blocks, num_kv_heads, head_bytes], keys before values."""
 
 
 def select_kernels(device: torch.device, shape: AttentionShape) -> Kernels:

@@ -7,6 +7,7 @@ matrix products by operations per second, and with one row by the bytes of weigh
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
@@ -22,11 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import AttentionMetadata, AttentionShape, LayerKV
-from kernels.build import shared_library
 from kernels.cpu import CpuKernels
-from kernels.cpu.binding import NativeLibrary
 from kernels.cpu.memory import empty_on_huge_pages
-from kernels.cpu.targets import library, runnable_targets
+from kernels.cpu.targets import runnable_targets
 
 BLOCK_SIZE = 16
 PAGE_BYTES = 4096
@@ -46,20 +45,20 @@ class Case:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    kv_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.kv_dtype or self.dtype).removeprefix("torch.")
         heads = f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}"
         return f"{dtype:8} {heads:20} {self.num_seqs} x {self.context_len}"
 
     @property
     def shape(self) -> AttentionShape:
-        return AttentionShape(self.num_heads, self.num_kv_heads, self.head_dim, BLOCK_SIZE, self.head_dim**-0.5)
-
-    @property
-    def kv_bytes(self) -> int:
-        return 2 * self.num_seqs * self.context_len * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return AttentionShape(
+            *(self.num_heads, self.num_kv_heads, self.head_dim, BLOCK_SIZE, self.head_dim**-0.5),
+            *(self.dtype, self.kv_dtype or self.dtype),
+        )
 
 
 class Pool:
@@ -67,16 +66,24 @@ class Pool:
 
     def __init__(self, case: Case, shuffled: bool = True) -> None:
         self.case = case
-        blocks_per_seq = -(-case.context_len // BLOCK_SIZE)
-        num_blocks = case.num_seqs * blocks_per_seq
-        shape = (2, num_blocks, case.num_kv_heads, BLOCK_SIZE, case.head_dim)
-        self.blocks = empty_on_huge_pages(shape, case.dtype)
-        for block in self.blocks.flatten(0, 1):
-            block.copy_(torch.randn(block.shape))
-        self.layer = LayerKV(self.blocks[0], self.blocks[1])
-        self.query = torch.randn(case.num_seqs * case.query_len, case.num_heads, case.head_dim).to(case.dtype)
+        self.kernels = CpuKernels(case.shape)
+        num_blocks = case.num_seqs * -(-case.context_len // BLOCK_SIZE)
         ids = torch.randperm(num_blocks) if shuffled else torch.arange(num_blocks)
         self.tables = ids.view(case.num_seqs, -1).to(torch.int32)
+        self.query = torch.randn(case.num_seqs * case.query_len, case.num_heads, case.head_dim).to(case.dtype)
+        kv_format = self.kernels.kv_format
+        self.blocks = empty_on_huge_pages((2, num_blocks, case.num_kv_heads, kv_format.head_bytes), torch.uint8)
+        self.layer = LayerKV(self.blocks[0], self.blocks[1])
+        for plane, write in ((self.layer.keys, kv_format.write_keys), (self.layer.values, kv_format.write_values)):
+            for block in plane:
+                write(block, (), torch.randn(case.num_kv_heads, BLOCK_SIZE, case.head_dim))
+
+    @functools.cached_property
+    def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the order that torch reads: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] of the dtype."""
+        kv_format, dtype = self.kernels.kv_format, self.case.dtype
+        keys, values = kv_format.keys(self.layer.keys), kv_format.values(self.layer.values)
+        return keys.reshape(*keys.shape[:3], -1).to(dtype), values.reshape(*values.shape[:3], -1).to(dtype)
 
     def metadata(self) -> AttentionMetadata:
         """The slot mapping is not used: nothing is written."""
@@ -93,7 +100,7 @@ class Pool:
         )
 
     def attend(self) -> Callable[[], torch.Tensor]:
-        step = CpuKernels(self.case.shape).prepare(self.metadata())
+        step = self.kernels.prepare(self.metadata())
         return lambda: step.attend(self.query, self.layer, 0)
 
     def gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +111,8 @@ class Pool:
             rows = blocks.index_select(0, self.tables.reshape(-1)).view(case.num_seqs, -1, *blocks.shape[1:])
             return rows.transpose(1, 2).reshape(case.num_seqs, case.num_kv_heads, -1, case.head_dim)
 
-        return gather(self.layer.keys), gather(self.layer.values)
+        keys, values = self.plain
+        return gather(keys), gather(values)
 
 
 def torch_decodes(pool: Pool) -> Candidates:
@@ -153,20 +161,20 @@ def medians(candidates: Candidates, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def bench_decode(case: Case, native: NativeLibrary, rounds: int) -> dict[str, object]:
+def bench_decode(case: Case, rounds: int) -> dict[str, object]:
     """GB/s of KV, beside GB/s of a streaming read of the same memory."""
     pool = Pool(case)
-    address, stream_bytes = pool.blocks.data_ptr(), case.kv_bytes // PAGE_BYTES * PAGE_BYTES
+    address, stream_bytes = pool.blocks.data_ptr(), pool.blocks.nbytes // PAGE_BYTES * PAGE_BYTES
     num_threads = torch.get_num_threads()
     found = medians(
         {
-            "stream": lambda: native.stream_read(address, stream_bytes, num_threads),
+            "stream": lambda: pool.kernels.native.stream_read(address, stream_bytes, num_threads),
             "pagoda": pool.attend(),
             **torch_decodes(pool),
         },
         rounds,
     )
-    speeds = {name: case.kv_bytes / seconds / 1e9 for name, seconds in found.items()}
+    speeds = {name: pool.blocks.nbytes / seconds / 1e9 for name, seconds in found.items()}
     best_torch = max(speed for name, speed in speeds.items() if name.startswith("torch"))
     share = speeds["pagoda"] / speeds["stream"]
     report(
@@ -174,6 +182,17 @@ def bench_decode(case: Case, native: NativeLibrary, rounds: int) -> dict[str, ob
         f"{speeds['pagoda'] / best_torch:4.1f} x torch ({best_torch:.1f})"
     )
     return {**row(case), "GB/s": speeds, "share_of_stream": share, "times_torch": speeds["pagoda"] / best_torch}
+
+
+def bench_8_bit(case: Case, rounds: int) -> dict[str, object]:
+    """Decode over the same tokens as they are, as fp8 and as int8."""
+    kv_dtypes = (case.dtype, torch.float8_e4m3fn, torch.int8)
+    pools = {str(kv_dtype): Pool(replace(case, kv_dtype=kv_dtype)) for kv_dtype in kv_dtypes}
+    found = medians({name: pool.attend() for name, pool in pools.items()}, rounds)
+    ratios = {name: found[name] / found[str(case.dtype)] for name in found}
+    listed = ", ".join(f"{name.removeprefix('torch.')} {ratio:.2f} x" for name, ratio in ratios.items())
+    report(f"{case.name:46} {listed} the time")
+    return {**row(case), "seconds": found, "times_own": ratios}
 
 
 def bench_indirection(case: Case, rounds: int) -> dict[str, object]:
@@ -189,10 +208,10 @@ def bench_indirection(case: Case, rounds: int) -> dict[str, object]:
     found = medians(
         {"shuffled": Pool(case).attend(), "ordered": ordered.attend(), "contiguous": contiguous.attend()}, rounds
     )
-    speeds = {name: case.kv_bytes / seconds / 1e9 for name, seconds in found.items()}
+    speeds = {name: ordered.blocks.nbytes / seconds / 1e9 for name, seconds in found.items()}
     metadata = ordered.metadata()
     tensors = (metadata.block_tables, metadata.context_lens, metadata.cu_seqlens_q)
-    share = sum(x.numel() * x.element_size() for x in tensors) / case.kv_bytes
+    share = sum(x.numel() * x.element_size() for x in tensors) / ordered.blocks.nbytes
     listed = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
     report(f"{case.name:46} {listed} GB/s; {share:.1e} bytes of metadata per byte of one layer's KV")
     return {**row(case), "GB/s": speeds, "metadata_bytes_per_kv_byte": share}
@@ -212,7 +231,7 @@ def bench_product(dtype: torch.dtype, num_outputs: int, num_inputs: int, rounds:
     """Products of 1, 64 and 512 rows with matrices that come from memory, not from the caches."""
     weight_bytes = num_outputs * num_inputs * dtype.itemsize
     weights = torch.randn(max(1, MATRICES_BYTES // weight_bytes), num_outputs, num_inputs).to(dtype)
-    kernels = CpuKernels(AttentionShape(1, 1, 64, BLOCK_SIZE, 1.0))
+    kernels = CpuKernels(AttentionShape(1, 1, 64, BLOCK_SIZE, 1.0, dtype, dtype))
     packed = [kernels.linear(weight, None) for weight in weights]
     stream = empty_on_huge_pages((len(weights) * weight_bytes // PAGE_BYTES * PAGE_BYTES,), torch.uint8).fill_(1)
     num_threads, figures = torch.get_num_threads(), {}
@@ -255,7 +274,7 @@ def bench_prefill(case: Case, rounds: int) -> dict[str, object]:
 
 
 def row(case: Case) -> dict[str, object]:
-    return {**asdict(case), "dtype": str(case.dtype)}
+    return {**asdict(case), "dtype": str(case.dtype), "kv_dtype": str(case.kv_dtype or case.dtype)}
 
 
 def report(line: str) -> None:
@@ -299,7 +318,6 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
-    native = NativeLibrary(shared_library(library(runnable_targets()[0])))
     results: dict[str, object] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
@@ -307,7 +325,9 @@ def main() -> None:
     report(json.dumps(results["hardware"]))
     cases = decode_cases(flags.megabytes)
     report("decode")
-    results["decode"] = [bench_decode(case, native, flags.rounds) for case in cases]
+    results["decode"] = [bench_decode(case, flags.rounds) for case in cases]
+    report("8-bit KV, in decode")
+    results["8_bit"] = [bench_8_bit(case, flags.rounds) for case in cases[:5]]
     report("what the block table costs, in decode")
     results["indirection"] = [bench_indirection(case, flags.rounds) for case in cases[::4]]
     report("prefill of 1,024 tokens, causal")

@@ -11,9 +11,10 @@ def run_layers(
     step: AttentionStep, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles
 ) -> None:
     """See `kernels.AttentionStep.run_layers`."""
+    head_dim = 2 * angles.cos.shape[-1]
     for layer, layer_kv in zip(layers, kv, strict=True):
         heads = layer.qkv.of_normed(hidden, layer.input_norm)
-        heads = heads.view(len(hidden), -1, layer_kv.keys.shape[3])
+        heads = heads.view(len(hidden), -1, head_dim)
         query = step.rotate_and_write(heads, angles, layer.head_norms, layer_kv)
         layer.o.add(step.attend(query, layer_kv, layer.sliding_window).flatten(1), hidden)
         layer.down.add_gated(layer.gate_up.of_normed(hidden, layer.post_norm), hidden)

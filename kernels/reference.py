@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV, Norm
+from kernels.kv_format import KVFormat
 from kernels.layers import run_layers
 
 # Queries of one row that are computed at once: bounds the scores of a long prompt.
@@ -57,9 +58,18 @@ class _Pieces:
 class ReferenceKernels:
     """See `kernels.Kernels`."""
 
-    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
+    def __init__(self, device: torch.device, shape: AttentionShape, key_group: int | None = None) -> None:
+        """key_group: as in KVFormat; by default a key lies together."""
         self._device = device
         self._shape = shape
+        self._format = KVFormat(
+            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, key_group or shape.head_dim
+        )
+
+    @property
+    def kv_format(self) -> KVFormat:
+        """See `kernels.Kernels`."""
+        return self._format
 
     def prepare(self, metadata: AttentionMetadata) -> "ReferenceStep":
         """Work lists for a step."""
@@ -75,7 +85,7 @@ class ReferenceKernels:
             for start in range(0, len(members), at_once):
                 some = members[start : start + at_once]
                 groups.append(self._group(metadata.block_tables, pieces, some, num_blocks))
-        return ReferenceStep(self._shape, tuple(groups), self._kv_rows(metadata.slot_mapping))
+        return ReferenceStep(self._shape, self._format, tuple(groups), metadata.slot_mapping)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "ReferenceLinear":
         """See `kernels.Kernels.linear`."""
@@ -88,8 +98,10 @@ class ReferenceKernels:
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         for copy in copies:
-            slots = slice(0, copy.num_tokens)
-            pool[:, :, copy.dst_block_id, :, slots] = pool[:, :, copy.src_block_id, :, slots]
+            for plane in self._format.slots(pool):
+                plane[..., copy.dst_block_id, :, : copy.num_tokens, :, :] = plane[
+                    ..., copy.src_block_id, :, : copy.num_tokens, :, :
+                ]
 
     def _group(self, block_tables: torch.Tensor, pieces: _Pieces, members: NDArray[np.int64], num_blocks: int) -> Group:
         device = self._device
@@ -115,22 +127,17 @@ class ReferenceKernels:
         is_unwritten = np.arange(num_slots) >= context_lens[:, None, None]
         return np.flatnonzero(np.repeat(is_unwritten, self._shape.num_kv_heads, axis=1))
 
-    def _kv_rows(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        """Rows of a layer's keys seen as [blocks * heads * slots, head_dim]: [num_tokens * num_kv_heads]."""
-        block_size, num_kv_heads = self._shape.block_size, self._shape.num_kv_heads
-        block_ids = torch.div(slot_mapping, block_size, rounding_mode="floor")
-        heads = torch.arange(num_kv_heads, device=self._device)
-        rows = (block_ids[:, None] * num_kv_heads + heads) * block_size + (slot_mapping % block_size)[:, None]
-        return rows.reshape(-1)
-
 
 class ReferenceStep:
     """See `kernels.AttentionStep`."""
 
-    def __init__(self, shape: AttentionShape, groups: tuple[Group, ...], kv_rows: torch.Tensor) -> None:
+    def __init__(
+        self, shape: AttentionShape, kv_format: KVFormat, groups: tuple[Group, ...], slot_mapping: torch.Tensor
+    ) -> None:
         self._shape = shape
+        self._format = kv_format
         self._groups = groups
-        self._kv_rows = kv_rows
+        self._places = kv_format.places(slot_mapping)
         self._hidden: dict[tuple[int, int], torch.Tensor] = {}
 
     def rotate_and_write(
@@ -143,8 +150,8 @@ class ReferenceStep:
             query = F.rms_norm(query, (head_dim,), norms.query, norms.epsilon)
             key = F.rms_norm(key, (head_dim,), norms.key, norms.epsilon)
         query, key = _rotate(query, angles), _rotate(key, angles)
-        layer.keys.view(-1, head_dim).index_copy_(0, self._kv_rows, key.reshape(-1, head_dim))
-        layer.values.view(-1, head_dim).index_copy_(0, self._kv_rows, value.reshape(-1, head_dim))
+        self._format.write_keys(layer.keys, self._places, key)
+        self._format.write_values(layer.values, self._places, value)
         return query
 
     def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
@@ -170,8 +177,8 @@ class ReferenceStep:
         num_pieces = scaled.shape[0] // num_queries
         batch = num_pieces * num_kv_heads
 
-        keys = self._gather(layer.keys, group).view(batch, -1, head_dim)
-        values = self._gather(layer.values, group)
+        keys = self._format.read_keys(_gather(layer.keys, group)).view(batch, -1, head_dim)
+        values = self._format.read_values(_gather(layer.values, group))
         values.view(-1, head_dim).index_fill_(0, group.unwritten_rows, 0.0)
         queries = scaled.view(num_pieces, num_queries, num_kv_heads, group_size, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(batch, group_size * num_queries, head_dim)
@@ -181,11 +188,6 @@ class ReferenceStep:
         sums = torch.bmm(weights.view(batch, group_size * num_queries, -1), values.view(batch, -1, head_dim))
         sums = sums.view(num_pieces, num_kv_heads, group_size, num_queries, head_dim)
         return sums.permute(0, 3, 1, 2, 4).reshape(scaled.shape)
-
-    def _gather(self, blocks: torch.Tensor, group: Group) -> torch.Tensor:
-        """A float32 copy of the group's blocks: [pieces * num_kv_heads * num_blocks, block_size * head_dim]."""
-        rows = blocks.view(-1, self._shape.block_size * self._shape.head_dim)
-        return rows.index_select(0, group.block_rows).float()
 
 
 class ReferenceLinear:
@@ -219,6 +221,11 @@ class ReferenceLinear:
 def greedy(logits: torch.Tensor) -> torch.Tensor:
     """See `kernels.Kernels.greedy`."""
     return torch.stack((logits.argmax(dim=-1), logits.sum(dim=-1).isfinite().long()))
+
+
+def _gather(plane: torch.Tensor, group: Group) -> torch.Tensor:
+    """A copy of the group's blocks: [pieces * num_kv_heads * num_blocks, head_bytes]."""
+    return plane.view(-1, plane.shape[-1]).index_select(0, group.block_rows)
 
 
 def _rotate(heads: torch.Tensor, angles: Angles) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import (
     Angles,
@@ -22,6 +23,7 @@ from kernels import (
     select_kernels,
 )
 from kernels.build import BuildError
+from kernels.kv_format import KVFormat
 from kernels.reference import ReferenceKernels
 
 log = logging.getLogger("pagoda.kernels")
@@ -32,21 +34,26 @@ SEQUENCES = ((1, 1), (37, 1), (600, 1), (16, 16), (70, 30))
 MATRIX = (83, 45)
 EPSILON = 1e-5
 # Relative difference of all outputs together (Frobenius norm) that rounding can explain, by dtype.
-LIMITS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+LIMITS = {
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+    torch.int8: 1e-2,
+    torch.float8_e4m3fn: 4e-2,
+}
 
 
-def checked_kernels(
-    device: torch.device, shape: AttentionShape, dtype: torch.dtype, sliding_windows: Collection[int]
-) -> Kernels:
+def checked_kernels(device: torch.device, shape: AttentionShape, sliding_windows: Collection[int]) -> Kernels:
     """`select_kernels`, or the reference where those are wrong here: then the log says so, as an error."""
     kernels = select_kernels(device, shape)
     if isinstance(kernels, ReferenceKernels):
         return kernels
     try:
         for sliding_window in sorted(set(sliding_windows)):
-            difference = relative_difference(kernels, device, shape, dtype, sliding_window)
-            if not difference <= LIMITS[dtype]:
-                lack = f"wrong here ({device}, {dtype}, window {sliding_window}: off by {difference:.2g})"
+            difference = relative_difference(kernels, device, shape, sliding_window)
+            if not difference <= limit(shape):
+                dtypes = f"{shape.dtype}, KV {shape.kv_dtype}"
+                lack = f"wrong here ({device}, {dtypes}, window {sliding_window}: off by {difference:.2g})"
                 break
         else:
             return kernels
@@ -56,11 +63,14 @@ def checked_kernels(
     return ReferenceKernels(device, shape)
 
 
-def relative_difference(
-    kernels: Kernels, device: torch.device, shape: AttentionShape, dtype: torch.dtype, sliding_window: int
-) -> float:
+def limit(shape: AttentionShape) -> float:
+    """Of the relative difference: rounding of activations, and of KV that lies between two elements."""
+    return max(LIMITS[shape.dtype], LIMITS[shape.kv_dtype])
+
+
+def relative_difference(kernels: Kernels, device: torch.device, shape: AttentionShape, sliding_window: int) -> float:
     """Of the step's outputs from the reference's, over the norm of these; NaN where any is NaN."""
-    step = _Step(device, shape, dtype)
+    step = _Step(device, shape)
     wanted = step.run(ReferenceKernels(device, shape), sliding_window)
     found = step.run(kernels, sliding_window)
     return float((found - wanted).norm() / wanted.norm())
@@ -69,7 +79,7 @@ def relative_difference(
 class _Step:
     """The same inputs for all kernels."""
 
-    def __init__(self, device: torch.device, shape: AttentionShape, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, shape: AttentionShape) -> None:
         rng = np.random.default_rng(0)
         context_lens, query_lens = np.array(SEQUENCES, np.int64).T
         num_blocks = -(-context_lens // shape.block_size)
@@ -77,11 +87,13 @@ class _Step:
         ids = rng.permutation(int(num_blocks.sum())) + 1
         for table, first, count in zip(tables, np.cumsum(num_blocks) - num_blocks, num_blocks, strict=True):
             table[:count] = ids[first : first + count]
-        positions = [np.arange(c - q, c) for c, q in SEQUENCES]
-        slots = [
-            t[p // shape.block_size] * shape.block_size + p % shape.block_size
-            for t, p in zip(tables, positions, strict=True)
-        ]
+
+        def slots_of(table: NDArray[np.int32], start: int, end: int) -> NDArray[np.int64]:
+            positions = np.arange(start, end)
+            return table[positions // shape.block_size] * shape.block_size + positions % shape.block_size
+
+        slots = [slots_of(table, c - q, c) for table, (c, q) in zip(tables, SEQUENCES, strict=True)]
+        old_slots = [slots_of(table, 0, c - q) for table, (c, q) in zip(tables, SEQUENCES, strict=True)]
         self._shape = shape
         self._metadata = AttentionMetadata(
             block_tables=torch.from_numpy(tables).to(device),
@@ -94,14 +106,13 @@ class _Step:
 
         def random(*size: int) -> torch.Tensor:
             values = rng.standard_normal(size, dtype=np.float32)
-            return torch.from_numpy(values).to(device=device, dtype=dtype)
+            return torch.from_numpy(values).to(device=device, dtype=shape.dtype)
 
-        # One block more than is used: the copy's destination.
-        layout = (2, len(ids) + 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        self._pool = random(*layout)
-        for table, length, count in zip(tables, context_lens, num_blocks, strict=True):
-            self._pool[:, int(table[count - 1]), :, int(length - 1) % shape.block_size + 1 :] = float("nan")
-        self._pool[:, 0] = self._pool[:, -1] = float("nan")
+        self._num_blocks = len(ids) + 2  # the null block, and the copy's destination
+        # What was written before the step: slots, and the keys and values of each.
+        self._old_slots = torch.from_numpy(np.concatenate(old_slots)).to(device)
+        old_shape = (len(self._old_slots), shape.num_kv_heads, shape.head_dim)
+        self._old_keys, self._old_values = random(*old_shape), random(*old_shape)
         num_tokens = int(query_lens.sum())
         self._heads = random(num_tokens, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
         angles = random(num_tokens, 1, shape.head_dim // 2)
@@ -114,15 +125,25 @@ class _Step:
 
     def run(self, kernels: Kernels, sliding_window: int) -> torch.Tensor:
         """All operations: outputs, and the copied block, in one float32 vector."""
-        pool = self._pool.clone()
+        pool = self._pool(kernels.kv_format)
         layer = LayerKV(pool[0], pool[1])
         step = kernels.prepare(self._metadata)
         query = step.rotate_and_write(self._heads.clone(), self._angles, self._head_norms, layer)
         attended = step.attend(query, layer, sliding_window)
         source, last = int(self._metadata.block_tables[2, 0]), pool.shape[1] - 1
         kernels.copy_blocks(pool[None], [BlockCopy(source, last, self._shape.block_size)])
-        outputs = [attended, pool[:, last], *self._multiply(kernels), kernels.greedy(self._weight.float())]
+        copied = (kernels.kv_format.read_keys(pool[0, last]), kernels.kv_format.read_values(pool[1, last]))
+        outputs = [attended, *copied, *self._multiply(kernels), kernels.greedy(self._weight.float())]
         return torch.cat([output.float().flatten() for output in outputs])
+
+    def _pool(self, kv_format: KVFormat) -> torch.Tensor:
+        """NaN in every slot that nobody wrote: [2, num_blocks, num_kv_heads, head_bytes]."""
+        shape = (2, self._num_blocks, kv_format.num_kv_heads, kv_format.head_bytes)
+        pool = torch.full(shape, 0xFF, dtype=torch.uint8, device=self._old_slots.device)
+        places = kv_format.places(self._old_slots)
+        kv_format.write_keys(pool[0], places, self._old_keys)
+        kv_format.write_values(pool[1], places, self._old_values)
+        return pool
 
     def _multiply(self, kernels: Kernels) -> list[torch.Tensor]:
         linear = kernels.linear(self._weight, self._bias)

@@ -73,7 +73,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
         torch.set_num_threads(config.num_threads)
     loaded = loading.load(config, spec, model_dir)
     calibrated_step_s, runner = loading.start(config, loaded)
-    dtype = str(loaded.pool.blocks.dtype).removeprefix("torch.")
+    dtype = loading.kv_dtype_name(loaded)
     log.info(
         "loaded %s as %s on %s: %d blocks of %d tokens, %.0f MiB; %.2f s to import, %.2f s to load, step %.1f ms",
         model_dir.name,

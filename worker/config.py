@@ -14,6 +14,7 @@ from worker.errors import ConfigError
 
 BLOCK_SIZES = (16, 32)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 _UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -26,6 +27,7 @@ class WorkerConfig:
     model_dir: Path | None
     device: str
     dtype: str
+    kv_cache_dtype: str
     block_size: int
     kv_memory_bytes: int | None
     num_blocks: int | None
@@ -50,6 +52,7 @@ def parse_config(argv: Sequence[str]) -> WorkerConfig:
         model_dir=flags.model,
         device=flags.device,
         dtype=flags.dtype,
+        kv_cache_dtype=flags.kv_cache_dtype,
         block_size=flags.block_size,
         kv_memory_bytes=flags.kv_memory,
         num_blocks=flags.num_blocks,
@@ -85,9 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--scheduler", action="append", required=True, metavar="ADDRESS", help="host:port or unix:PATH; repeatable")
     add("--name", default=f"worker-{socket.gethostname()}", help="stable over restarts, unique (default %(default)s)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
-    add(
-        "--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, or float32 on a CPU without bf16 units"
-    )
+    add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's, but float32 for float16 on a CPU")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="auto: as --dtype; 8 bits hold twice as much")
     add("--block-size", type=int, default=16, help="tokens per KV block, 16 or 32 (default %(default)s)")
     add("--kv-memory", type=_bytes_flag, metavar="BYTES", help="KV pool, e.g. 2GiB (default: from free memory)")
     add("--num-blocks", type=int, help="KV pool in blocks, instead of --kv-memory")

@@ -10,14 +10,16 @@ import torch
 
 from kernels import LayerKV
 from kernels.cpu.memory import empty_on_huge_pages
+from kernels.kv_format import KVFormat
 from worker.errors import ConfigError
-from worker.models.spec import ModelSpec
 
 # On a CPU the pool shares memory with everything else: a quarter of what is free, 1 GiB at most, unless a flag says so.
 CPU_SHARE = 0.25
 CPU_LIMIT_BYTES = 2**30
 # On a GPU: of what is free after loading and profiling; the rest is left to the allocator's fragmentation.
 GPU_SHARE = 0.92
+# A NaN of any length of float is made of these; elements that are no floats have a scale that is one.
+NAN_BYTE = 0xFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +30,9 @@ class PoolRequest:
     num_blocks: int | None
 
 
-def block_bytes(spec: ModelSpec, block_size: int, element_bytes: int) -> int:
+def block_bytes(num_layers: int, kv_format: KVFormat) -> int:
     """Bytes of one block over all layers, keys and values."""
-    return spec.num_layers * 2 * spec.num_kv_heads * block_size * spec.head_dim * element_bytes
+    return num_layers * 2 * kv_format.num_kv_heads * kv_format.head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +78,28 @@ def free_gpu_memory(device: torch.device, activation_bytes: int) -> FreeMemory:
 class KVPool:
     """num_blocks usable blocks, ids 1 to num_blocks, and the null block 0, whose content never counts.
 
-    blocks: [num_layers, 2, num_blocks + 1, num_kv_heads, block_size, head_dim], keys then values; not initialised.
+    blocks: [num_layers, 2, num_blocks + 1, num_kv_heads, head_bytes] uint8, keys then values; not initialised.
     """
 
-    def __init__(self, spec: ModelSpec, block_size: int, num_blocks: int, blocks: torch.Tensor) -> None:
+    def __init__(self, num_layers: int, num_blocks: int, kv_format: KVFormat, device: torch.device) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.block_bytes = block_bytes(spec, block_size, blocks.element_size())
-        self.blocks = blocks
-        self.layers = tuple(LayerKV(layer[0], layer[1]) for layer in blocks)
-
-    @classmethod
-    def allocate(cls, spec: ModelSpec, block_size: int, num_blocks: int, like: torch.Tensor) -> "KVPool":
-        """A pool with the dtype and device of `like`."""
-        shape = (spec.num_layers, 2, num_blocks + 1, spec.num_kv_heads, block_size, spec.head_dim)
-        if like.device.type == "cpu":
-            return cls(spec, block_size, num_blocks, empty_on_huge_pages(shape, like.dtype))
-        return cls(spec, block_size, num_blocks, torch.empty(shape, dtype=like.dtype, device=like.device))
+        self.kv_format = kv_format
+        self.block_bytes = block_bytes(num_layers, kv_format)
+        shape = (num_layers, 2, num_blocks + 1, kv_format.num_kv_heads, kv_format.head_bytes)
+        if device.type == "cpu":
+            self.blocks = empty_on_huge_pages(shape, torch.uint8)
+        else:
+            self.blocks = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.layers = tuple(LayerKV(layer[0], layer[1]) for layer in self.blocks)
 
     def poison(self) -> None:
         """Fill the whole pool with NaN."""
-        self.blocks.fill_(float("nan"))
+        self.blocks.fill_(NAN_BYTE)
 
     def poison_block(self, block_id: int, first_slot: int) -> None:
         """Fill a block with NaN from `first_slot` on."""
-        self.blocks[:, :, block_id, :, first_slot:] = float("nan")
+        for plane in self.kv_format.slots(self.blocks):
+            plane[..., block_id, :, first_slot:, :, :] = NAN_BYTE
 
 
 def _meminfo_available() -> int | None:

@@ -17,6 +17,9 @@ from worker.models.spec import ModelSpec
 from worker.runner import Runner
 from worker.weights import load_weights
 
+# By the flag's value; `auto` is the model's own.
+KV_CACHE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -31,25 +34,42 @@ def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     """Raises ConfigError and ModelError."""
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, spec.dtype, device)
-    shape = AttentionShape(
-        spec.num_heads, spec.num_kv_heads, spec.head_dim, config.block_size, scale=spec.head_dim**-0.5
-    )
-    kernels = checked_kernels(device, shape, dtype, spec.sliding_windows)
+    kernels = _kernels(config, spec, device, dtype)
     if config.dtype == "auto" and device.type == "cpu" and isinstance(kernels, ReferenceKernels):
         dtype = torch.float32  # torch alone multiplies it several times faster than bfloat16 on most CPUs
+        kernels = _kernels(config, spec, device, dtype)
     decoder = Decoder(spec, load_weights(spec, model_dir, dtype, device), kernels)
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
-    bytes_per_block = block_bytes(spec, config.block_size, decoder.like.element_size())
+    bytes_per_block = block_bytes(spec.num_layers, kernels.kv_format)
     num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))
-    return Loaded(decoder, kernels, KVPool.allocate(spec, config.block_size, num_blocks, like=decoder.like))
+    return Loaded(decoder, kernels, KVPool(spec.num_layers, num_blocks, kernels.kv_format, device))
+
+
+def kv_dtype_name(loaded: Loaded) -> str:
+    """What workers must have in common: the model's dtype, and the pool's where that is another."""
+    dtype, kv_dtype = (str(x).removeprefix("torch.") for x in (loaded.decoder.dtype, loaded.kernels.kv_format.dtype))
+    return dtype if kv_dtype == dtype else f"{dtype}/{kv_dtype}"
+
+
+def _kernels(config: WorkerConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Kernels:
+    shape = AttentionShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=config.block_size,
+        scale=spec.head_dim**-0.5,
+        dtype=dtype,
+        kv_dtype=KV_CACHE_DTYPES.get(config.kv_cache_dtype, dtype),
+    )
+    return checked_kernels(device, shape, spec.sliding_windows)
 
 
 def _free_memory(config: WorkerConfig, spec: ModelSpec, kernels: Kernels, decoder: Decoder) -> FreeMemory:
     """On a GPU, what is left when the weights are there and the largest step has its share."""
-    device = decoder.like.device
+    device = decoder.device
     if device.type == "cpu":
         return free_cpu_memory()
-    null_block = KVPool.allocate(spec, config.block_size, 0, like=decoder.like)
+    null_block = KVPool(spec.num_layers, 0, kernels.kv_format, device)
     runner = ModelRunner(decoder, kernels, null_block)
     return free_gpu_memory(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
 

@@ -109,7 +109,7 @@ class PoisoningRunner:
         for block_id in (*plan.freed_block_ids, *plan.appended_block_ids.tolist()):
             self._pool.poison_block(block_id, 0)
         for added in plan.added:
-            full, offset = divmod(added.num_computed_tokens, self._pool.block_size)
+            full, offset = divmod(added.num_computed_tokens, self._pool.kv_format.block_size)
             for i, block_id in enumerate(added.block_ids[full:].tolist()):
                 self._pool.poison_block(block_id, offset if i == 0 else 0)
         self._runner.prepare(plan)

@@ -16,6 +16,7 @@ from kernels.cpu.linear import PackedLinear
 from kernels.cpu.stack import LayerStack
 from kernels.cpu.step import CpuStep
 from kernels.cpu.targets import Target, library, runnable_targets
+from kernels.kv_format import LARGEST, KVFormat
 from kernels.work_list import SplitRule
 
 MAX_HEAD_DIM = 256
@@ -34,12 +35,15 @@ class CpuKernels:
     """See `kernels.Kernels`. Raises UnsupportedShapeError and BuildError."""
 
     def __init__(self, shape: AttentionShape, target: Target | None = None) -> None:
-        if shape.head_dim > MAX_HEAD_DIM:
-            raise UnsupportedShapeError(f"head_dim {shape.head_dim} is above {MAX_HEAD_DIM}")
-        if shape.block_size not in (16, 32, 64, 128):
-            raise UnsupportedShapeError(f"block_size {shape.block_size} is none of 16, 32, 64, 128")
-        self.native = NativeLibrary(shared_library(library(target or runnable_targets()[0])))
+        _check(shape)
+        self.native = NativeLibrary(
+            shared_library(library(target or runnable_targets()[0], shape.dtype, shape.kv_dtype))
+        )
         self.shape = shape
+        self.c_shape = c_shape(shape)
+        self.kv_format = KVFormat(
+            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, self.native.key_group
+        )
         self._stack: LayerStack | None = None
         group_size = shape.num_heads // shape.num_kv_heads
         self.rule = SplitRule(
@@ -62,6 +66,7 @@ class CpuKernels:
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See `kernels.Kernels.linear`."""
+        assert weight.dtype == self.shape.dtype
         return PackedLinear(self.native, weight, bias)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -76,12 +81,20 @@ class CpuKernels:
         """See `kernels.Kernels.copy_blocks`."""
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int64)
         self.native.copy_blocks(
-            c_shape(self.shape, pool.dtype),
+            self.c_shape,
             pool.data_ptr(),
-            pool.shape[0] * pool.shape[1],
+            pool.shape[0],
             pool.shape[2],
             rows.ctypes.data,
             len(rows),
-            pool.element_size(),
             torch.get_num_threads(),
         )
+
+
+def _check(shape: AttentionShape) -> None:
+    if shape.head_dim > MAX_HEAD_DIM or shape.head_dim % 2:
+        raise UnsupportedShapeError(f"head_dim {shape.head_dim} is odd, or above {MAX_HEAD_DIM}")
+    if shape.block_size not in (16, 32, 64, 128):
+        raise UnsupportedShapeError(f"block_size {shape.block_size} is none of 16, 32, 64, 128")
+    if shape.kv_dtype != shape.dtype and shape.kv_dtype not in LARGEST:
+        raise UnsupportedShapeError(f"KV of {shape.kv_dtype} beside {shape.dtype}")

@@ -3,16 +3,23 @@
 import logging
 import sys
 
+import torch
+
 from kernels.build import shared_library
 from kernels.cpu.targets import TARGETS, library
+from kernels.kv_format import LARGEST
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def main(names: list[str]) -> None:
-    """Compile for the instruction sets of these names, or for all."""
+    """Compile for the instruction sets of these names, or for all; every dtype, every KV dtype beside it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for target in TARGETS:
         if not names or target.name in names:
-            sys.stdout.write(f"{shared_library(library(target))}\n")
+            for dtype in DTYPES:
+                for kv_dtype in (dtype, *LARGEST):
+                    sys.stdout.write(f"{shared_library(library(target, dtype, kv_dtype))}\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@
 namespace pagoda {
 namespace {
 
-template <class Element>
 class Attention {
  public:
   Attention(const Shape& shape, const Work& work, const Call& call)
@@ -70,7 +69,7 @@ class Attention {
       heads[row] = kv_head * group_size_ + (first_row + row) % group_size_;
       queries[row] = query(work_.query_starts[row_items[row]]) + heads[row] * shape_.head_dim;
     }
-    DecodeTile<Element, kRows> tile(queries, num_rows, shape_.head_dim, shape_.scale);
+    DecodeTile<kRows> tile(queries, num_rows, shape_.head_dim, shape_.scale);
     tile.attend(partition(items[0], kv_head, position(items[0])));
     for (int row = 0; row < num_rows; ++row) {
       const int item = row_items[row];
@@ -88,7 +87,7 @@ class Attention {
     const int64_t row = work_.query_starts[item];
     const int64_t head = static_cast<int64_t>(kv_head) * group_size_ * shape_.head_dim;
     const QueryTile tile{position(item), work_.num_queries[item], group_size_, work_.sliding_window};
-    PrefillTile<Element> prefill(tile, shape_.head_dim, scratch);
+    PrefillTile prefill(tile, shape_.head_dim, scratch);
     prefill.start(query(row) + head, call_.query_stride, shape_.scale);
     prefill.attend(partition(item, kv_head, position(item)));
     prefill.write(output(row) + head, output_stride());
@@ -111,25 +110,22 @@ class Attention {
         const float* part_sums = call_.partial_sums + part * partial_dim_;
         for (int d = 0; d < partial_dim_; ++d) sums[d] += weight * part_sums[d];
       }
-      Element* to = output(work_.query_starts[first_item] + token) + head * shape_.head_dim;
-      for (int d = 0; d < shape_.head_dim; d += kPair) {
-        const FloatPair x = load_pair(sums + d);
-        store_pair_first(to + d, {x.first / norm, x.second / norm}, std::min(kPair, shape_.head_dim - d));
-      }
+      store_in_order(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
+                     shape_.head_dim);
     }
   }
 
-  Partition<Element> partition(int item, int kv_head, int first_position) const {
+  Partition partition(int item, int kv_head, int first_position) const {
     const int window_start = work_.sliding_window ? first_position - work_.sliding_window + 1 : 0;
     return {blocks(call_.keys, item, kv_head), blocks(call_.values, item, kv_head),
             std::max(work_.kv_starts[item], window_start), work_.kv_ends[item]};
   }
 
-  HeadBlocks<Element> blocks(const void* pool, int item, int kv_head) const {
-    const int64_t head_stride = static_cast<int64_t>(shape_.block_size) * shape_.head_dim;
+  HeadBlocks blocks(const void* pool, int item, int kv_head) const {
+    const HeadLayout layout{shape_.block_size, shape_.head_dim};
     const int64_t table = static_cast<int64_t>(work_.seqs[item]) * work_.table_stride;
-    return {static_cast<const Element*>(pool) + kv_head * head_stride, work_.block_tables + table,
-            shape_.num_kv_heads * head_stride, __builtin_ctz(shape_.block_size), shape_.head_dim};
+    return {static_cast<const char*>(pool) + kv_head * layout.bytes(), work_.block_tables + table,
+            shape_.num_kv_heads * layout.bytes(), __builtin_ctz(shape_.block_size), layout};
   }
 
   // Of the item's first query token.
@@ -161,8 +157,7 @@ class Attention {
 #pragma GCC visibility push(default)
 
 extern "C" void pagoda_attend(const pagoda::Shape* shape, const pagoda::Work* work, const pagoda::Call* call) {
-  using namespace pagoda;
-  with_element(shape->element_type, [&](auto element) { Attention<decltype(element)>(*shape, *work, *call).run(); });
+  pagoda::Attention(*shape, *work, *call).run();
 }
 
 #pragma GCC visibility pop

@@ -7,7 +7,6 @@
 
 namespace pagoda {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kPartialStep = 32;  // whole vectors, whatever the instruction set
 
 // What all layers of a model have in common.
@@ -16,7 +15,6 @@ struct Shape {
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t block_size;  // tokens, a power of two
-  int32_t element_type;  // ElementType
   float scale;  // of the scores
 };
 
@@ -45,7 +43,7 @@ struct Work {
 // One layer's call. Rows of query are query_stride elements apart; all else is contiguous.
 struct Call {
   const void* query;   // [num_tokens, num_heads, head_dim]
-  const void* keys;    // [num_blocks, num_kv_heads, block_size, head_dim]
+  const void* keys;    // [num_blocks, num_kv_heads], each a HeadLayout of keys
   const void* values;  // likewise
   void* output;        // [num_tokens, num_heads, head_dim]
   float* partial_sums;   // [num_partial_rows, num_heads, head_dim rounded up to kPartialStep]
@@ -61,8 +59,8 @@ struct RotateCall {
   const void* sin;         // likewise
   const void* query_norm;  // [head_dim], or null
   const void* key_norm;    // likewise
-  void* keys;              // [num_blocks, num_kv_heads, block_size, head_dim]
-  void* values;            // likewise
+  void* keys;              // as in Call
+  void* values;
   const int64_t* slot_mapping;  // [num_tokens]
   int64_t heads_stride;
   int64_t num_tokens;

@@ -4,22 +4,17 @@ Owns the structures that mirror `attention.h`. They hold bare addresses: who fil
 """
 
 import ctypes
-from collections.abc import Mapping
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import torch
-
 from kernels import AttentionShape
-
-ELEMENT_TYPES: Mapping[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Shape(ctypes.Structure):
     """See `attention.h`."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "element_type")),
+        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
         ("scale", c_float),
     )
 
@@ -63,7 +58,7 @@ class LinearWeight(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("weight", "bias")),
-        *((name, c_int32) for name in ("num_inputs", "num_outputs", "element_type")),
+        *((name, c_int32) for name in ("num_inputs", "num_outputs")),
     )
 
 
@@ -130,21 +125,18 @@ class NativeLibrary:
         self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
         self.greedy.restype = None
         self.pack = library.pagoda_pack
-        self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
+        self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32)
         self.pack.restype = None
         self.panel_size: int = library.pagoda_panel_size()
+        self.key_group: int = library.pagoda_key_group()
         self.copy_blocks = library.pagoda_copy_blocks
-        self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32, c_int32)
+        self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32)
         self.copy_blocks.restype = None
         self.stream_read = library.pagoda_stream_read
         self.stream_read.argtypes = (c_void_p, c_int64, c_int32)
         self.stream_read.restype = c_float
 
 
-def c_shape(shape: AttentionShape, dtype: torch.dtype) -> Shape:
-    """Raises TypeError for a dtype that the kernels don't know."""
-    if dtype not in ELEMENT_TYPES:
-        raise TypeError(f"a KV pool of {dtype}: the CPU kernels know {', '.join(map(str, ELEMENT_TYPES))}")
-    return Shape(
-        shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, ELEMENT_TYPES[dtype], shape.scale
-    )
+def c_shape(shape: AttentionShape) -> Shape:
+    """The part of it that the library was not compiled for."""
+    return Shape(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.scale)

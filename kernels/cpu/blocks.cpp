@@ -1,26 +1,46 @@
 // Moving keys and values from block to block.
+#include "blocks.h"
+
 #include <cstring>
 
 #include "attention.h"
 
+namespace pagoda {
+namespace {
+
+// The first num_tokens slots of a head's part of a block.
+void copy_slots(HeadLayout layout, bool is_key, const char* from, char* to, int64_t num_tokens) {
+  const int64_t slot_bytes = (is_key ? kKeyGroup : layout.head_dim) * sizeof(KV);
+  const int64_t element_bytes = layout.elements() * sizeof(KV);
+  for (int64_t row = 0; row < element_bytes; row += layout.block_size * slot_bytes) {
+    std::memmove(to + row, from + row, num_tokens * slot_bytes);
+  }
+  if (kIsScaled) std::memmove(to + element_bytes, from + element_bytes, num_tokens * sizeof(float));
+}
+
+}  // namespace
+}  // namespace pagoda
+
 #pragma GCC visibility push(default)
 
-// Runs copies in order: [num_copies, 3], source block, destination block, tokens. pool: [num_planes, num_blocks,
-// num_kv_heads, block_size, head_dim], a plane being one layer's keys or values.
-extern "C" void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64_t num_planes, int64_t num_blocks,
-                                   const int64_t* copies, int64_t num_copies, int32_t element_bytes,
-                                   int32_t num_threads) {
-  const int64_t row_bytes = static_cast<int64_t>(shape->head_dim) * element_bytes;
-  const int64_t head_bytes = shape->block_size * row_bytes;
-  const int64_t block_bytes = shape->num_kv_heads * head_bytes;
+// Dimensions of a key that lie together: see HeadLayout.
+extern "C" int32_t pagoda_key_group() { return pagoda::kKeyGroup; }
+
+// Runs copies in order: [num_copies, 3], source block, destination block, tokens. pool: [num_layers, 2, num_blocks,
+// num_kv_heads], each a HeadLayout, keys before values.
+extern "C" void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64_t num_layers, int64_t num_blocks,
+                                   const int64_t* copies, int64_t num_copies, int32_t num_threads) {
+  using namespace pagoda;
+  const HeadLayout layout{shape->block_size, shape->head_dim};
+  const int64_t block_bytes = shape->num_kv_heads * layout.bytes();
 #pragma omp parallel for num_threads(num_threads)
-  for (int64_t plane = 0; plane < num_planes; ++plane) {
+  for (int64_t plane = 0; plane < 2 * num_layers; ++plane) {
     char* blocks = static_cast<char*>(pool) + plane * num_blocks * block_bytes;
     for (int64_t i = 0; i < num_copies; ++i) {
       const char* from = blocks + copies[3 * i] * block_bytes;
       char* to = blocks + copies[3 * i + 1] * block_bytes;
-      for (int head = 0; head < shape->num_kv_heads; ++head) {
-        std::memmove(to + head * head_bytes, from + head * head_bytes, copies[3 * i + 2] * row_bytes);
+      for (int64_t head = 0; head < block_bytes; head += layout.bytes()) {
+        copy_slots(layout, plane % 2 == 0, from + head, to + head, copies[3 * i + 2]);
       }
     }
   }

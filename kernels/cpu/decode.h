@@ -2,7 +2,8 @@
 // sequences as share the partition.
 //
 // Memory-bound: each element of keys and values is read once, while the blocks that come next are prefetched. Keys are
-// scored for a chunk of tokens, the chunk's weights follow, then its values are added. All sums are float32.
+// scored for a chunk of tokens, a vector of tokens at a time, for that is how they lie in a block; the chunk's weights
+// follow; then its values are added. All sums are float32.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "rows.h"
 #include "simd.h"
 #include "softmax.h"
 
@@ -18,38 +20,36 @@ namespace pagoda {
 constexpr int kChunk = 128;           // tokens
 constexpr int kMaxRows = kLanes / 2;  // their accumulators fill the registers
 
-template <class Element, int kRows>
+template <int kRows>
 class DecodeTile {
  public:
   // queries: [num_rows], each [head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
   DecodeTile(const Element* const* queries, int num_rows, int head_dim, float scale)
       : head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
+    const float factor = scale * kLog2E * kUnit;
     for (int row = 0; row < kRows; ++row) {
-      for (int d = 0; d < padded_dim_; d += kPair) {
-        FloatPair x = {};
-        if (row < num_rows) x = load_pair_first(queries[row] + d, std::min(kPair, head_dim - d));
-        store_pair(query_[row] + d, {x.first * (scale * kLog2E), x.second * (scale * kLog2E)});
-        store_pair(sums_[row] + d, FloatPair{});
-      }
+      std::fill(query_[row], query_[row] + padded_dim_, 0.0f);
+      std::fill(sums_[row], sums_[row] + padded_dim_, 0.0f);
+      if (row >= num_rows) continue;
+      for_vectors(head_dim, [&](int d, int count) {
+        store_some(query_[row] + d, load_some(queries[row] + d, count) * factor, count);
+      });
     }
   }
 
-  void attend(const Partition<Element>& kv) {
+  void attend(const Partition& kv) {
     for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kChunk) {
       const int first = std::max(chunk, kv.begin), last = std::min(chunk + kChunk, kv.end);
       score(kv, chunk, last);
       weigh(first - chunk, last - chunk);
+      if constexpr (kIsScaled) scale_weights(kv.values, chunk, last);
       add_values<kPairs>(kv, {chunk, first, last, 0});
     }
   }
 
   // The attention output of a row over the partition alone.
   void write(int row, Element* output) const {
-    const float inverse = 1.0f / states_[row].norm;
-    for (int d = 0; d < head_dim_; d += kPair) {
-      const FloatPair x = load_pair(sums_[row] + d);
-      store_pair_first(output + d, {x.first * inverse, x.second * inverse}, std::min(kPair, head_dim_ - d));
-    }
+    store_in_order(sums_[row], 1.0f / states_[row].norm, output, head_dim_);
   }
 
   // What a merge needs of a row. sums: head_dim rounded up to pairs, in their order; norm: [2].
@@ -60,7 +60,6 @@ class DecodeTile {
   }
 
  private:
-  static constexpr int kTokens = kLanes / kRows;     // scored at once: one accumulator per row and token
   static constexpr int kPairs = kLanes / kRows / 2;  // of dimensions summed at once: two accumulators per row and pair
 
   // Values of tokens first to last are added to the sums from dimension d on.
@@ -69,58 +68,36 @@ class DecodeTile {
   };
 
   // Scores of the chunk's tokens up to the end of the last block: scores_[row][token].
-  void score(const Partition<Element>& kv, int chunk, int last) {
+  void score(const Partition& kv, int chunk, int last) {
     const int block_size = kv.keys.block_size();
     for (int token = chunk; token < last; token += block_size) {
-      const Element* key = kv.keys.slot(token);
       const int next = token + kBlocksAhead * block_size;
-      const Element* ahead = next < last ? kv.keys.slot(next) : kv.values.slot(std::min(chunk + next - last, last - 1));
-      for (int i = 0; i < block_size; i += kTokens) {
-        prefetch_elements(ahead + i * head_dim_, kTokens * head_dim_);
-        score_tokens(key + i * head_dim_, token - chunk + i);
+      const KV* ahead = next < last ? kv.keys.block(next) : kv.values.block(std::min(chunk + next - last, last - 1));
+      for (int i = 0; i < block_size; i += kLanes) {
+        score_tokens(kv.keys, token + i, token - chunk + i, ahead + i * kKeyGroup);
       }
     }
   }
 
-  void score_tokens(const Element* key, int column) {
-    Floats products[kLanes] = {};
-    int d = 0;
-    for (; d + kPair <= head_dim_; d += kPair) {
-      multiply(products, d, [=](int token) { return load_pair(key + token * head_dim_ + d); });
-    }
-    if (d < head_dim_) {
-      multiply(products, d, [=](int token) { return load_pair_first(key + token * head_dim_ + d, head_dim_ - d); });
-    }
-    alignas(kAlignment) float scores[kLanes];
-    store(scores, sum_each(products));
-    for (int row = 0; row < kRows; ++row) {
-      std::memcpy(scores_[row] + column, scores + row * kTokens, kTokens * sizeof(float));
-    }
-  }
-
-  // Whichever there are fewer of, tokens' keys or rows' queries, stays in registers.
-  template <class LoadKey>
-  void multiply(Floats (&products)[kLanes], int d, LoadKey load_key) const {
-    if constexpr (kTokens < kRows) {
-      FloatPair keys[kTokens];
-      for (int token = 0; token < kTokens; ++token) keys[token] = load_key(token);
+  // Those of a vector of tokens, from `token` on.
+  void score_tokens(const HeadBlocks& keys, int token, int column, const KV* ahead) {
+    const int block_size = keys.block_size();
+    const KV* columns = keys.columns(token);
+    FloatPair products[kRows] = {};
+    for (int d = 0; d < head_dim_; d += 2, columns += 2 * block_size, ahead += 2 * block_size) {
+      prefetch(ahead);
+      if constexpr (kKeyGroup == 1) prefetch(ahead + block_size);
+      const FloatPair key = load_key_pair(columns, block_size);
       for (int row = 0; row < kRows; ++row) {
-        const FloatPair query = load_pair(query_[row] + d);
-        for (int token = 0; token < kTokens; ++token) add_product(products[row * kTokens + token], query, keys[token]);
-      }
-    } else {
-      FloatPair queries[kRows];
-      for (int row = 0; row < kRows; ++row) queries[row] = load_pair(query_[row] + d);
-      for (int token = 0; token < kTokens; ++token) {
-        const FloatPair key = load_key(token);
-        for (int row = 0; row < kRows; ++row) add_product(products[row * kTokens + token], queries[row], key);
+        products[row].first += key.first * query_[row][d];
+        products[row].second += key.second * query_[row][d + 1];
       }
     }
-  }
-
-  static void add_product(Floats& sum, FloatPair a, FloatPair b) {
-    sum += a.first * b.first;
-    sum += a.second * b.second;
+    Floats scale = broadcast(1.0f);
+    if constexpr (kIsScaled) scale = load(keys.scales(token));
+    for (int row = 0; row < kRows; ++row) {
+      store(scores_[row] + column, (products[row].first + products[row].second) * scale);
+    }
   }
 
   // Turns the scores of columns first to last into weights, and notes by how much what was summed before shrinks.
@@ -134,22 +111,33 @@ class DecodeTile {
     }
   }
 
+  // Weights times the scales of the values that they are for; those of hidden tokens are never read.
+  void scale_weights(const HeadBlocks& values, int chunk, int last) {
+    for (int token = chunk; token < last; token += kLanes) {
+      const Floats scales = load(values.scales(token)) * kUnit;
+      for (int row = 0; row < kRows; ++row) {
+        float* weights = scores_[row] + token - chunk;
+        store(weights, load(weights) * scales);
+      }
+    }
+  }
+
   // sums += weights * values, kWidth pairs of dimensions at a time as long as there are so many, then half as many.
   template <int kWidth>
-  void add_values(const Partition<Element>& kv, Strip strip) {
+  void add_values(const Partition& kv, Strip strip) {
     for (; strip.d + kWidth * kPair <= head_dim_; strip.d += kWidth * kPair) {
-      add_strip<kWidth>(kv, strip, [](const Element* value) { return load_pair(value); });
+      add_strip<kWidth>(kv, strip, [](const KV* value) { return load_pair(value); });
     }
     if constexpr (kWidth > 1) {
       add_values<kWidth / 2>(kv, strip);
     } else if (strip.d < head_dim_) {
       const int count = head_dim_ - strip.d;
-      add_strip<1>(kv, strip, [=](const Element* value) { return load_pair_first(value, count); });
+      add_strip<1>(kv, strip, [=](const KV* value) { return load_pair_first(value, count); });
     }
   }
 
   template <int kWidth, class LoadValue>
-  void add_strip(const Partition<Element>& kv, Strip strip, LoadValue load_value) {
+  void add_strip(const Partition& kv, Strip strip, LoadValue load_value) {
     FloatPair sums[kRows][kWidth];
     for (int row = 0; row < kRows; ++row) {
       for (int i = 0; i < kWidth; ++i) {
@@ -161,8 +149,8 @@ class DecodeTile {
     for (int token = strip.first; token < strip.last;) {
       const int block_end = std::min(strip.last, (token & -block_size) + block_size);
       const int next = token + kBlocksAhead * block_size;
-      const Element* ahead = next < strip.last ? kv.values.slot(next) : kv.keys.slot(std::min(next, kv.end - 1));
-      const Element* value = kv.values.slot(token) + strip.d;
+      const KV* ahead = next < strip.last ? kv.values.row(next) : kv.keys.block(std::min(next, kv.end - 1));
+      const KV* value = kv.values.row(token) + strip.d;
       const float* weights = scores_[0] + token - strip.chunk;
       for (ahead += strip.d; token < block_end; ++token, ++weights, value += head_dim_, ahead += head_dim_) {
         prefetch_elements(ahead, kWidth * kPair);
@@ -183,8 +171,8 @@ class DecodeTile {
   // From the block in use to the one that is prefetched, in the order of reading: keys of a chunk, its values ...
   static constexpr int kBlocksAhead = 1;
 
-  static void prefetch_elements(const Element* first, int count) {
-    constexpr int kLine = kAlignment / sizeof(Element);
+  static void prefetch_elements(const KV* first, int count) {
+    constexpr int kLine = kAlignment / sizeof(KV);
     for (int i = 0; i < count; i += kLine) prefetch(first + i);
   }
 

@@ -22,7 +22,6 @@ constexpr int kBytesAhead = 4096;         // from the weights in use to those th
 // Panels side by side: few rows leave registers free, and need more streams and more independent sums.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-template <class Element>
 class Product {
  public:
   Product(const Linear& linear, const LinearCall& call)
@@ -143,22 +142,6 @@ class Product {
   int unit_panels_;
 };
 
-template <class Bits>
-void pack(const Bits* weight, Bits* packed, int num_outputs, int64_t num_inputs, int num_threads) {
-  const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for num_threads(num_threads)
-  for (int panel = 0; panel < num_panels; ++panel) {
-    Bits* to = packed + panel * num_inputs * kPanel;
-    const Bits* from = weight + panel * num_inputs * kPanel;
-    const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
-    for (int64_t k = 0; k < num_inputs; ++k, to += kPanel) {
-      for (int column = 0; column < kPanel; ++column) {
-        to[column] = column < num_columns ? from[column * num_inputs + k] : Bits{};
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace pagoda
 
@@ -169,18 +152,25 @@ extern "C" int32_t pagoda_panel_size() { return pagoda::kPanel; }
 
 // weight: [num_outputs, num_inputs], contiguous; packed: see Linear.
 extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs,
-                            int32_t element_bytes, int32_t num_threads) {
+                            int32_t num_threads) {
   using namespace pagoda;
-  if (element_bytes == 4) {
-    pack(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed), num_outputs, num_inputs, num_threads);
-  } else {
-    pack(static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(packed), num_outputs, num_inputs, num_threads);
+  const int num_panels = (num_outputs + kPanel - 1) / kPanel;
+#pragma omp parallel for num_threads(num_threads)
+  for (int panel = 0; panel < num_panels; ++panel) {
+    const int64_t first = static_cast<int64_t>(panel) * num_inputs * kPanel;
+    const Element* from = static_cast<const Element*>(weight) + first;
+    Element* to = static_cast<Element*>(packed) + first;
+    const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
+    for (int64_t k = 0; k < num_inputs; ++k, to += kPanel) {
+      for (int column = 0; column < kPanel; ++column) {
+        to[column] = column < num_columns ? from[column * num_inputs + k] : Element{};
+      }
+    }
   }
 }
 
 extern "C" void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call) {
-  using namespace pagoda;
-  with_element(linear->element_type, [&](auto element) { Product<decltype(element)>(*linear, *call).run(); });
+  pagoda::Product(*linear, *call).run();
 }
 
 #pragma GCC visibility pop

@@ -8,10 +8,9 @@ namespace pagoda {
 // y = x W^T + b. W is packed in panels of outputs, [num_panels][num_inputs][kPanel], the last one filled with zeros.
 struct Linear {
   const void* weight;
-  const void* bias;  // [num_outputs] of the weight's type, or null
+  const void* bias;  // [num_outputs] of Element, or null
   int32_t num_inputs;
   int32_t num_outputs;
-  int32_t element_type;  // ElementType
 };
 
 // What x is made from.

@@ -3,7 +3,7 @@
 import torch
 
 from kernels import Norm
-from kernels.cpu.binding import ELEMENT_TYPES, LinearCall, LinearWeight, NativeLibrary
+from kernels.cpu.binding import LinearCall, LinearWeight, NativeLibrary
 from kernels.cpu.memory import empty_on_huge_pages
 
 # Input and Output of `linear.h`.
@@ -23,13 +23,12 @@ class PackedLinear:
         self._packed = empty_on_huge_pages((panels * native.panel_size * self.num_inputs,), weight.dtype)
         self._bias = bias
         shape = (self.num_outputs, self.num_inputs)
-        native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, weight.element_size(), torch.get_num_threads())
+        native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, torch.get_num_threads())
         self.structure = LinearWeight(
             self._packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
             self.num_inputs,
             self.num_outputs,
-            ELEMENT_TYPES[weight.dtype],
         )
         self._call = LinearCall()  # one for all calls: filling it anew would take longer than a small product
 

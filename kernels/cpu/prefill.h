@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "blocks.h"
 #include "matmul.h"
+#include "rows.h"
 #include "scratch.h"
 #include "simd.h"
 #include "softmax.h"
@@ -31,7 +32,6 @@ struct QueryTile {
   int first_visible(int row) const { return sliding_window ? std::max(0, position(row) - sliding_window + 1) : 0; }
 };
 
-template <class Element>
 class PrefillTile {
  public:
   PrefillTile(const QueryTile& tile, int head_dim, Scratch& scratch)
@@ -71,7 +71,7 @@ class PrefillTile {
     std::fill(query_ + tile_.num_rows() * head_dim_, query_ + num_rows_ * head_dim_, 0.0f);
   }
 
-  void attend(const Partition<Element>& kv) {
+  void attend(const Partition& kv) {
     for (int span = kv.begin / kSpan * kSpan; span < kv.end; span += kSpan) {
       const int first = std::max(span, kv.begin), last = std::min(span + kSpan, kv.end);
       // Causality: rows before this one see nothing of the span.
@@ -97,23 +97,39 @@ class PrefillTile {
 
  private:
   // keys_: panels [head_dim][kPanel tokens], zeros where nothing is visible.
-  void unpack_keys(const HeadBlocks<Element>& keys, int span, int first, int last) {
+  void unpack_keys(const HeadBlocks& keys, int span, int first, int last) {
     for (int token = span; token < last; token += kLanes) {
       const int column = token - span;
       float* panel = keys_ + column / kPanel * kPanel * head_dim_ + column % kPanel;
-      for (int d = 0; d < head_dim_; d += kLanes) {
-        const int count = std::min(kLanes, head_dim_ - d);
-        Floats rows[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const bool visible = first <= token + i && token + i < last;
-          rows[i] = visible ? load_row(keys.slot(token + i) + d, count) : Floats{};
-        }
-        transpose(rows);
-        for (int i = 0; i < count; ++i) store(panel + (d + i) * kPanel, rows[i]);
+      const KV* columns = keys.columns(token);
+      const Floats factor = factors(keys, token);
+      const bool is_visible = first <= token && token + kLanes <= last;
+      for (int d = 0; d < head_dim_; d += 2, columns += 2 * keys.block_size()) {
+        FloatPair x = load_key_pair(columns, keys.block_size());
+        if constexpr (kIsScaled) x = {x.first * factor, x.second * factor};
+        if (!is_visible) x = {hide(x.first, first - token, last - token), hide(x.second, first - token, last - token)};
+        store(panel + d * kPanel, x.first);
+        store(panel + (d + 1) * kPanel, x.second);
       }
     }
     const int written = (last - span + kLanes - 1) / kLanes * kLanes;
     if (written % kPanel) zero_half_panel(keys_ + written / kPanel * kPanel * head_dim_);
+  }
+
+  // What the elements of kLanes tokens are to be multiplied by.
+  static Floats factors(const HeadBlocks& blocks, int token) {
+    if constexpr (kIsScaled) return load(blocks.scales(token)) * kUnit;
+    return broadcast(1.0f);
+  }
+
+  // Zeros but for lanes first to last.
+  static Floats hide(Floats x, int first, int last) {
+    alignas(kAlignment) float lanes[kLanes];
+    store(lanes, x);
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < first || i >= last) lanes[i] = 0.0f;
+    }
+    return load(lanes);
   }
 
   void zero_half_panel(float* panel) {
@@ -121,19 +137,17 @@ class PrefillTile {
   }
 
   // values_: panels [kSpan tokens][kPanel dimensions], zeros where nothing is visible.
-  void unpack_values(const HeadBlocks<Element>& values, int span, int first, int last) {
+  void unpack_values(const HeadBlocks& values, int span, int first, int last) {
     for (int token = span; token < last; ++token) {
-      const Element* value = token < first ? nullptr : values.slot(token);
+      const KV* value = token < first ? nullptr : values.row(token);
+      const float factor = value && kIsScaled ? *values.scales(token) * kUnit : 1.0f;
       for (int d = 0; d < value_dim_; d += kLanes) {
         const int count = std::min(kLanes, head_dim_ - d);
-        const Floats x = value && count > 0 ? load_row(value + d, count) : Floats{};
+        Floats x = value && count > 0 ? load_some(value + d, count) : Floats{};
+        if constexpr (kIsScaled) x *= factor;
         store(values_ + d / kPanel * kPanel * kSpan + (token - span) * kPanel + d % kPanel, x);
       }
     }
-  }
-
-  static Floats load_row(const Element* from, int count) {
-    return count == kLanes ? load(from) : load_first(from, count);
   }
 
   void score(int first_row, int columns) {

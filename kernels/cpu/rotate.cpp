@@ -1,44 +1,41 @@
 // Between a layer's projection and its attention, in one pass: norms on heads, rotary embedding, KV write.
-#include <cstring>
-
 #include "attention.h"
 #include "rows.h"
+#include "slots.h"
 
 namespace pagoda {
 namespace {
 
 constexpr int kFewTokens = 16;  // fewer are not worth waking other threads
 
-template <class Element>
 class Rotation {
  public:
   Rotation(const Shape& shape, const RotateCall& call)
-      : shape_(shape), call_(call), half_(shape.head_dim / 2), head_stride_(shape.block_size * shape.head_dim) {}
+      : shape_(shape), call_(call), half_(shape.head_dim / 2), layout_{shape.block_size, shape.head_dim} {}
 
   void run() const {
 #pragma omp parallel for num_threads(call_.num_threads) if (call_.num_tokens >= kFewTokens)
     for (int64_t token = 0; token < call_.num_tokens; ++token) {
+      alignas(kAlignment) float row[kMaxHeadDim];
       Element* head = static_cast<Element*>(call_.heads) + token * call_.heads_stride;
       for (int i = 0; i < shape_.num_heads; ++i, head += shape_.head_dim) turn(token, head, call_.query_norm, head);
-      const int64_t to = first_slot(token);
+      const int64_t block = call_.slot_mapping[token] / shape_.block_size * shape_.num_kv_heads;
+      const int offset = call_.slot_mapping[token] % shape_.block_size;
       for (int i = 0; i < shape_.num_kv_heads; ++i, head += shape_.head_dim) {
-        turn(token, head, call_.key_norm, static_cast<Element*>(call_.keys) + to + i * head_stride_);
+        turn(token, head, call_.key_norm, row);
+        write_key(row, layout_, static_cast<char*>(call_.keys) + (block + i) * layout_.bytes(), offset);
       }
       for (int i = 0; i < shape_.num_kv_heads; ++i, head += shape_.head_dim) {
-        std::memcpy(static_cast<Element*>(call_.values) + to + i * head_stride_, head, shape_.head_dim * sizeof(Element));
+        convert(head, row, shape_.head_dim);
+        write_value(row, layout_, static_cast<char*>(call_.values) + (block + i) * layout_.bytes(), offset);
       }
     }
   }
 
  private:
-  // Of the token, for the first KV head.
-  int64_t first_slot(int64_t token) const {
-    const int64_t slot = call_.slot_mapping[token], block = slot / shape_.block_size;
-    return block * shape_.num_kv_heads * head_stride_ + slot % shape_.block_size * shape_.head_dim;
-  }
-
   // Dimension d with d + half_, by the token's angle. `to` may be `from`.
-  void turn(int64_t token, const Element* from, const void* norm, Element* to) const {
+  template <class To>
+  void turn(int64_t token, const Element* from, const void* norm, To* to) const {
     const auto* weight = static_cast<const Element*>(norm);
     const Element* cos = static_cast<const Element*>(call_.cos) + token * half_;
     const Element* sin = static_cast<const Element*>(call_.sin) + token * half_;
@@ -57,8 +54,8 @@ class Rotation {
 
   const Shape& shape_;
   const RotateCall& call_;
-  int half_;             // of head_dim
-  int64_t head_stride_;  // elements between a block's heads
+  int half_;  // of head_dim
+  HeadLayout layout_;
 };
 
 }  // namespace
@@ -67,8 +64,7 @@ class Rotation {
 #pragma GCC visibility push(default)
 
 extern "C" void pagoda_rotate_and_write(const pagoda::Shape* shape, const pagoda::RotateCall* call) {
-  using namespace pagoda;
-  with_element(shape->element_type, [&](auto element) { Rotation<decltype(element)>(*shape, *call).run(); });
+  pagoda::Rotation(*shape, *call).run();
 }
 
 #pragma GCC visibility pop

@@ -26,6 +26,16 @@ inline void store_some(Element* to, Floats x, int count) {
   count == kLanes ? store(to, x) : store_first(to, x, count);
 }
 
+// sums: whole pairs, in KV's order; times `factor`, as the `width` elements of a row.
+inline void store_in_order(const float* sums, float factor, Element* row, int width) {
+  for (int d = 0; d < width; d += kPair) {
+    const FloatPair x = to_order<KV>({load(sums + d) * factor, load(sums + d + kLanes) * factor});
+    const int count = std::min(kPair, width - d);
+    store_some(row + d, x.first, std::min(kLanes, count));
+    if (count > kLanes) store_some(row + d + kLanes, x.second, count - kLanes);
+  }
+}
+
 // 1 / root of the mean of squares.
 template <class Element>
 inline float inverse_rms(const Element* row, int width, float epsilon) {

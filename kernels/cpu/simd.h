@@ -1,6 +1,6 @@
-// Vectors of floats, and the element types that KV blocks hold.
+// Vectors of floats, and the element types that memory holds.
 //
-// Owns what differs between instruction sets. The lane count follows the compiler's target and arithmetic is the
+// Owns what differs between instruction sets and element types. The lane count follows the compiler's target and arithmetic is the
 // compiler's vector extension, so the rest of the code is written once.
 #pragma once
 
@@ -40,17 +40,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-enum ElementType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+struct Int8 {
+  int8_t bits;
+};
+// e4m3: loads give kUnit times less, for that is the exponent's bias in a float16.
+struct Float8 {
+  uint8_t bits;
+};
 
-// Calls run with a value of the type that `type`, an ElementType, names.
-template <class Run>
-inline void with_element(int32_t type, Run run) {
-  switch (type) {
-    case kFloat32: return run(float{});
-    case kBFloat16: return run(BFloat16{});
-    case kFloat16: return run(Float16{});
-  }
-}
+// What one library is compiled for: the type of weights and activations, and that of the KV pool.
+using Element = PAGODA_ELEMENT;
+using KV = PAGODA_KV;
 
 inline Floats broadcast(float x) { return x - Floats{}; }
 
@@ -79,20 +79,51 @@ inline Floats load(const BFloat16* from) {
 #endif
 }
 
-inline Floats load(const Float16* from) {
+inline Floats from_float16(Halves bits) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits));
 #elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits));
 #else
   Floats x;
   for (int i = 0; i < kLanes; ++i) {
+    const uint16_t one = bits[i];
     _Float16 half;
-    std::memcpy(&half, from + i, sizeof half);
+    std::memcpy(&half, &one, sizeof half);
     x[i] = half;
   }
   return x;
 #endif
+}
+
+inline Floats load(const Float16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return from_float16(halves);
+}
+
+inline Floats load(const Int8* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(from)));
+#else
+  Floats x;
+  for (int i = 0; i < kLanes; ++i) x[i] = from[i].bits;
+  return x;
+#endif
+}
+
+inline Floats load(const Float8* from) {
+#if defined(__AVX512F__)
+  const auto extended = reinterpret_cast<Halves>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  const auto extended = reinterpret_cast<Halves>(_mm_cvtepi8_epi16(_mm_loadu_si64(from)));
+#else
+  Halves extended;
+  for (int i = 0; i < kLanes; ++i) extended[i] = static_cast<int8_t>(from[i].bits);
+#endif
+  return from_float16((extended << 7) & 0xbfff);  // the sign had spread over the exponent's highest bit
 }
 
 // The first `count` of kLanes elements, then zeros; reads no others.
@@ -132,6 +163,27 @@ inline void store(Float16* to, Floats x) {
 #endif
 }
 
+// x: at most 127 in size.
+inline void store(Int8* to, Floats x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+  const auto bytes = __builtin_convertvector(reinterpret_cast<Words>(x + kRounder), VectorOf<uint8_t>::type);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
+// x: at most 448 in size.
+inline void store(Float8* to, Floats x) {
+  constexpr float kRounder = 16384.0f;        // its lowest bit is that of the subnormals, 2^-9
+  constexpr float kSmallestNormal = 0.015625f;  // 2^-6
+  constexpr uint32_t kRebias = (127 - 7) << 3;
+  const Words bits = reinterpret_cast<Words>(x), magnitude = bits & 0x7fffffff;
+  const Floats size = reinterpret_cast<Floats>(magnitude);
+  const Words normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - kRebias;
+  const Words subnormal = reinterpret_cast<Words>(size + kRounder) - reinterpret_cast<Words>(broadcast(kRounder));
+  const Words rounded = (size < kSmallestNormal ? subnormal : normal) | ((bits >> 24) & 0x80);
+  const auto bytes = __builtin_convertvector(rounded, VectorOf<uint8_t>::type);
+  std::memcpy(to, &bytes, sizeof bytes);
+}
+
 template <class Element>
 inline void store_first(Element* to, Floats x, int count) {
   Element padded[kLanes];
@@ -140,7 +192,8 @@ inline void store_first(Element* to, Floats x, int count) {
 }
 
 // --- Pairs: 2 * kLanes elements in whatever order is fastest to unpack. Every tensor of one element type has the same
-// order, so products and sums over pairs need not know it. bfloat16 has even elements in `first`, odd ones in `second`.
+// order, so products and sums over pairs need not know it. bfloat16 has even elements in `first`, odd ones in `second`;
+// all others have the first half in `first`.
 
 constexpr int kPair = 2 * kLanes;
 
@@ -148,9 +201,10 @@ struct FloatPair {
   Floats first, second;
 };
 
-inline FloatPair load_pair(const float* from) { return {load(from), load(from + kLanes)}; }
-
-inline FloatPair load_pair(const Float16* from) { return {load(from), load(from + kLanes)}; }
+template <class Element>
+inline FloatPair load_pair(const Element* from) {
+  return {load(from), load(from + kLanes)};
+}
 
 inline FloatPair unpack(Words bfloat16s) {
   return {reinterpret_cast<Floats>(bfloat16s << 16), reinterpret_cast<Floats>(bfloat16s & 0xffff0000)};
@@ -239,41 +293,6 @@ inline float sum(Floats x) {
   return combine(x, [](Floats a, Floats b) { return a + b; });
 }
 
-// Level `step` of adding up lanes, for vectors a and b: afterwards a bit of the lane's index says which of the two a
-// lane belongs to. Each pattern is one instruction: levels 1 and 2 stay within four lanes, the others move fours.
-template <int step, bool second>
-struct PairedLane {
-  static constexpr int at(int i) {
-    if constexpr (step <= 2) {
-      const int four = i & ~3, within = i & 3;
-      const bool from_b = within & step;
-      const int lane = step == 1 ? within >> 1 : within & 1;
-      return four + lane + 2 * second + (from_b ? kLanes : 0);
-    } else {
-      constexpr int half = std::max(1, kLanes / 8);
-      const int four = i / 4;
-      const bool from_b = four >= half;
-      return (four % half * 2 + second) * 4 + i % 4 + (from_b ? kLanes : 0);
-    }
-  }
-};
-
-template <int step>
-inline Floats add_pairs(Floats a, Floats b) {
-  return shuffle<PairedLane<step, false>>(a, b) + shuffle<PairedLane<step, true>>(a, b);
-}
-
-// Lane i of the result is the sum of the lanes of vectors[i]; uses up `vectors`.
-template <int step = 1>
-inline Floats sum_each(Floats (&vectors)[kLanes]) {
-  if constexpr (step == kLanes) {
-    return vectors[0];
-  } else {
-    for (int i = 0; i < kLanes / step / 2; ++i) vectors[i] = add_pairs<step>(vectors[2 * i], vectors[2 * i + 1]);
-    return sum_each<2 * step>(vectors);
-  }
-}
-
 template <bool upper>
 struct InterleavedLane {
   static constexpr int at(int i) { return i / 2 + (upper ? kLanes / 2 : 0) + (i % 2 ? kLanes : 0); }
@@ -286,18 +305,6 @@ inline FloatPair to_order(FloatPair x) {
     return {shuffle<InterleavedLane<false>>(x.first, x.second), shuffle<InterleavedLane<true>>(x.first, x.second)};
   } else {
     return x;
-  }
-}
-
-// rows[i][j] becomes rows[j][i], by log2(kLanes) perfect shuffles.
-inline void transpose(Floats (&rows)[kLanes]) {
-  for (int step = 1; step < kLanes; step *= 2) {
-    Floats mixed[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      mixed[2 * i] = shuffle<InterleavedLane<false>>(rows[i], rows[i + kLanes / 2]);
-      mixed[2 * i + 1] = shuffle<InterleavedLane<true>>(rows[i], rows[i + kLanes / 2]);
-    }
-    std::memcpy(rows, mixed, sizeof mixed);
   }
 }
 

@@ -8,7 +8,7 @@ import torch
 
 from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV
 from kernels.clusters import make_clusters
-from kernels.cpu.binding import Call, LayersCall, RotateCall, Shape, WindowWork, Work, c_shape
+from kernels.cpu.binding import Call, LayersCall, RotateCall, WindowWork, Work
 from kernels.work_list import SplitRule, make_work_list
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ class CpuStep:
         self._shape = kernels.shape
         self._metadata = metadata
         self._works: dict[int, _PreparedWork] = {}
-        self._c_shapes: dict[torch.dtype, Shape] = {}
         # Filled anew for each layer, in part: a small step is done sooner than a call is built.
         self._rotate_call = RotateCall(
             slot_mapping=metadata.slot_mapping.data_ptr(), num_threads=torch.get_num_threads()
@@ -37,7 +36,7 @@ class CpuStep:
         self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
     ) -> torch.Tensor:
         """See `kernels.AttentionStep.rotate_and_write`. The queries are a part of `heads`."""
-        heads = _rows(heads, layer.keys.dtype)
+        heads = _rows(heads, self._shape.dtype)
         call = self._rotate_call
         call.heads, call.heads_stride, call.num_tokens = heads.data_ptr(), heads.stride(0), heads.shape[0]
         call.cos, call.sin = angles.cos.data_ptr(), angles.sin.data_ptr()
@@ -46,18 +45,18 @@ class CpuStep:
         if norms is not None:
             call.query_norm, call.key_norm = norms.query.data_ptr(), norms.key.data_ptr()
             call.norm_epsilon = norms.epsilon
-        self._native.rotate_and_write(self._c_shape(layer.keys.dtype), call)
+        self._native.rotate_and_write(self._kernels.c_shape, call)
         return heads[:, : self._shape.num_heads]
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""
         prepared = self._prepared(sliding_window)
-        rows = _rows(query, layer.keys.dtype)
+        rows = _rows(query, self._shape.dtype)
         output = torch.empty(query.shape, dtype=query.dtype)
         call = prepared.call
         call.query, call.query_stride, call.output = rows.data_ptr(), rows.stride(0), output.data_ptr()
         call.keys, call.values = layer.keys.data_ptr(), layer.values.data_ptr()
-        self._native.attend(self._c_shape(layer.keys.dtype), prepared.work, call)
+        self._native.attend(self._kernels.c_shape, prepared.work, call)
         return output
 
     def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
@@ -70,7 +69,7 @@ class CpuStep:
         windows = [WindowWork(ctypes.pointer(w.work), w.call.partial_sums, w.call.partial_norms) for w in works]
         scratch = stack.scratch(hidden)
         call = LayersCall(
-            ctypes.pointer(self._c_shape(hidden.dtype)),
+            ctypes.pointer(self._kernels.c_shape),
             stack.c_layers,
             (WindowWork * len(windows))(*windows),
             hidden.data_ptr(),
@@ -89,11 +88,6 @@ class CpuStep:
             rule = self._kernels.rule
             self._works[sliding_window] = _PreparedWork(self._shape, rule, self._metadata, sliding_window)
         return self._works[sliding_window]
-
-    def _c_shape(self, dtype: torch.dtype) -> Shape:
-        if dtype not in self._c_shapes:
-            self._c_shapes[dtype] = c_shape(self._shape, dtype)
-        return self._c_shapes[dtype]
 
 
 class _PreparedWork:
@@ -136,5 +130,5 @@ class _PreparedWork:
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x: [num_tokens, heads, head_dim] such that each token's part is contiguous."""
     if x.dtype != dtype:
-        raise TypeError(f"{x.dtype} beside a KV pool of {dtype}")
+        raise TypeError(f"{x.dtype} for kernels of {dtype}")
     return x if x.stride(1) == x.shape[2] and x.stride(2) == 1 else x.contiguous()

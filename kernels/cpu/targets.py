@@ -1,17 +1,28 @@
 """Which instruction sets the CPU kernels are compiled for, and which of them this machine runs."""
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from kernels.build import Library
 
 SOURCES = ("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "layers.h", "linear.h", "matmul.h", "prefill.h", "rows.h"),
-    *("scratch.h", "simd.h", "softmax.h"),
+    *("scratch.h", "simd.h", "slots.h", "softmax.h"),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+# As `simd.h` names them.
+ELEMENTS: Mapping[torch.dtype, str] = {
+    torch.float32: "float",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Float16",
+    torch.int8: "Int8",
+    torch.float8_e4m3fn: "Float8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +49,14 @@ def runnable_targets() -> tuple[Target, ...]:
     return tuple(target for target in TARGETS if target.needs <= flags)
 
 
-def library(target: Target) -> Library:
-    """The CPU kernels for `target`."""
+def library(target: Target, dtype: torch.dtype, kv_dtype: torch.dtype) -> Library:
+    """The CPU kernels for `target`, and for weights and activations of `dtype` beside a pool of `kv_dtype`."""
     folder = Path(__file__).parent
+    element, kv = ELEMENTS[dtype], ELEMENTS[kv_dtype]
     return Library(
-        name=f"cpu-{target.name}",
+        name=f"cpu-{target.name}-{element}-{kv}".lower(),
         compilers=("g++",),
-        flags=(*FLAGS, *target.flags),
+        flags=(*FLAGS, *target.flags, f"-DPAGODA_ELEMENT={element}", f"-DPAGODA_KV={kv}"),
         sources=tuple(folder / name for name in SOURCES),
         headers=tuple(folder / name for name in HEADERS),
     )

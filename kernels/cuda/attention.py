@@ -16,6 +16,7 @@ from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNo
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
+from kernels.kv_format import KVFormat
 from kernels.layers import run_layers
 from kernels.reference import ReferenceLinear, greedy
 from kernels.work_list import SplitRule, make_work_list
@@ -91,6 +92,9 @@ class CudaKernels:
         self.tuning = tuning
         self.scratch = Scratch(device, shape)
         self._libraries: dict[Variant, KernelLibrary] = {}
+        self.kv_format = KVFormat(
+            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, key_group=shape.head_dim
+        )
 
     def prepare(self, metadata: AttentionMetadata) -> "CudaStep":
         """See `kernels.Kernels.prepare`."""
@@ -121,7 +125,7 @@ class CudaKernels:
         if not copies:
             return
         assert pool.is_contiguous()
-        library = self.library(pool.dtype, has_window=False)
+        library = self.library(has_window=False)
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int32)
         items = torch.from_numpy(rows).to(self.device, non_blocking=True)
         for start, end in independent_runs(copies):
@@ -137,10 +141,10 @@ class CudaKernels:
                 )
             )
 
-    def library(self, dtype: torch.dtype, has_window: bool) -> KernelLibrary:
-        """The variant for `dtype`, compiled now if it never was. Raises BuildError."""
+    def library(self, has_window: bool) -> KernelLibrary:
+        """The variant, compiled now if it never was. Raises BuildError."""
         shape = self.shape
-        variant = Variant(dtype, shape.head_dim, shape.block_size, has_window, self.tuning.soft_cap > 0)
+        variant = Variant(shape.dtype, shape.head_dim, shape.block_size, has_window, self.tuning.soft_cap > 0)
         if variant not in self._libraries:
             self._libraries[variant] = self.backend.open_library(variant)
         return self._libraries[variant]
@@ -176,7 +180,7 @@ class CudaStep:
         assert angles.cos.is_contiguous()
         assert angles.sin.is_contiguous()
         query = torch.empty((slots.shape[0], shape.num_heads, shape.head_dim), dtype=heads.dtype, device=heads.device)
-        self._kernels.library(layer.keys.dtype, has_window=False).rotate(
+        self._kernels.library(has_window=False).rotate(
             RotateArgs(
                 heads=heads.data_ptr(),
                 cos=angles.cos.data_ptr(),
@@ -203,11 +207,11 @@ class CudaStep:
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""
-        assert query.dtype == layer.keys.dtype
+        assert query.dtype == self._kernels.shape.dtype
         query = _with_chunked_tokens(query)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if sliding_window not in self._work:
-            library = self._kernels.library(layer.keys.dtype, has_window=sliding_window > 0)
+            library = self._kernels.library(has_window=sliding_window > 0)
             self._work[sliding_window] = self._upload(library, self._cut(library, sliding_window))
         work = self._work[sliding_window]
         shape, metadata, packed = self._kernels.shape, self._metadata, work.packed

@@ -45,6 +45,8 @@ def find_lack(shape: AttentionShape, capability: tuple[int, int]) -> str | None:
     """What there is no kernel for, or what is missing to make one; None where nothing is."""
     if capability < FIRST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    if shape.kv_dtype != shape.dtype:
+        return f"KV of {shape.kv_dtype} beside {shape.dtype}"
     group_size = shape.num_heads // shape.num_kv_heads
     if not is_supported(shape.head_dim, shape.block_size, group_size):
         return f"head_dim {shape.head_dim}, block size {shape.block_size}, {group_size} heads per KV head"

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from kernels import Angles, AttentionMetadata, AttentionShape, AttentionStep, HeadNorms, Kernels, LayerKV
+from kernels.kv_format import KVFormat
+from kernels.reference import ReferenceKernels
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,15 @@ class Case:
     sliding_window: int
     lens: list[tuple[int, int]]
     seed: int
+    dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> AttentionShape:
-        num_heads = self.num_kv_heads * self.group_size
-        return AttentionShape(num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.head_dim**-0.5)
+        num_heads, kv_dtype = self.num_kv_heads * self.group_size, self.kv_dtype or self.dtype
+        return AttentionShape(
+            num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.head_dim**-0.5, self.dtype, kv_dtype
+        )
 
 
 cases = st.builds(
@@ -41,27 +47,34 @@ cases = st.builds(
 
 
 class Step:
-    """A pool of NaN in which only what came before the step is written, in blocks of random order."""
+    """Sequences in blocks of random order; `layer` is the pool of the last run, or None."""
 
-    def __init__(self, case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    def __init__(self, case: Case) -> None:
         rng = torch.Generator().manual_seed(case.seed)
         self.case = case
         block_counts = [-(-(before + new) // case.block_size) for before, new in case.lens]
-        num_blocks = sum(block_counts) + 1
-        order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
+        self.num_blocks = sum(block_counts) + 1
+        order = (torch.randperm(self.num_blocks - 1, generator=rng) + 1).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in block_counts]
-        shape = (num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
-        self.layer = LayerKV(*(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2)))
         self.keys, self.values, self.queries = [], [], []
-        for (before, new), table in zip(case.lens, self.tables, strict=True):
-            num_heads = case.num_kv_heads * case.group_size
-            self.keys.append(torch.randn(before + new, case.num_kv_heads, case.head_dim, generator=rng).to(dtype))
-            self.values.append(torch.randn(before + new, case.num_kv_heads, case.head_dim, generator=rng).to(dtype))
-            self.queries.append(torch.randn(new, num_heads, case.head_dim, generator=rng).to(dtype))
-            for position in range(before):
-                block, slot = table[position // case.block_size], position % case.block_size
-                self.layer.keys[block, :, slot] = self.keys[-1][position].to(device)
-                self.layer.values[block, :, slot] = self.values[-1][position].to(device)
+        for before, new in case.lens:
+
+            def random(num_tokens: int, num_heads: int) -> torch.Tensor:
+                return torch.randn(num_tokens, num_heads, case.head_dim, generator=rng).to(case.dtype)
+
+            self.keys.append(random(before + new, case.num_kv_heads))
+            self.values.append(random(before + new, case.num_kv_heads))
+            self.queries.append(random(new, case.shape.num_heads))
+
+    def lay_out(self, kv_format: KVFormat, device: str = "cpu") -> LayerKV:
+        """A pool of NaN in which only what came before the step is written."""
+        shape = (2, self.num_blocks, kv_format.num_kv_heads, kv_format.head_bytes)
+        pool = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
+        for (before, _), table, keys, values in zip(self.case.lens, self.tables, self.keys, self.values, strict=True):
+            places = kv_format.places(torch.tensor(self._slots(table, 0, before), dtype=torch.int64, device=device))
+            kv_format.write_keys(pool[0], places, keys[:before].to(device))
+            kv_format.write_values(pool[1], places, values[:before].to(device))
+        return LayerKV(pool[0], pool[1])
 
     def metadata(self, device: str = "cpu") -> AttentionMetadata:
         case = self.case
@@ -69,9 +82,9 @@ class Step:
         context_lens = np.array([before + new for before, new in case.lens], np.int64)
         width = max(map(len, self.tables))
         slots = [
-            table[position // case.block_size] * case.block_size + position % case.block_size
+            slot
             for (before, new), table in zip(case.lens, self.tables, strict=True)
-            for position in range(before, before + new)
+            for slot in self._slots(table, before, before + new)
         ]
 
         def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
@@ -88,9 +101,11 @@ class Step:
 
     def run(self, kernels_: Kernels, device: str = "cpu") -> torch.Tensor:
         """Write the step's keys and values, then attend: [num_tokens, num_heads, head_dim]."""
+        layer = self.lay_out(kernels_.kv_format, device)
         step = kernels_.prepare(self.metadata(device))
-        query = write_plain(step, self.heads().to(device), self.layer)
-        return step.attend(query, self.layer, self.case.sliding_window).cpu()
+        query = write_plain(step, self.heads().to(device), layer)
+        self.layer = layer
+        return step.attend(query, layer, self.case.sliding_window).cpu()
 
     def heads(self) -> torch.Tensor:
         """The step's queries, keys and values, as a layer's projection has them."""
@@ -101,10 +116,18 @@ class Step:
         return torch.cat((torch.cat(self.queries), keys, values), dim=1)
 
     def dense(self) -> torch.Tensor:
-        """The same by definition, in float64."""
-        return torch.cat(
-            [dense(q, k, v, self.case) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)]
-        )
+        """The same by definition, in float64, over keys and values as the pool holds them."""
+        keys, values = ([self._as_held(x) for x in rows] for rows in (self.keys, self.values))
+        return torch.cat([dense(q, k, v, self.case) for q, k, v in zip(self.queries, keys, values, strict=True)])
+
+    def _as_held(self, rows: torch.Tensor) -> torch.Tensor:
+        kv_format = ReferenceKernels(torch.device("cpu"), self.case.shape).kv_format
+        elements, scales = kv_format.quantize(rows)
+        return elements.double() if scales is None else elements.double() * scales[..., None]
+
+    def _slots(self, table: list[int], start: int, end: int) -> list[int]:
+        size = self.case.block_size
+        return [table[position // size] * size + position % size for position in range(start, end)]
 
 
 def turned(

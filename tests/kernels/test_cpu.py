@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kernels import AttentionShape, BlockCopy, LayerKV, select_kernels
 from kernels.build import find_compiler
 from kernels.cpu import PARTITION_LEN, CpuKernels
 from kernels.cpu.targets import BASELINE, Target, runnable_targets
+from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
 from tests.kernels.guarded import guarded
@@ -21,6 +23,12 @@ from tests.kernels.guarded import guarded
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 # Relative errors: what rounding the output loses, and a little.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
+# Of activations, and of the pool beside them.
+DTYPES = [
+    *((dtype, dtype) for dtype in TOLERANCES),
+    *((torch.bfloat16, torch.int8), (torch.bfloat16, torch.float8_e4m3fn)),
+    *((torch.float32, torch.int8), (torch.float32, torch.float8_e4m3fn)),
+]
 
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 cases = st.builds(
@@ -37,14 +45,22 @@ cases = st.builds(
 )
 
 
+any_dtypes = st.sampled_from(DTYPES)
+
+
+def of_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> Case:
+    return dataclasses.replace(case, dtype=dtypes[0], kv_dtype=dtypes[1])
+
+
 @targets
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @settings(max_examples=10, deadline=None)
 @given(case=cases)
-def test_equals_dense_attention(target: Target, dtype: torch.dtype, case: Case) -> None:
-    step = Step(case, dtype)
+def test_equals_dense_attention(target: Target, dtypes: tuple[torch.dtype, torch.dtype], case: Case) -> None:
+    case = of_dtypes(case, dtypes)
+    step = Step(case)
     found = step.run(CpuKernels(case.shape, target))
-    assert relative_error(found, step.dense()) < TOLERANCES[dtype]
+    assert relative_error(found, step.dense()) < TOLERANCES[case.dtype]
 
 
 def longer(case: Case) -> Case:
@@ -65,24 +81,23 @@ def place(step: Step, seq: int, other: Step, at: int) -> None:
     """Make sequence `at` of `other` the same as sequence `seq` of `step`, in blocks of its own."""
     for mine, its in ((step.keys, other.keys), (step.values, other.values), (step.queries, other.queries)):
         its[at] = mine[seq]
-    source, target = step.tables[seq], other.tables[at]
-    for blocks, its_blocks in ((step.layer.keys, other.layer.keys), (step.layer.values, other.layer.values)):
-        its_blocks[target] = blocks[source]
 
 
 @settings(max_examples=10, deadline=None)
-@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)), data=st.data())
-def test_a_row_does_not_depend_on_its_neighbours(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+@given(case=cases, dtypes=any_dtypes, data=st.data())
+def test_a_row_does_not_depend_on_its_neighbours(
+    case: Case, dtypes: tuple[torch.dtype, torch.dtype], data: st.DataObject
+) -> None:
     """Bit for bit: alone, in any batch, at any place in it."""
-    case = longer(case)
-    step = Step(case, dtype)
+    case = of_dtypes(longer(case), dtypes)
+    step = Step(case)
     kernels = CpuKernels(case.shape)
     order = data.draw(st.permutations(range(len(case.lens))))
     batches = [order, *([seq] for seq in order)]
     together = step.run(kernels)
     firsts = np.cumsum([0, *(new for _, new in case.lens)])
     for batch in batches:
-        other = Step(dataclasses.replace(case, lens=[case.lens[seq] for seq in batch]), dtype)
+        other = Step(dataclasses.replace(case, lens=[case.lens[seq] for seq in batch]))
         for at, seq in enumerate(batch):
             place(step, seq, other, at)
         found = other.run(kernels)
@@ -91,14 +106,14 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case, dtype: torch.dtype,
 
 
 @settings(max_examples=15, deadline=None)
-@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)), num_threads=st.integers(1, 4))
-def test_threads_change_nothing(case: Case, dtype: torch.dtype, num_threads: int) -> None:
-    case = longer(case)
-    expected = Step(case, dtype).run(CpuKernels(case.shape))
+@given(case=cases, dtypes=any_dtypes, num_threads=st.integers(1, 4))
+def test_threads_change_nothing(case: Case, dtypes: tuple[torch.dtype, torch.dtype], num_threads: int) -> None:
+    case = of_dtypes(longer(case), dtypes)
+    expected = Step(case).run(CpuKernels(case.shape))
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        assert torch.equal(Step(case, dtype).run(CpuKernels(case.shape)), expected)
+        assert torch.equal(Step(case).run(CpuKernels(case.shape)), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -107,16 +122,20 @@ def test_threads_change_nothing(case: Case, dtype: torch.dtype, num_threads: int
 @settings(max_examples=8, deadline=None)
 @given(
     case=cases,
-    dtype=st.sampled_from(list(TOLERANCES)),
+    dtypes=any_dtypes,
     prefix_len=st.sampled_from([PARTITION_LEN, 2 * PARTITION_LEN, 2 * PARTITION_LEN + 64]),
     rests=st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 1, 9])), min_size=2, max_size=40),
 )
 def test_a_shared_prefix_changes_nothing(
-    target: Target, case: Case, dtype: torch.dtype, prefix_len: int, rests: list[tuple[int, int]]
+    target: Target,
+    case: Case,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    prefix_len: int,
+    rests: list[tuple[int, int]],
 ) -> None:
     """Bit for bit: sequences whose tables begin with the same blocks, together and each alone."""
-    case = dataclasses.replace(case, lens=[(prefix_len + before, new) for before, new in rests])
-    step = Step(case, dtype)
+    case = of_dtypes(dataclasses.replace(case, lens=[(prefix_len + before, new) for before, new in rests]), dtypes)
+    step = Step(case)
     num_shared = prefix_len // case.block_size
     for seq in range(1, len(rests)):
         step.tables[seq][:num_shared] = step.tables[0][:num_shared]
@@ -125,10 +144,10 @@ def test_a_shared_prefix_changes_nothing(
             step.values[0][:prefix_len],
         )
     together = step.run(CpuKernels(case.shape, target))
-    assert relative_error(together, step.dense()) < TOLERANCES[dtype]
+    assert relative_error(together, step.dense()) < TOLERANCES[case.dtype]
     rows = torch.split(together, [new for _, new in case.lens])
     for seq in (0, len(rests) - 1):
-        alone = Step(dataclasses.replace(case, lens=[case.lens[seq]]), dtype)
+        alone = Step(dataclasses.replace(case, lens=[case.lens[seq]]))
         place(step, seq, alone, 0)
         assert torch.equal(alone.run(CpuKernels(case.shape, target)), rows[seq])
 
@@ -147,14 +166,53 @@ def test_a_chunked_prompt_is_the_same_prompt(case: Case, data: st.DataObject) ->
     assert torch.equal(chunk.run(CpuKernels(case.shape)), whole[before:])
 
 
+@targets
 @settings(max_examples=10, deadline=None)
-@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)))
-def test_writes_what_the_reference_writes(case: Case, dtype: torch.dtype) -> None:
-    native, reference = Step(case, dtype), Step(case, dtype)
-    native.run(CpuKernels(case.shape))
-    reference.run(ReferenceKernels(torch.device("cpu"), case.shape))
-    torch.testing.assert_close(native.layer.keys, reference.layer.keys, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(native.layer.values, reference.layer.values, rtol=0, atol=0, equal_nan=True)
+@given(case=cases, dtypes=any_dtypes)
+def test_writes_what_the_reference_writes(target: Target, case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Elements and scales, bit for bit, and no other slot."""
+    case = of_dtypes(case, dtypes)
+    native, reference, kernels = Step(case), Step(case), CpuKernels(case.shape, target)
+    native.run(kernels)
+    reference.run(ReferenceKernels(torch.device("cpu"), case.shape, kernels.kv_format.key_group))
+    assert torch.equal(native.layer.keys, reference.layer.keys)
+    assert torch.equal(native.layer.values, reference.layer.values)
+
+
+@targets
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rounds_as_torch_does(target: Target, kv_dtype: torch.dtype) -> None:
+    """Every float16 of a row whose scale is 1, the halves between two elements included; rows of zeros."""
+    largest = LARGEST[kv_dtype]
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = values[values.isfinite() & (values.abs() <= largest)].float()
+    values = torch.cat((values, torch.zeros(-len(values) % 7)))
+    rows = torch.cat((torch.full((len(values) // 7, 1), largest), values.view(-1, 7)), dim=1)
+    rows[::1000] = 0.0
+    case = Case(1, 1, 8, 16, 0, [(0, len(rows))], 0, torch.float32, kv_dtype)
+    kernels, step = CpuKernels(case.shape, target), Step(case)
+    step.keys, step.values = [rows[:, None]], [rows[:, None]]
+    step.run(kernels)
+    kv_format, places = kernels.kv_format, kernels.kv_format.places(step.metadata().slot_mapping)
+    for found in (kv_format.read_keys(step.layer.keys), kv_format.read_values(step.layer.values)):
+        expected = rows.round() if kv_dtype == torch.int8 else rows.to(kv_dtype).float()
+        assert torch.equal(found[places][:, 0], expected)
+
+
+@targets
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_visible(
+    target: Target, dtypes: tuple[torch.dtype, torch.dtype], value: float
+) -> None:
+    """A broken value, wherever it comes from, reaches the output of whoever sees it, and of nobody else."""
+    case = of_dtypes(Case(2, 2, 24, 16, 0, [(40, 1), (40, 1), (3, 5)], 5), dtypes)
+    step = Step(case)
+    step.values[0][17, 1, 11] = value
+    found = step.run(CpuKernels(case.shape, target))
+    assert not found[0, 2:, 11].isfinite().any()
+    assert found[0, :2].isfinite().all()
+    assert found[1:].isfinite().all()
 
 
 @settings(max_examples=10, deadline=None)
@@ -173,10 +231,13 @@ def test_entries_past_a_sequence_s_blocks_are_never_followed(case: Case) -> None
 
 @targets
 @settings(max_examples=8, deadline=None)
-@given(case=cases, dtype=st.sampled_from(list(TOLERANCES)))
-def test_reads_and_writes_nothing_past_its_buffers(target: Target, case: Case, dtype: torch.dtype) -> None:
+@given(case=cases, dtypes=any_dtypes)
+def test_reads_and_writes_nothing_past_its_buffers(
+    target: Target, case: Case, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
     """Each buffer ends at a page that faults; the pool's last block belongs to a sequence."""
-    step = Step(longer(case), dtype)
+    case = of_dtypes(case, dtypes)
+    step = Step(longer(case))
     expected = step.run(CpuKernels(case.shape, target))
     step.layer = LayerKV(guarded(step.layer.keys), guarded(step.layer.values))
     metadata = step.metadata()
@@ -191,14 +252,17 @@ def test_reads_and_writes_nothing_past_its_buffers(target: Target, case: Case, d
 copies = st.lists(st.builds(BlockCopy, st.integers(0, 4), st.integers(0, 4), st.integers(1, 16)), max_size=6)
 
 
-@given(copies, st.sampled_from(list(TOLERANCES)))
-def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtype: torch.dtype) -> None:
-    shape = AttentionShape(4, 2, 8, 16, 0.5)
-    pool = torch.randn(3, 2, 5, 2, 16, 8).to(dtype)
+@given(copies, any_dtypes)
+def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    kernels = CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, *dtypes))
+    pool = torch.randint(0, 256, (3, 2, 5, 2, kernels.kv_format.head_bytes), dtype=torch.uint8)
     expected = pool.clone()
-    ReferenceKernels(torch.device("cpu"), shape).copy_blocks(expected, blocks)
-    CpuKernels(shape).copy_blocks(pool, blocks)
+    ReferenceKernels(torch.device("cpu"), kernels.shape, kernels.kv_format.key_group).copy_blocks(expected, blocks)
+    kernels.copy_blocks(pool, blocks)
     assert torch.equal(pool, expected)
+
+
+PLAIN = AttentionShape(4, 2, 8, 16, 0.5, torch.float32, torch.float32)
 
 
 def test_without_a_compiler_the_reference_serves_and_says_so(
@@ -207,22 +271,31 @@ def test_without_a_compiler_the_reference_serves_and_says_so(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PAGODA_KERNEL_CACHE", str(tmp_path))
     with caplog.at_level(logging.WARNING, "pagoda.kernels"):
-        assert isinstance(select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5)), ReferenceKernels)
+        assert isinstance(select_kernels(torch.device("cpu"), PLAIN), ReferenceKernels)
     (record,) = caplog.records
     assert "no g++ here" in record.getMessage()
 
 
-@pytest.mark.parametrize("shape", [AttentionShape(4, 2, 264, 16, 1.0), AttentionShape(4, 2, 8, 8, 1.0)])
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"head_dim": 264}, "head_dim 264"),
+        ({"head_dim": 9}, "head_dim 9"),
+        ({"block_size": 8}, "block_size 8"),
+        ({"kv_dtype": torch.float16}, "KV of torch.float16 beside torch.float32"),
+    ],
+)
 def test_what_is_not_covered_goes_to_the_reference_by_name(
-    shape: AttentionShape, caplog: pytest.LogCaptureFixture
+    differs: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "pagoda.kernels"):
-        assert isinstance(select_kernels(torch.device("cpu"), shape), ReferenceKernels)
-    assert "head_dim 264" in caplog.text or "block_size 8" in caplog.text
+        kernels = select_kernels(torch.device("cpu"), dataclasses.replace(PLAIN, **differs))
+    assert isinstance(kernels, ReferenceKernels)
+    assert said in caplog.text
 
 
 def test_the_native_kernels_are_attached() -> None:
-    assert isinstance(select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5)), CpuKernels)
+    assert isinstance(select_kernels(torch.device("cpu"), PLAIN), CpuKernels)
 
 
 def test_every_machine_runs_the_baseline() -> None:

@@ -1,5 +1,7 @@
 """What the CPU kernels do around attention (products, norms, gates, rotation), against float64, on each target."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,12 @@ from tests.kernels.guarded import guarded
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 EPSILON = 1e-5
-SHAPE = AttentionShape(4, 2, 8, 16, 0.5)
+
+
+def shape(dtype: torch.dtype) -> AttentionShape:
+    """Of kernels that only multiply."""
+    return AttentionShape(4, 2, 8, 16, 0.5, dtype, dtype)
+
 
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 dtypes = st.sampled_from(list(TOLERANCES))
@@ -48,7 +55,7 @@ class Product:
         return [normed, normed, total + linear(rows), total + linear(F.silu(gate) * up)]
 
     def found(self, target: Target, has_bias: bool, some: slice = slice(None)) -> list[torch.Tensor]:
-        linear = CpuKernels(SHAPE, target).linear(self.weight, self.bias if has_bias else None)
+        linear = CpuKernels(shape(self.weight.dtype), target).linear(self.weight, self.bias if has_bias else None)
         rows, gate_up = guarded(self.rows[some]), guarded(self.gate_up[some])
         added, gated = guarded(self.total[some]), guarded(self.total[some])
         linear.add(rows, added)
@@ -99,7 +106,7 @@ def test_what_is_not_finite_stays_visible() -> None:
 
 @pytest.mark.parametrize("gate", [-100.0, -20.0, 0.0, 20.0, 100.0])
 def test_gates_far_from_zero(gate: float) -> None:
-    linear = CpuKernels(SHAPE).linear(torch.eye(16), None)
+    linear = CpuKernels(shape(torch.float32)).linear(torch.eye(16), None)
     total = torch.zeros(1, 16)
     linear.add_gated(torch.cat((torch.full((1, 16), gate), torch.ones(1, 16)), dim=1), total)
     torch.testing.assert_close(total, F.silu(torch.full((1, 16), gate)), rtol=1e-6, atol=1e-30)
@@ -117,7 +124,7 @@ def test_greedy_takes_the_lowest_of_the_highest(
     broken = data.draw(st.dictionaries(st.integers(0, num_rows - 1), st.sampled_from([float("nan"), float("inf")])))
     for row, value in broken.items():
         logits[row, data.draw(st.integers(0, vocab_size - 1))] = value
-    token_ids, is_finite = CpuKernels(SHAPE, target).greedy(guarded(logits))
+    token_ids, is_finite = CpuKernels(shape(torch.float32), target).greedy(guarded(logits))
     assert is_finite.tolist() == [row not in broken for row in range(num_rows)]
     for row in set(range(num_rows)) - set(broken):
         assert token_ids[row] == logits[row].tolist().index(logits[row].max())
@@ -143,23 +150,24 @@ def test_greedy_takes_the_lowest_of_the_highest(
 def test_rotates_and_writes_its_slots_and_no_other(
     target: Target, case: Case, dtype: torch.dtype, has_norms: bool
 ) -> None:
-    step = Step(case, dtype)
-    before = LayerKV(step.layer.keys.clone(), step.layer.values.clone())
-    layer = LayerKV(guarded(step.layer.keys), guarded(step.layer.values))
+    case = dataclasses.replace(case, dtype=dtype)
+    step, kernels = Step(case), CpuKernels(case.shape, target)
+    kv_format = kernels.kv_format
+    before = step.lay_out(kv_format)
+    layer = LayerKV(guarded(before.keys), guarded(before.values))
     metadata, heads = step.metadata(), step.heads()
     rng = torch.Generator().manual_seed(case.seed)
     cos, sin = (torch.randn(len(heads), 1, case.head_dim // 2, generator=rng).to(dtype) for _ in range(2))
     weights = (guarded(torch.randn(case.head_dim, generator=rng).to(dtype)) for _ in range(2))
     angles, norms = Angles(guarded(cos), guarded(sin)), HeadNorms(*weights, EPSILON) if has_norms else None
-    prepared = CpuKernels(case.shape, target).prepare(metadata)
-    query = prepared.rotate_and_write(guarded(heads), angles, norms, layer)
+    query = kernels.prepare(metadata).rotate_and_write(guarded(heads), angles, norms, layer)
 
     expected_query, key, value = turned(heads, angles, norms, case.shape)
-    slots = metadata.slot_mapping
-    places = (slots // case.block_size, slice(None), slots % case.block_size)
+    places = kv_format.places(metadata.slot_mapping)
+    keys, values = kv_format.read_keys(layer.keys), kv_format.read_values(layer.values)
     assert relative_error(query, expected_query) < TOLERANCES[dtype]
-    assert relative_error(layer.keys[places], key) < TOLERANCES[dtype]
-    assert torch.equal(layer.values[places].double(), value)
-    for blocks, blocks_before in ((layer.keys, before.keys), (layer.values, before.values)):
-        blocks[places] = blocks_before[places]
-        assert torch.equal(blocks.nan_to_num(7.0), blocks_before.nan_to_num(7.0))
+    assert relative_error(keys[places], key) < TOLERANCES[dtype]
+    assert torch.equal(values[places].double(), value)
+    for found, expected in ((keys, kv_format.read_keys(before.keys)), (values, kv_format.read_values(before.values))):
+        found[places] = expected[places]
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))

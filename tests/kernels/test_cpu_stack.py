@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Angles, HeadNorms, Kernels, Layer, LayerKV, Norm
+from kernels import Angles, HeadNorms, Kernels, Layer, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import Target, runnable_targets
@@ -24,10 +24,10 @@ WINDOWS = (0, 20, 0, 5)
 class Model:
     """Layers of random weights, and a step for them: every layer begins with the KV of the case."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, has_norms: bool) -> None:
+    def __init__(self, case: Case, has_norms: bool) -> None:
         self._rng = torch.Generator().manual_seed(case.seed)
-        self.case, self.dtype, self.has_norms = case, dtype, has_norms
-        self.step = Step(case, dtype)
+        self.case, self.dtype, self.has_norms = case, case.dtype, has_norms
+        self.step = Step(case)
         self.num_tokens = sum(new for _, new in case.lens)
         heads = case.shape.num_heads
         self.sizes = {
@@ -45,7 +45,7 @@ class Model:
         ]
         self.hidden = self.random(self.num_tokens, HIDDEN_SIZE)
         angles = torch.randn(self.num_tokens, 1, case.head_dim // 2, generator=self._rng)
-        self.angles = Angles(angles.cos().to(dtype), angles.sin().to(dtype))
+        self.angles = Angles(angles.cos().to(self.dtype), angles.sin().to(self.dtype))
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._rng).to(self.dtype)
@@ -64,13 +64,15 @@ class Model:
 
     def run(self, kernels: Kernels, is_one_call: bool) -> list[torch.Tensor]:
         """Hidden states and the KV of all layers."""
-        kv = [LayerKV(self.step.layer.keys.clone(), self.step.layer.values.clone()) for _ in WINDOWS]
+        kv_format = kernels.kv_format
+        kv = [self.step.lay_out(kv_format) for _ in WINDOWS]
         hidden, layers, step = self.hidden.clone(), self.layers(kernels), kernels.prepare(self.step.metadata())
         if is_one_call:
             step.run_layers(layers, kv, hidden, self.angles)
         else:
             run_layers(step, layers, kv, hidden, self.angles)
-        return [hidden, *(blocks.nan_to_num(7.0) for layer in kv for blocks in (layer.keys, layer.values))]
+        blocks = [x for layer in kv for x in (kv_format.read_keys(layer.keys), kv_format.read_values(layer.values))]
+        return [hidden, *(x.nan_to_num(7.0) for x in blocks)]
 
 
 models = st.builds(
@@ -84,8 +86,9 @@ models = st.builds(
         sliding_window=st.just(0),
         lens=st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 7])), min_size=1, max_size=4),
         seed=st.integers(0, 2**32 - 1),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+        kv_dtype=st.sampled_from([None, None, torch.int8]),
     ),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.booleans(),
 )
 
@@ -113,7 +116,7 @@ def test_other_layers_are_laid_out_anew() -> None:
     """The same kernels, asked to run another model, or into another pool."""
     case = Case(1, 2, 8, 16, 0, [(5, 1), (0, 3)], seed=3)
     kernels = CpuKernels(case.shape)
-    first, second = (Model(case, torch.float32, has_norms) for has_norms in (True, False))
+    first, second = (Model(case, has_norms) for has_norms in (True, False))
     expected = [model.run(CpuKernels(case.shape), True)[0] for model in (first, second)]
     assert torch.equal(first.run(kernels, True)[0], expected[0])
     assert torch.equal(second.run(kernels, True)[0], expected[1])

@@ -31,24 +31,37 @@ def test_equals_dense_attention(case: Case) -> None:
 @given(cases, st.sampled_from([torch.bfloat16, torch.float16]))
 def test_sums_are_float32(case: Case, dtype: torch.dtype) -> None:
     """Half precision loses what rounding the inputs and the output loses, and no more."""
-    step = Step(case, dtype)
+    case = dataclasses.replace(case, dtype=dtype)
+    step = Step(case)
     found = step.run(reference(case.shape))
     torch.testing.assert_close(found, step.dense().to(dtype), atol=2e-3, rtol=2 * torch.finfo(dtype).eps)
 
 
 @settings(max_examples=20, deadline=None)
-@given(cases)
-def test_writes_its_slots_and_no_other(case: Case) -> None:
+@given(cases, st.sampled_from([torch.float8_e4m3fn, torch.int8]))
+def test_attends_to_8_bit_kv_as_the_pool_holds_it(case: Case, kv_dtype: torch.dtype) -> None:
+    case = dataclasses.replace(case, kv_dtype=kv_dtype)
     step = Step(case)
-    keys_before = step.layer.keys.clone()
-    step.run(reference(case.shape))
-    slots = step.metadata().slot_mapping
-    written = torch.zeros(keys_before.shape[0] * case.block_size, dtype=torch.bool)
-    written[slots] = True
-    by_slot = step.layer.keys.transpose(1, 2).reshape(-1, case.num_kv_heads, case.head_dim)
-    before_by_slot = keys_before.transpose(1, 2).reshape(-1, case.num_kv_heads, case.head_dim)
-    assert by_slot[written].isfinite().all()
-    torch.testing.assert_close(by_slot[~written], before_by_slot[~written], equal_nan=True)
+    found = step.run(reference(case.shape))
+    torch.testing.assert_close(found.double(), step.dense(), atol=3e-6, rtol=3e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases, st.sampled_from([None, torch.int8]))
+def test_writes_its_slots_and_no_other(case: Case, kv_dtype: torch.dtype | None) -> None:
+    case = dataclasses.replace(case, kv_dtype=kv_dtype)
+    step, kernels_ = Step(case), reference(case.shape)
+    step.run(kernels_)
+    before, kv_format = step.lay_out(kernels_.kv_format), kernels_.kv_format
+    places = kv_format.places(step.metadata().slot_mapping)
+    for written, unwritten, read in (
+        (step.layer.keys, before.keys, kv_format.read_keys),
+        (step.layer.values, before.values, kv_format.read_values),
+    ):
+        assert read(written)[places].isfinite().all()
+        rows, rows_before = read(written), read(unwritten)
+        rows[places] = rows_before[places]
+        torch.testing.assert_close(rows, rows_before, rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=20, deadline=None)
@@ -61,10 +74,6 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case) -> None:
     for i, lens in enumerate(case.lens):
         alone = Step(dataclasses.replace(case, lens=[lens]))
         alone.keys, alone.values, alone.queries = [step.keys[i]], [step.values[i]], [step.queries[i]]
-        for position in range(lens[0]):
-            block, slot = divmod(position, case.block_size)
-            alone.layer.keys[alone.tables[0][block], :, slot] = step.keys[i][position]
-            alone.layer.values[alone.tables[0][block], :, slot] = step.values[i][position]
         found = alone.run(reference(case.shape))
         assert torch.equal(found, together[firsts[i] : firsts[i + 1]])
 
@@ -89,16 +98,26 @@ def test_padding_is_at_most_a_third() -> None:
     assert len(np.unique(rounded)) <= 2 * np.log2(2000) + 1
 
 
-def test_copies_run_in_order_and_copy_no_more_than_asked() -> None:
-    pool = torch.full((2, 2, 5, 1, 16, 4), float("nan"))
-    pool[:, :, 1] = torch.randn(2, 2, 1, 16, 4)
-    shape = AttentionShape(1, 1, 4, 16, 0.5)
-    reference(shape).copy_blocks(pool, [BlockCopy(1, 2, 5), BlockCopy(2, 3, 3)])
-    assert torch.equal(pool[:, :, 2, :, :5], pool[:, :, 1, :, :5])
-    assert torch.equal(pool[:, :, 3, :, :3], pool[:, :, 1, :, :3])
-    assert pool[:, :, 2, :, 5:].isnan().all()
-    assert pool[:, :, 3, :, 3:].isnan().all()
-    assert pool[:, :, 4].isnan().all()
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("key_group", [1, 2, 4])
+def test_copies_run_in_order_and_copy_no_more_than_asked(kv_dtype: torch.dtype, key_group: int) -> None:
+    kernels_ = ReferenceKernels(
+        torch.device("cpu"), AttentionShape(1, 1, 4, 16, 0.5, torch.float32, kv_dtype), key_group
+    )
+    kv_format = kernels_.kv_format
+    pool = torch.full((2, 2, 5, 1, kv_format.head_bytes), 0xFF, dtype=torch.uint8)
+    for layer in pool:
+        kv_format.write_keys(layer[0, 1], (), torch.randn(1, 16, 4))
+        kv_format.write_values(layer[1, 1], (), torch.randn(1, 16, 4))
+    kernels_.copy_blocks(pool, [BlockCopy(1, 2, 5), BlockCopy(2, 3, 3)])
+    for layer in pool:
+        for rows in (kv_format.read_keys(layer[0]), kv_format.read_values(layer[1])):
+            assert rows[1].isfinite().all()
+            assert torch.equal(rows[2, :, :5], rows[1, :, :5])
+            assert torch.equal(rows[3, :, :3], rows[1, :, :3])
+            assert rows[2, :, 5:].isnan().all()
+            assert rows[3, :, 3:].isnan().all()
+            assert rows[4].isnan().all()
 
 
 @pytest.mark.gpu
@@ -107,7 +126,8 @@ def test_copies_run_in_order_and_copy_no_more_than_asked() -> None:
 def test_cuda_equals_dense_attention(case: Case, dtype: torch.dtype) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    step = Step(case, dtype, "cuda")
+    case = dataclasses.replace(case, dtype=dtype)
+    step = Step(case)
     found = step.run(select_kernels(torch.device("cuda"), case.shape), "cuda")
     tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 3e-5
     torch.testing.assert_close(found, step.dense().to(dtype), atol=2e-3, rtol=tolerance)

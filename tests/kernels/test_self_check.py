@@ -21,11 +21,12 @@ from kernels import (
     select_kernels,
 )
 from kernels.build import BuildError
+from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
-from kernels.self_check import LIMITS, checked_kernels, relative_difference
+from kernels.self_check import checked_kernels, limit, relative_difference
 
 CPU = torch.device("cpu")
-SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=64, block_size=16, scale=0.125)
+SHAPE = AttentionShape(6, 2, 64, 16, 0.125, torch.float32, torch.float32)
 
 
 class Broken:
@@ -34,6 +35,7 @@ class Broken:
     def __init__(self, mistake: str) -> None:
         self.mistake = mistake
         self.kernels = ReferenceKernels(CPU, SHAPE)
+        self.kv_format = self.kernels.kv_format
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
         if self.mistake == "does not compile":
@@ -90,23 +92,26 @@ def test_wrong_kernels_do_not_serve(
     mistake: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken(mistake))
-    assert isinstance(checked_kernels(CPU, SHAPE, torch.float32, (0, 20)), ReferenceKernels)
-    assert "wrong here (cpu, torch.float32, window" in serving(caplog)
+    assert isinstance(checked_kernels(CPU, SHAPE, (0, 20)), ReferenceKernels)
+    assert "wrong here (cpu, torch.float32, KV torch.float32, window" in serving(caplog)
 
 
 def test_kernels_that_do_not_compile_do_not_serve(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken("does not compile"))
-    assert isinstance(checked_kernels(CPU, SHAPE, torch.float32, (0,)), ReferenceKernels)
+    assert isinstance(checked_kernels(CPU, SHAPE, (0,)), ReferenceKernels)
     assert "not to be built: nvcc ended with 1" in serving(caplog)
 
 
-@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_dtype", [None, *LARGEST], ids=str)
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
-def test_right_kernels_do(dtype: torch.dtype, head_dim: int, caplog: pytest.LogCaptureFixture) -> None:
-    shape = AttentionShape(num_heads=8, num_kv_heads=2, head_dim=head_dim, block_size=16, scale=head_dim**-0.5)
-    found: Kernels = checked_kernels(CPU, shape, dtype, (0, 33))
+def test_right_kernels_do(
+    dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = AttentionShape(8, 2, head_dim, 16, head_dim**-0.5, dtype, kv_dtype or dtype)
+    found: Kernels = checked_kernels(CPU, shape, (0, 33))
     assert type(found) is type(select_kernels(CPU, shape))
     assert serving(caplog) == ""
-    assert relative_difference(found, CPU, shape, dtype, 0) < LIMITS[dtype] / 2, "rounding has room"
+    assert relative_difference(found, CPU, shape, 0) < limit(shape) / 2, "rounding has room"

@@ -60,14 +60,15 @@ def test_every_flag_is_one_that_the_processes_know(monkeypatch):
     from worker.config import parse_config
 
     everything = UpSettings(
-        Path("m"), 2, "cpu", "float32", "1GiB", None, 16, 64, 8, 128, 5, None, None, None, 3, 7, 1.5
+        Path("m"), 2, "cpu", "float32", "int8", "1GiB", None, 16, 64, 8, 128, 5, None, None, None, 3, 7, 1.5
     )
     command = scheduler_command(everything, SOCKET, "unix:///r")
     for name, value in command.environment:
         monkeypatch.setenv(name, value)
     config = parse_flags(command.argv[3:])
-    assert (config.overcommit, config.redis_url) == (1.5, "unix:///r")
-    assert parse_config(worker_commands(everything, SOCKET)[1].argv[3:]).max_num_seqs == 8
+    assert (config.overcommit, config.redis_url, config.kv_dtype) == (1.5, "unix:///r", "auto")
+    worker = parse_config(worker_commands(everything, SOCKET)[1].argv[3:])
+    assert (worker.max_num_seqs, worker.dtype, worker.kv_cache_dtype) == (8, "float32", "int8")
 
 
 def test_cores_are_counted():

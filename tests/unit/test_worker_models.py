@@ -147,6 +147,23 @@ def test_half_precision_stays_near(dtype: str, directory: Path) -> None:
     assert same >= len(PROMPT_LENS) - 2
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_8_bit_kv_stays_near_and_does_not_depend_on_chunks(kv_cache_dtype: str, directory: Path) -> None:
+    """A prompt's later chunks see its earlier ones rounded; so must the rest of a chunk."""
+    flags = ("--dtype", "float32", "--kv-cache-dtype", kv_cache_dtype)
+    outputs = []
+    for chunk in (7, 16, MAX_MODEL_LEN):
+        worker, planner = start("llama3", directory, 16, *flags)
+        outputs.append(generate(worker, planner, chunk, random.Random(chunk)))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert worker.description.pool.kv_dtype.startswith("float32/")
+    # A byte per element and a scale per 8 of them, beside 4 bytes per element.
+    plain, _ = start("llama3", directory, 16, "--dtype", "float32")
+    assert worker.description.pool.block_bytes * 8 == plain.description.pool.block_bytes * 3
+    same = sum(a[0] == b[0] for a, b in zip(outputs[0], reference("llama3", directory), strict=True))
+    assert same >= len(PROMPT_LENS) - 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_on_cuda_equals_transformers(family: str, directory: Path) -> None:

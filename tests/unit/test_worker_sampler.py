@@ -14,7 +14,7 @@ from worker.rng import draw, uniforms
 from worker.sampler import choose, to_sampled
 from worker.step import Sampled, SampledRows
 
-KERNELS = select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5))
+KERNELS = select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5, torch.float32, torch.float32))
 VOCAB_SIZE = 600  # more than the sampler looks at first
 
 

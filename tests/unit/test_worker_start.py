@@ -1,5 +1,6 @@
 """What can be wrong at the start: flags, config.json, weights, memory. Each is one line that names it."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kernels.kv_format import KVFormat
 from tests.checkpoints import make_checkpoint
 from worker.config import parse_bytes, parse_config
 from worker.errors import ConfigError, ModelError
@@ -234,9 +236,13 @@ def test_one_file_without_index(checkpoint: Path, tmp_path: Path) -> None:
     load(tmp_path)
 
 
+def kv_format(dtype: torch.dtype) -> KVFormat:
+    return KVFormat(dtype, num_kv_heads=2, head_dim=16, block_size=16, key_group=16)
+
+
 def test_pool_size() -> None:
     spec = llama(num_key_value_heads=2)
-    num_bytes = block_bytes(spec, 16, 2)
+    num_bytes = block_bytes(spec.num_layers, kv_format(torch.bfloat16))
     assert num_bytes == 2 * 2 * 2 * 16 * 16 * 2
     free = FreeMemory(4 * num_bytes, 20 * num_bytes)
     # The null block is paid for too.
@@ -249,22 +255,32 @@ def test_pool_size() -> None:
         count_blocks(PoolRequest(21 * num_bytes, None), num_bytes, free)
     with pytest.raises(ConfigError, match="num-blocks=20: takes"):
         count_blocks(PoolRequest(None, 20), num_bytes, free)
-    pool = KVPool.allocate(spec, 16, 7, like=torch.zeros(1, dtype=torch.bfloat16))
+    pool = KVPool(spec.num_layers, 7, kv_format(torch.bfloat16), CPU)
     assert pool.blocks.nbytes == 8 * pool.block_bytes == 8 * num_bytes
-    assert pool.layers[1].values.shape == (8, 2, 16, 16)
+    assert pool.layers[1].values.shape == (8, 2, 16 * 16 * 2)
     assert pool.layers[1].values.is_contiguous()
     assert 0 < free_cpu_memory().default_bytes <= min(2**30, free_cpu_memory().most_bytes)
 
 
-def test_poison_fills_what_it_names() -> None:
-    pool = KVPool.allocate(llama(), 16, 3, like=torch.zeros(1))
-    pool.blocks.zero_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("key_group", [1, 2, 16])
+def test_poison_fills_what_it_names(dtype: torch.dtype, key_group: int) -> None:
+    held = dataclasses.replace(kv_format(dtype), key_group=key_group)
+    pool = KVPool(2, 3, held, CPU)
+    rows = torch.ones(4, 2, 16, 16)
+    for layer in pool.layers:
+        held.write_keys(layer.keys, (), rows)
+        held.write_values(layer.values, (), rows)
     pool.poison_block(2, 5)
-    assert pool.blocks[:, :, 2, :, 5:].isnan().all()
-    pool.blocks[:, :, 2, :, 5:] = 0
-    assert not pool.blocks.isnan().any()
+    for layer in pool.layers:
+        for found in (held.read_keys(layer.keys), held.read_values(layer.values)):
+            assert found[2, :, 5:].isnan().all()
+            found[2, :, 5:] = 1
+            assert torch.equal(found, rows)
     pool.poison()
-    assert pool.blocks.isnan().all()
+    for layer in pool.layers:
+        assert held.read_keys(layer.keys).isnan().all()
+        assert held.read_values(layer.values).isnan().all()
 
 
 def test_dtypes() -> None:

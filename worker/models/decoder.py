@@ -68,9 +68,14 @@ class Decoder:
         self._rope = Rope(spec.rope, spec.head_dim, weights.embedding.device)
 
     @property
-    def like(self) -> torch.Tensor:
-        """A tensor of the model's dtype, on its device."""
-        return self._embedding
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._embedding.device
 
     def forward(self, batch: TokenBatch, attention: AttentionStep, kv: Sequence[LayerKV]) -> torch.Tensor:
         """Write the tokens' keys and values into `kv` and return logits: [num_samples, vocab_size] float32."""

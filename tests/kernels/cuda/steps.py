@@ -47,7 +47,10 @@ class Case:
     def shape(self) -> AttentionShape:
         head_dim = self.variant.head_dim
         num_heads = self.num_kv_heads * self.group_size
-        return AttentionShape(num_heads, self.num_kv_heads, head_dim, self.variant.block_size, head_dim**-0.5)
+        dtype = self.variant.dtype
+        return AttentionShape(
+            num_heads, self.num_kv_heads, head_dim, self.variant.block_size, head_dim**-0.5, dtype, dtype
+        )
 
     @property
     def tuning(self) -> Tuning:
@@ -85,7 +88,9 @@ EMULATION = Backend(open_emulated, lambda: 0)
 
 def kernels_for(variant: Variant, num_heads: int, num_kv_heads: int) -> CudaKernels:
     """Emulated ones, for tests that attend to nothing."""
-    shape = AttentionShape(num_heads, num_kv_heads, variant.head_dim, variant.block_size, 1.0)
+    shape = AttentionShape(
+        num_heads, num_kv_heads, variant.head_dim, variant.block_size, 1.0, variant.dtype, variant.dtype
+    )
     return CudaKernels(torch.device("cpu"), shape, EMULATION, Tuning())
 
 

@@ -62,7 +62,7 @@ def test_a_captured_step_takes_other_lengths(context_lens: list[int], seed: int)
 
     metadata.context_lens.copy_(torch.tensor(context_lens))
     attention.refresh(np.array(context_lens, np.int64))
-    kernels.library(variant.dtype, has_window=False).attend(launched[0])
+    kernels.library(has_window=False).attend(launched[0])
     shorter = [
         dataclasses.replace(sequence, keys=sequence.keys[:length], values=sequence.values[:length])
         for sequence, length in zip(step.sequences, context_lens, strict=True)

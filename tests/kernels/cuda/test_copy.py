@@ -27,11 +27,11 @@ def test_copies_as_if_in_order(
     variant: Variant, num_layers: int, num_kv_heads: int, wanted: list[BlockCopy], order_seed: int
 ) -> None:
     """Chains and swaps among them included."""
-    pool = torch.randn(num_layers, 2, NUM_BLOCKS, num_kv_heads, variant.block_size, variant.head_dim)
-    found = guarded(pool.to(variant.dtype))
-    expected = pool.to(variant.dtype)
     kernels = kernels_for(variant, num_kv_heads, num_kv_heads)
-    kernels.library(variant.dtype, has_window=False).seed_emulation(order_seed)
+    shape = (num_layers, 2, NUM_BLOCKS, num_kv_heads, kernels.kv_format.head_bytes)
+    expected = torch.randint(0, 256, shape, dtype=torch.uint8)
+    found = guarded(expected)
+    kernels.library(has_window=False).seed_emulation(order_seed)
     kernels.copy_blocks(found, wanted)
     ReferenceKernels(kernels.device, kernels.shape).copy_blocks(expected, wanted)
     assert torch.equal(found, expected)

@@ -87,7 +87,7 @@ def test_a_captured_step_replays_with_other_lengths() -> None:
 
 
 def test_copies_as_if_in_order() -> None:
-    pool = torch.randn(3, 2, 6, 2, 16, 64, device=CUDA, dtype=torch.bfloat16)
+    pool = torch.randint(0, 256, (3, 2, 6, 2, 16 * 64 * 2), device=CUDA, dtype=torch.uint8)
     wanted = [BlockCopy(1, 2, 5), BlockCopy(2, 3, 16), BlockCopy(3, 1, 7), BlockCopy(4, 5, 16)]
     case = Case(Variant(torch.bfloat16, 64, 16), 2, 1, 0, [(1, 1)], 1, 0)
     expected = pool.clone()

@@ -1,5 +1,6 @@
 """When CUDA kernels are chosen, without a GPU: by capability, shape and compiler; and what the log says otherwise."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from kernels.cuda.attention import CudaKernels
 from kernels.cuda.variant import SHARED_KIB, USUAL_SHARED_KIB, Variant, device_library
 from kernels.reference import ReferenceKernels
 
-SHAPE = AttentionShape(8, 2, 64, 16, 0.125)
+SHAPE = AttentionShape(8, 2, 64, 16, 0.125, torch.bfloat16, torch.bfloat16)
 DEVICE = torch.device("cuda", 0)
 
 
@@ -51,9 +52,9 @@ def test_else_the_reference_serves_and_the_log_says_why(
     elif lack == "capability":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     elif lack == "head_dim":
-        shape = AttentionShape(8, 2, 20, 16, 0.125)
+        shape = dataclasses.replace(SHAPE, head_dim=20)
     else:
-        shape = AttentionShape(17, 1, 64, 16, 0.125)
+        shape = dataclasses.replace(SHAPE, num_heads=17, num_kv_heads=1)
     assert isinstance(select_kernels(DEVICE, shape), ReferenceKernels)
     assert [record.name for record in caplog.records] == ["pagoda.kernels"]
     assert said in caplog.text

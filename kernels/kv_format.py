@@ -1,0 +1,117 @@
+"""How a block holds keys and values: the one description of it, for all kernels and for whoever looks into a pool.
+
+A pool is bytes. 16-bit and 32-bit elements are stored as they are. 8-bit ones come with a float32 scale per token and
+KV head: an element times its scale is what was written, so scales stay out of the sums over dimensions, and a token's
+scale never depends on its neighbours'.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+SCALE_BYTES = 4
+# The largest element of the 8-bit types.
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """What one KV head has in a block: its elements, then, where they are scaled, `block_size` scales.
+
+    dtype: of the elements. key_group: dimensions of a key that lie together. Keys are [head_dim / key_group,
+    block_size, key_group], values [block_size, head_dim].
+    """
+
+    dtype: torch.dtype
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    key_group: int
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether elements have 8 bits and a scale."""
+        return self.dtype in LARGEST
+
+    @property
+    def element_bytes(self) -> int:
+        """Of all elements of a head in a block."""
+        return self.block_size * self.head_dim * self.dtype.itemsize
+
+    @property
+    def head_bytes(self) -> int:
+        """Of a head in a block."""
+        return self.element_bytes + self.block_size * SCALE_BYTES * self.is_scaled
+
+    def keys(self, plane: torch.Tensor) -> torch.Tensor:
+        """The keys in `plane`, uint8 [..., head_bytes], in place: [..., block_size, groups, key_group]."""
+        groups = self.head_dim // self.key_group
+        elements = plane[..., : self.element_bytes].view(self.dtype)
+        return elements.view(*plane.shape[:-1], groups, self.block_size, self.key_group).transpose(-3, -2)
+
+    def values(self, plane: torch.Tensor) -> torch.Tensor:
+        """The values in `plane`, uint8 [..., head_bytes], in place: [..., block_size, 1, head_dim]."""
+        elements = plane[..., : self.element_bytes].view(self.dtype)
+        return elements.view(*plane.shape[:-1], self.block_size, 1, self.head_dim)
+
+    def scales(self, plane: torch.Tensor) -> torch.Tensor | None:
+        """The scales in `plane`, uint8 [..., head_bytes], in place: [..., block_size] float32."""
+        return plane[..., self.element_bytes :].view(torch.float32) if self.is_scaled else None
+
+    def places(self, slot_mapping: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Block, head and slot of each head of each token of a step: together [num_tokens, num_kv_heads]."""
+        slots = slot_mapping[:, None]
+        heads = torch.arange(self.num_kv_heads, device=slots.device)
+        return torch.div(slots, self.block_size, rounding_mode="floor"), heads, slots % self.block_size
+
+    def write_keys(self, plane: torch.Tensor, places: tuple[torch.Tensor, ...], keys: torch.Tensor) -> None:
+        """Put `keys`, [..., head_dim], into `plane`; places: their indices there, the slot last; () for all of it."""
+        self._write(self.keys(plane), self.scales(plane), places, keys)
+
+    def write_values(self, plane: torch.Tensor, places: tuple[torch.Tensor, ...], values: torch.Tensor) -> None:
+        """As `write_keys`."""
+        self._write(self.values(plane), self.scales(plane), places, values)
+
+    def read_keys(self, plane: torch.Tensor) -> torch.Tensor:
+        """A float32 copy of all keys in `plane`: [..., block_size, head_dim]."""
+        return self._read(self.keys(plane), self.scales(plane))
+
+    def read_values(self, plane: torch.Tensor) -> torch.Tensor:
+        """A float32 copy of all values in `plane`: [..., block_size, head_dim]."""
+        return self._read(self.values(plane), self.scales(plane))
+
+    def slots(self, pool: torch.Tensor) -> list[torch.Tensor]:
+        """The bytes of a pool, [..., 2, any, num_kv_heads, head_bytes], in place: views [..., block_size, any, any]."""
+        views = [self.keys(pool[..., 0, :, :, :]), self.values(pool[..., 1, :, :, :])]
+        scales = self.scales(pool)
+        views += [] if scales is None else [scales[..., None, None]]
+        return [view.view(torch.uint8) for view in views]
+
+    def quantize(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """rows: [..., head_dim], as elements, and their scales [...]: what is not finite makes its row's scale so."""
+        if not self.is_scaled:
+            return rows.to(self.dtype), None
+        largest = LARGEST[self.dtype]
+        scales = rows.float().abs().amax(dim=-1) / largest
+        scaled = (rows.float() / scales[..., None].clamp(min=torch.finfo(torch.float32).tiny)).clamp(-largest, largest)
+        return (scaled.round() if self.dtype == torch.int8 else scaled).nan_to_num(0.0).to(self.dtype), scales
+
+    def _write(
+        self,
+        elements: torch.Tensor,
+        scales: torch.Tensor | None,
+        places: tuple[torch.Tensor, ...],
+        rows: torch.Tensor,
+    ) -> None:
+        quantized, row_scales = self.quantize(rows)
+        bits = _BITS[self.dtype.itemsize]  # not every device knows how to index every dtype
+        elements.view(bits)[places] = quantized.reshape(*rows.shape[:-1], *elements.shape[-2:]).view(bits)
+        if scales is not None and row_scales is not None:
+            scales[places] = row_scales
+
+    def _read(self, elements: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        rows = elements.float().flatten(-2).contiguous()
+        return rows if scales is None else rows * scales[..., None]
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -1,7 +1,7 @@
 """The kernels for CPUs, in C++: see `kernels.Kernels`.
 
-Owns what the C++ is called with. Its threads are torch's own (one OpenMP pool serves both), as many as
-`torch.get_num_threads()` says.
+Owns what the C++ is called with. Its threads are its own (`team.h`), as many as `torch.get_num_threads()` says; torch's
+sleep meanwhile.
 """
 
 from collections.abc import Sequence

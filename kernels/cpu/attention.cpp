@@ -6,9 +6,12 @@
 
 #include "decode.h"
 #include "prefill.h"
+#include "team.h"
 
 namespace pagoda {
 namespace {
+
+constexpr int kFewMerges = 32;  // are not worth waking other threads
 
 class Attention {
  public:
@@ -22,17 +25,12 @@ class Attention {
   void run() const {
     const int num_units = work_.num_clusters * shape_.num_kv_heads;
     const int num_merge_units = work_.num_merges * shape_.num_heads;
-#pragma omp parallel num_threads(work_.num_threads)
-    {
-#pragma omp for schedule(dynamic)
-      for (int unit = 0; unit < num_units; ++unit) {
-        do_cluster(unit / shape_.num_kv_heads, unit % shape_.num_kv_heads);
-      }
-#pragma omp for schedule(static)
-      for (int unit = 0; unit < num_merge_units; ++unit) {
-        merge(unit / shape_.num_heads, unit % shape_.num_heads);
-      }
-    }
+    for_units(work_.num_threads, num_units, [this](int64_t unit) {
+      do_cluster(unit / shape_.num_kv_heads, unit % shape_.num_kv_heads);
+    });
+    for_many(work_.num_threads, num_merge_units, kFewMerges, [this](int64_t unit) {
+      merge(unit / shape_.num_heads, unit % shape_.num_heads);
+    });
   }
 
  private:

@@ -105,7 +105,7 @@ class LayersCall(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The functions of one loaded library. torch must have been imported before, so that its OpenMP is the only one."""
+    """The functions of one loaded library."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "team.h"
 
 namespace pagoda {
 namespace {
@@ -33,8 +34,7 @@ extern "C" void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64
   using namespace pagoda;
   const HeadLayout layout{shape->block_size, shape->head_dim};
   const int64_t block_bytes = shape->num_kv_heads * layout.bytes();
-#pragma omp parallel for num_threads(num_threads)
-  for (int64_t plane = 0; plane < 2 * num_layers; ++plane) {
+  for_units(num_threads, 2 * num_layers, [=](int64_t plane) {
     char* blocks = static_cast<char*>(pool) + plane * num_blocks * block_bytes;
     for (int64_t i = 0; i < num_copies; ++i) {
       const char* from = blocks + copies[3 * i] * block_bytes;
@@ -43,7 +43,7 @@ extern "C" void pagoda_copy_blocks(const pagoda::Shape* shape, void* pool, int64
         copy_slots(layout, plane % 2 == 0, from + head, to + head, copies[3 * i + 2]);
       }
     }
-  }
+  });
 }
 
 #pragma GCC visibility pop

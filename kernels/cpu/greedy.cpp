@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "simd.h"
+#include "team.h"
 
 namespace pagoda {
 namespace {
@@ -51,12 +52,11 @@ Choice choose(const float* logits, int64_t vocab_size) {
 // logits: [num_rows, vocab_size]; choices: [2, num_rows], token ids, then whether all of the row is finite.
 extern "C" void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size,
                               int32_t num_threads) {
-#pragma omp parallel for num_threads(num_threads)
-  for (int64_t row = 0; row < num_rows; ++row) {
+  pagoda::for_units(num_threads, num_rows, [=](int64_t row) {
     const pagoda::Choice choice = pagoda::choose(logits + row * vocab_size, vocab_size);
     choices[row] = choice.token_id;
     choices[num_rows + row] = choice.is_finite;
-  }
+  });
 }
 
 #pragma GCC visibility pop

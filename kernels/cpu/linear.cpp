@@ -10,11 +10,13 @@
 #include "matmul.h"
 #include "rows.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace pagoda {
 namespace {
 
 constexpr int kMaxRows = 480;             // as float32 at a time
+constexpr int kFewRows = 8;               // are not worth waking other threads to prepare them
 constexpr int kMaxUnitPanels = 4;         // of one thread's unit of work: they share a tile of rows in the L1 cache
 constexpr int kMaxUnitBytes = 512 << 10;  // of weights, which stay in the L2 cache for all tiles
 constexpr int kBytesAhead = 4096;         // from the weights in use to those that are prefetched, in each panel
@@ -37,16 +39,15 @@ class Product {
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
     float* const prepared = scratch.floats(block_rows * linear_.num_inputs);
     const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
-#pragma omp parallel num_threads(call_.num_threads)
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
-#pragma omp for schedule(static)
-      for (int row = 0; row < num_rows; ++row) prepare(first + row, prepared + row * linear_.num_inputs);
-#pragma omp for schedule(dynamic)
-      for (int unit = 0; unit < num_units; ++unit) {
+      for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
+        prepare(first + row, prepared + row * linear_.num_inputs);
+      });
+      for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
         multiply(prepared, first, num_rows, panel, std::min(unit_panels_, num_panels_ - panel));
-      }
+      });
     }
   }
 
@@ -155,18 +156,17 @@ extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_output
                             int32_t num_threads) {
   using namespace pagoda;
   const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-#pragma omp parallel for num_threads(num_threads)
-  for (int panel = 0; panel < num_panels; ++panel) {
-    const int64_t first = static_cast<int64_t>(panel) * num_inputs * kPanel;
+  for_units(num_threads, num_panels, [=](int64_t panel) {
+    const int64_t first = panel * num_inputs * kPanel;
     const Element* from = static_cast<const Element*>(weight) + first;
     Element* to = static_cast<Element*>(packed) + first;
-    const int num_columns = std::min(kPanel, num_outputs - panel * kPanel);
+    const int num_columns = std::min<int64_t>(kPanel, num_outputs - panel * kPanel);
     for (int64_t k = 0; k < num_inputs; ++k, to += kPanel) {
       for (int column = 0; column < kPanel; ++column) {
         to[column] = column < num_columns ? from[column * num_inputs + k] : Element{};
       }
     }
-  }
+  });
 }
 
 extern "C" void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call) {

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "rows.h"
 #include "slots.h"
+#include "team.h"
 
 namespace pagoda {
 namespace {
@@ -14,8 +15,7 @@ class Rotation {
       : shape_(shape), call_(call), half_(shape.head_dim / 2), layout_{shape.block_size, shape.head_dim} {}
 
   void run() const {
-#pragma omp parallel for num_threads(call_.num_threads) if (call_.num_tokens >= kFewTokens)
-    for (int64_t token = 0; token < call_.num_tokens; ++token) {
+    for_many(call_.num_threads, call_.num_tokens, kFewTokens, [this](int64_t token) {
       alignas(kAlignment) float row[kMaxHeadDim];
       Element* head = static_cast<Element*>(call_.heads) + token * call_.heads_stride;
       for (int i = 0; i < shape_.num_heads; ++i, head += shape_.head_dim) turn(token, head, call_.query_norm, head);
@@ -29,7 +29,7 @@ class Rotation {
         convert(head, row, shape_.head_dim);
         write_value(row, layout_, static_cast<char*>(call_.values) + (block + i) * layout_.bytes(), offset);
       }
-    }
+    });
   }
 
  private:

@@ -9,12 +9,21 @@ import torch
 
 from kernels.build import Library
 
-SOURCES = ("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "stream.cpp")
+SOURCES = (
+    "attention.cpp",
+    "blocks.cpp",
+    "greedy.cpp",
+    "layers.cpp",
+    "linear.cpp",
+    "rotate.cpp",
+    "stream.cpp",
+    "team.cpp",
+)
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "layers.h", "linear.h", "matmul.h", "prefill.h", "rows.h"),
-    *("scratch.h", "simd.h", "slots.h", "softmax.h"),
+    *("scratch.h", "simd.h", "slots.h", "softmax.h", "team.h"),
 )
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 # As `simd.h` names them.
 ELEMENTS: Mapping[torch.dtype, str] = {
     torch.float32: "float",

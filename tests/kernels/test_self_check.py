@@ -21,7 +21,6 @@ from kernels import (
     select_kernels,
 )
 from kernels.build import BuildError
-from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from kernels.self_check import checked_kernels, limit, relative_difference
 
@@ -104,13 +103,19 @@ def test_kernels_that_do_not_compile_do_not_serve(
     assert "not to be built: nvcc ended with 1" in serving(caplog)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kv_dtype", [None, *LARGEST], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [
+        *((dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        *((torch.bfloat16, torch.int8), (torch.float32, torch.float8_e4m3fn)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("head_dim", [8, 64, 128])
 def test_right_kernels_do(
-    dtype: torch.dtype, kv_dtype: torch.dtype | None, head_dim: int, caplog: pytest.LogCaptureFixture
+    dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shape = AttentionShape(8, 2, head_dim, 16, head_dim**-0.5, dtype, kv_dtype or dtype)
+    shape = AttentionShape(8, 2, head_dim, 16, head_dim**-0.5, dtype, kv_dtype)
     found: Kernels = checked_kernels(CPU, shape, (0, 33))
     assert type(found) is type(select_kernels(CPU, shape))
     assert serving(caplog) == ""

@@ -49,13 +49,13 @@ kernels: setup ## Compile the CPU kernels ahead, for every instruction set
 	@$(BIN)/python -m kernels.cpu
 
 bench-kernels: setup ## CPU kernels against a streaming read of memory and against torch
-	@$(BIN)/python -m kernels.bench
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m kernels.bench
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
 
 bench-worker: setup ## Where a CPU worker's step goes: products, attention, sampling, all else
-	@$(BIN)/python -m tests.load.bench_worker
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_worker
 
 bench-engines: setup ## Whole generations; PEERS='--peer openvino=PYTHON --peer vllm=PYTHON' runs other engines beside
 	@$(BIN)/python -m tests.load.bench_engines $(PEERS)

@@ -2,7 +2,8 @@
 
 One worker in this process runs decode steps of the "tiny" checkpoint (33.6M parameters), plans built by hand. "Else"
 is what is left of a step without its native calls: Python, torch, the plan and the result. A step runs its layers in
-one native call; how that is shared out is measured in steps that make a call per operation.
+one native call; how that is shared out is measured in steps that make a call per operation. OMP_WAIT_POLICY=passive, as
+a worker sets it, keeps torch's idle threads off the cores.
 """
 
 import argparse

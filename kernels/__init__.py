@@ -172,6 +172,22 @@ class AttentionStep(Protocol):
         """Add to `hidden`, [num_tokens, hidden_size], what each layer makes of it; keys and values go into `kv`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows of logits to sample from, one entry each, on the host.
+
+    rows: [num_draws] int64. temperatures: float32, positive. top_k: int64, 0 for all. top_p, min_p: float32. uniforms:
+    float64 in [0, 1), where in the distribution, ids in their order, the choice lies.
+    """
+
+    rows: NDArray[np.int64]
+    temperatures: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    uniforms: NDArray[np.float64]
+
+
 class Kernels(Protocol):
     """One implementation for one device, model shape and block size."""
 
@@ -186,6 +202,14 @@ class Kernels(Protocol):
         """The lowest of the most likely token ids, and whether all logits are finite (1 or 0): [2, num_rows] int64.
 
         logits: [num_rows, vocab_size] float32. The id of a row that is not finite is any.
+        """
+
+    def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Token ids at random: [num_draws] int64.
+
+        Of the softmax at the row's temperature, the top_k likeliest stay, of these the likeliest up to a share of
+        top_p, and what has min_p times the highest probability; equals at a border stay together. logits: [num_rows,
+        vocab_size] float32. The id of a row that is not finite is any.
         """
 
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:

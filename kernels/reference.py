@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV, Norm
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, HeadNorms, Layer, LayerKV, Norm
 from kernels.kv_format import KVFormat
 from kernels.layers import run_layers
+from kernels.sampling import sample
 
 # Queries of one row that are computed at once: bounds the scores of a long prompt.
 MAX_QUERIES = 256
@@ -94,6 +95,10 @@ class ReferenceKernels:
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""
         return greedy(logits)
+
+    def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """See `kernels.Kernels.sample`."""
+        return sample(logits, draws)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""

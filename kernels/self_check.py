@@ -16,6 +16,7 @@ from kernels import (
     AttentionMetadata,
     AttentionShape,
     BlockCopy,
+    Draws,
     HeadNorms,
     Kernels,
     LayerKV,
@@ -121,6 +122,14 @@ class _Step:
         num_inputs, num_outputs = MATRIX
         self._weight, self._bias = random(num_outputs, num_inputs) / num_inputs**0.5, random(num_outputs)
         self._norm = Norm(random(num_inputs), EPSILON)
+        self._draws = Draws(
+            rows=np.arange(num_outputs),
+            temperatures=np.full(num_outputs, 0.7, np.float32),
+            top_k=np.full(num_outputs, num_inputs // 2),
+            top_p=np.full(num_outputs, 0.9, np.float32),
+            min_p=np.full(num_outputs, 0.01, np.float32),
+            uniforms=rng.random(num_outputs),
+        )
         self._rows, self._total = random(num_tokens, 2 * num_inputs), random(num_tokens, num_outputs)
 
     def run(self, kernels: Kernels, sliding_window: int) -> torch.Tensor:
@@ -133,7 +142,9 @@ class _Step:
         source, last = int(self._metadata.block_tables[2, 0]), pool.shape[1] - 1
         kernels.copy_blocks(pool[None], [BlockCopy(source, last, self._shape.block_size)])
         copied = (kernels.kv_format.read_keys(pool[0, last]), kernels.kv_format.read_values(pool[1, last]))
-        outputs = [attended, *copied, *self._multiply(kernels), kernels.greedy(self._weight.float())]
+        logits = self._weight.float()
+        choices = [kernels.greedy(logits), kernels.sample(logits, self._draws)]
+        outputs = [attended, *copied, *self._multiply(kernels), *choices]
         return torch.cat([output.float().flatten() for output in outputs])
 
     def _pool(self, kv_format: KVFormat) -> torch.Tensor:

@@ -1,26 +1,19 @@
 """Chooses tokens from logits.
 
 A row's choice is a function of its logits, its parameters, its seed and its output index: of nothing else in the
-batch. Greedy rows take the lowest id of the highest logit. The others: temperature, then top_k, top_p and min_p, each
-a lower bound on probability, so that no order among equals matters (equals at the border stay in), then the inverse
-of the cumulative distribution in order of ids, at a number that splitmix64 draws from (seed, output index).
+batch. Greedy rows take the lowest id of the highest logit. The others are sampled at a number that splitmix64 draws
+from (seed, output index).
 """
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 
-from kernels import Kernels
+from kernels import Draws, Kernels
 from worker.rng import uniforms
 from worker.step import Sampled, SampledRows
 
 # Lower temperatures are greedy: nothing but the argmax would have a probability, and quotients might overflow.
 MIN_TEMPERATURE = 1e-5
-# Highest probabilities that are sorted for top_k and top_p, before (seldom) a row is sorted in full.
-FIRST_LOOK = 256
-# Ids whose probabilities are summed at once on the way to a choice.
-CHUNK_SIZE = 256
 
 
 def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.Tensor:
@@ -35,9 +28,15 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.T
         token_ids[row] = logits[row].argmax()
     random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
     if len(random):
-        is_all = len(random) == len(token_ids)  # then no row is copied
-        some = slice(None) if is_all else torch.from_numpy(random).to(logits.device)
-        token_ids[some] = _sample_random(logits[some], rows.take(random))
+        draws = Draws(
+            rows=random,
+            temperatures=rows.temperatures[random],
+            top_k=rows.top_k[random],
+            top_p=rows.top_p[random],
+            min_p=rows.min_p[random],
+            uniforms=uniforms(rows.seeds[random], rows.output_indexes[random]),
+        )
+        token_ids[torch.from_numpy(random).to(logits.device)] = kernels.sample(logits, draws)
     return choices
 
 
@@ -45,82 +44,3 @@ def to_sampled(choices: torch.Tensor) -> Sampled:
     """`choices` of `choose` on the host; waits for them."""
     token_ids, is_finite = choices.cpu().numpy()
     return Sampled(token_ids, is_finite.astype(np.bool_))
-
-
-def _sample_random(logits: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    """Token ids [num_rows]; every temperature is above MIN_TEMPERATURE."""
-    probabilities = (logits / _column(rows.temperatures, logits)).softmax(dim=-1)
-    limited = np.flatnonzero((rows.top_k > 0) | (rows.top_p < 1))
-    if not len(limited) and not rows.min_p.any():
-        return _choose(probabilities, rows)
-    bound = _column(rows.min_p, logits) * probabilities.amax(dim=-1, keepdim=True)
-    if len(limited):
-        on_device = torch.from_numpy(limited).to(logits.device)
-        top_bound = _top_bound(probabilities[on_device], rows.take(limited))
-        bound[on_device] = torch.maximum(bound[on_device], top_bound)
-    return _choose(probabilities.masked_fill_(probabilities < bound, 0.0), rows)
-
-
-def _choose(kept: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    """The id at which the running sum of `kept` passes the row's random share of all: first the chunk, then the id.
-
-    Sums are float64: no order of summation shows.
-    """
-    vocab_size = kept.shape[1]
-    chunks = F.pad(kept, (0, -vocab_size % CHUNK_SIZE)).view(len(kept), -(-vocab_size // CHUNK_SIZE), CHUNK_SIZE)
-    sums = chunks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    targets = _column(uniforms(rows.seeds, rows.output_indexes), kept) * sums[:, -1:]
-    chunk = torch.searchsorted(sums, targets, right=True).clamp_(max=sums.shape[1] - 1)
-    before = F.pad(sums, (1, 0)).gather(1, chunk)
-    inside = chunks.gather(1, chunk[:, :, None].expand(-1, -1, CHUNK_SIZE))[:, 0].double().cumsum(dim=-1)
-    # A target between the sum of the chunks before and the first of this one is this chunk's first id with a share;
-    # one that rounding puts behind its last belongs to that last id.
-    last = (inside < inside[:, -1:]).sum(dim=-1, keepdim=True)
-    offset = torch.minimum(torch.searchsorted(inside, targets - before, right=True), last)
-    return (chunk * CHUNK_SIZE + offset)[:, 0].clamp_(max=vocab_size - 1)
-
-
-def _top_bound(probabilities: torch.Tensor, rows: SampledRows) -> torch.Tensor:
-    """The lowest probability that top_k, then top_p of what is left, keep: [num_rows, 1]."""
-    vocab_size = probabilities.shape[1]
-    top_k = np.where(rows.top_k > 0, np.minimum(rows.top_k, vocab_size), vocab_size)
-    num_sorted = min(FIRST_LOOK, vocab_size)
-    bound, is_enough = _bound_among(_highest(probabilities, num_sorted), top_k, rows.top_p, vocab_size)
-    short = (~is_enough).nonzero()[:, 0]
-    if len(short) and num_sorted < vocab_size:
-        on_host = short.cpu().numpy()
-        every = _highest(probabilities[short], vocab_size)
-        bound[short] = _bound_among(every, top_k[on_host], rows.top_p[on_host], vocab_size)[0]
-    return bound
-
-
-def _bound_among(
-    highest: torch.Tensor, top_k: NDArray[np.int64], top_p: NDArray[np.float32], vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bounds, [num_rows, 1], from some highest probabilities, in falling order; and whether those were enough."""
-    num_sorted = highest.shape[1]
-    limits = _column(top_k, highest)
-    ranks = torch.arange(num_sorted, device=highest.device)
-    cumulative = highest.double().masked_fill_(ranks >= limits, 0.0).cumsum(dim=-1)
-    total = torch.where(limits < vocab_size, cumulative[:, -1:], 1.0)
-    wanted = _column(top_p.astype(np.float64), highest) * total
-    num_kept = torch.minimum((cumulative < wanted).sum(dim=-1, keepdim=True) + 1, limits)
-    bound = highest.gather(1, (num_kept - 1).clamp(max=num_sorted - 1))
-    is_enough = (limits <= num_sorted) | ((limits == vocab_size) & (num_kept <= num_sorted))
-    return bound, is_enough[:, 0]
-
-
-def _highest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` highest of each row, in falling order."""
-    if probabilities.device.type != "cpu":
-        return probabilities.topk(count, dim=-1).values
-    # numpy sorts values with vector instructions: ten times faster than torch, which keeps track of indices.
-    values, rest = probabilities.numpy(), probabilities.shape[1] - count
-    if rest > 0:
-        values = np.partition(values, rest, axis=-1)[:, rest:]
-    return torch.from_numpy(np.ascontiguousarray(np.sort(values, axis=-1)[:, ::-1]))
-
-
-def _column(values: NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64], like: torch.Tensor) -> torch.Tensor:
-    """[num_rows, 1], on the device of `like`."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, Layer, LayerKV
+from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
 from kernels.build import shared_library
-from kernels.cpu.binding import NativeLibrary, c_shape
+from kernels.cpu.binding import NativeLibrary, SampleCall, c_shape
 from kernels.cpu.linear import PackedLinear
 from kernels.cpu.stack import LayerStack
 from kernels.cpu.step import CpuStep
@@ -76,6 +76,25 @@ class CpuKernels:
         choices = torch.empty((2, logits.shape[0]), dtype=torch.int64)
         self.native.greedy(logits.data_ptr(), choices.data_ptr(), *logits.shape, torch.get_num_threads())
         return choices
+
+    def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """See `kernels.Kernels.sample`."""
+        assert logits.is_contiguous()
+        assert logits.dtype == torch.float32
+        token_ids = torch.empty(len(draws.rows), dtype=torch.int64)
+        given = (draws.rows, draws.temperatures, draws.top_k, draws.top_p, draws.min_p, draws.uniforms)
+        columns = [np.ascontiguousarray(column) for column in given]
+        self.native.sample(
+            SampleCall(
+                logits.data_ptr(),
+                *(column.ctypes.data for column in columns),
+                token_ids.data_ptr(),
+                len(token_ids),
+                logits.shape[1],
+                torch.get_num_threads(),
+            )
+        )
+        return token_ids
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""

@@ -104,6 +104,17 @@ class LayersCall(ctypes.Structure):
     )
 
 
+class SampleCall(ctypes.Structure):
+    """See `sample.cpp`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "rows", "temperatures", "top_k", "top_p", "min_p", "uniforms")),
+        ("token_ids", c_void_p),
+        *((name, c_int64) for name in ("num_draws", "vocab_size")),
+        ("num_threads", c_int32),
+    )
+
+
 class NativeLibrary:
     """The functions of one loaded library."""
 
@@ -124,6 +135,9 @@ class NativeLibrary:
         self.greedy = library.pagoda_greedy
         self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
         self.greedy.restype = None
+        self.sample = library.pagoda_sample
+        self.sample.argtypes = (POINTER(SampleCall),)
+        self.sample.restype = None
         self.pack = library.pagoda_pack
         self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32)
         self.pack.restype = None

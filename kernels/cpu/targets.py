@@ -10,14 +10,8 @@ import torch
 from kernels.build import Library
 
 SOURCES = (
-    "attention.cpp",
-    "blocks.cpp",
-    "greedy.cpp",
-    "layers.cpp",
-    "linear.cpp",
-    "rotate.cpp",
-    "stream.cpp",
-    "team.cpp",
+    *("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "sample.cpp"),
+    *("stream.cpp", "team.cpp"),
 )
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "layers.h", "linear.h", "matmul.h", "prefill.h", "rows.h"),

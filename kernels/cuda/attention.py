@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, HeadNorms, Layer, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, HeadNorms, Layer, LayerKV
 from kernels.cuda.library import AttentionArgs, BlockCopyArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import Variant
 from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
 from kernels.kv_format import KVFormat
 from kernels.layers import run_layers
 from kernels.reference import ReferenceLinear, greedy
+from kernels.sampling import sample
 from kernels.work_list import SplitRule, make_work_list
 
 # KV tokens of a partition, and partitions of a sequence at most (longer ones have longer partitions).
@@ -119,6 +120,10 @@ class CudaKernels:
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""
         return greedy(logits)
+
+    def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """See `kernels.Kernels.sample`."""
+        return sample(logits, draws)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`: one launch for each run of copies that do not depend on each other."""

@@ -13,6 +13,7 @@ from kernels import (
     AttentionShape,
     AttentionStep,
     BlockCopy,
+    Draws,
     HeadNorms,
     Kernels,
     Layer,
@@ -46,6 +47,9 @@ class Broken:
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         return self.kernels.greedy(-logits if self.mistake == "takes the least likely" else logits)
+
+    def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+        return self.kernels.sample(logits.roll(1, 1) if self.mistake == "samples a neighbour" else logits, draws)
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         if self.mistake != "copies nothing":
@@ -84,7 +88,7 @@ def serving(caplog: pytest.LogCaptureFixture) -> str:
     "mistake",
     [
         *("copies nothing", "turns the wrong way", "norms no head", "sees past its window", "leaves a NaN"),
-        *("loses a partition", "adds no bias", "takes the least likely"),
+        *("loses a partition", "adds no bias", "takes the least likely", "samples a neighbour"),
     ],
 )
 def test_wrong_kernels_do_not_serve(

@@ -1,6 +1,8 @@
 """Sampling: the right distribution, the same choice in any company, and the edges of each parameter."""
 
+import functools
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -9,17 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels import AttentionShape, select_kernels
+from kernels import AttentionShape, Kernels
+from kernels.build import find_compiler
+from kernels.cpu import CpuKernels
+from kernels.cpu.targets import runnable_targets
+from kernels.reference import ReferenceKernels
 from worker.rng import draw, uniforms
 from worker.sampler import choose, to_sampled
 from worker.step import Sampled, SampledRows
 
-KERNELS = select_kernels(torch.device("cpu"), AttentionShape(4, 2, 8, 16, 0.5, torch.float32, torch.float32))
-VOCAB_SIZE = 600  # more than the sampler looks at first
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(4, 2, 8, 16, 0.5, torch.float32, torch.float32)
+VOCAB_SIZE = 600  # more than the reference looks at first, and not whole chunks
+implementations: dict[str, Callable[[], Kernels]] = {"reference": lambda: ReferenceKernels(CPU, SHAPE)}
+if find_compiler(["g++"]):
+    for target in runnable_targets():
+        implementations[target.name] = functools.partial(CpuKernels, SHAPE, target)
+kernels_in_use: list[Kernels] = []
+
+
+@pytest.fixture(autouse=True, scope="module", params=implementations)
+def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    kernels_in_use.append(implementations[request.param]())
+    yield
+    kernels_in_use.clear()
 
 
 def sample(logits: torch.Tensor, rows: SampledRows) -> Sampled:
-    return to_sampled(choose(logits, rows, KERNELS))
+    return to_sampled(choose(logits, rows, kernels_in_use[0]))
 
 
 def rows(
@@ -115,6 +134,30 @@ def test_a_choice_does_not_depend_on_the_batch(
     assert sample(logits[order].clone(), whole.take(order)).token_ids.tolist() == together[order].tolist()
     alone = [sample(logits[i : i + 1].clone(), whole.take(np.array([i]))).token_ids[0] for i in range(count)]
     assert alone == together.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 1100),
+    st.sampled_from([0.01, 0.5, 2.0, 30.0]),
+    st.sampled_from([0, 1, 2, 17, 300]),
+    st.sampled_from([0.05, 0.5, 0.99, 1.0]),
+    st.sampled_from([0.0, 0.02]),
+    st.integers(0, 2**32 - 1),
+)
+def test_chooses_where_the_exact_distribution_does(
+    vocab_size: int, spread: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    """The running sum of exact probabilities passes the row's number at the chosen id, give or take rounding."""
+    num_rows = 20
+    logits = spread * torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed))
+    some = rows(num_rows, 0.9, top_k, top_p, min_p, first_seed=seed)
+    found = sample(logits.expand(num_rows, -1).clone(), some).token_ids
+    ends = exact(logits, 0.9, min(top_k, vocab_size), top_p, min_p).cumsum()
+    numbers = uniforms(some.seeds, some.output_indexes)
+    starts = np.concatenate([[0.0], ends])[found]
+    assert (starts - 1e-5 <= numbers).all()
+    assert (numbers <= ends[found] + 1e-5).all()
 
 
 def test_random_numbers_are_uniform_and_never_one() -> None:

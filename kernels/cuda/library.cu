@@ -1,12 +1,16 @@
 // The C ABI of one variant. Every call returns 0 or an error that pagoda_error describes, starts its kernels on the
 // stream it is given, allocates nothing and waits for nothing.
 #include "copy.cuh"
+#include "gate.cuh"
+#include "greedy.cuh"
+#include "norm.cuh"
 #include "prefill.cuh"
 #include "rotate.cuh"
 
 // What the host must know of this build.
 struct Facts {
   int32_t attention_args_bytes, block_copy_args_bytes, rotate_args_bytes;
+  int32_t norm_args_bytes, gate_args_bytes, greedy_args_bytes;
   int32_t decode_rows, prefill_rows;  // query rows of an item at most
   int32_t decode_blocks;              // blocks of the decode grid that the device runs at once
 };
@@ -61,6 +65,9 @@ int pagoda_open(Facts* facts) {
   facts->attention_args_bytes = sizeof(AttentionArgs);
   facts->block_copy_args_bytes = sizeof(BlockCopyArgs);
   facts->rotate_args_bytes = sizeof(RotateArgs);
+  facts->norm_args_bytes = sizeof(NormArgs);
+  facts->gate_args_bytes = sizeof(GateArgs);
+  facts->greedy_args_bytes = sizeof(GreedyArgs);
   facts->decode_rows = kTileRows;
   facts->prefill_rows = kPrefillRows;
   return open_device(*facts);
@@ -74,6 +81,26 @@ int pagoda_attend(const AttentionArgs* args) {
 int pagoda_rotate(const RotateArgs* args) {
   if (args->num_tokens == 0) return 0;
   return launch(rotate_kernel, dim3(args->num_tokens), kRotateThreads, 0, args->stream, *args);
+}
+
+int pagoda_norm(const NormArgs* args) {
+  if (args->num_rows == 0) return 0;
+  const auto kernel = args->size % kChunkElements ? norm_kernel<1> : norm_kernel<kChunkElements>;
+  return launch(kernel, dim3(args->num_rows), kRowThreads, kRowSharedBytes, args->stream, *args);
+}
+
+int pagoda_gate(const GateArgs* args) {
+  if (args->num_rows == 0) return 0;
+  const bool is_chunked = args->size % kChunkElements == 0;
+  const int num_chunks = is_chunked ? args->size / kChunkElements : args->size;
+  const dim3 grid(args->num_rows, (num_chunks + kRowThreads - 1) / kRowThreads);
+  return launch(is_chunked ? gate_kernel<kChunkElements> : gate_kernel<1>, grid, kRowThreads, 0, args->stream, *args);
+}
+
+int pagoda_greedy(const GreedyArgs* args) {
+  if (args->num_rows == 0) return 0;
+  const auto kernel = args->vocab_size % 4 ? greedy_kernel<1> : greedy_kernel<4>;
+  return launch(kernel, dim3(args->num_rows), kGreedyThreads, kGreedySharedBytes, args->stream, *args);
 }
 
 int pagoda_copy_blocks(const BlockCopyArgs* args) {

@@ -19,6 +19,9 @@ class Facts(Structure):
     attention_args_bytes: int
     block_copy_args_bytes: int
     rotate_args_bytes: int
+    norm_args_bytes: int
+    gate_args_bytes: int
+    greedy_args_bytes: int
     decode_rows: int
     prefill_rows: int
     decode_blocks: int
@@ -27,6 +30,9 @@ class Facts(Structure):
         ("attention_args_bytes", c_int32),
         ("block_copy_args_bytes", c_int32),
         ("rotate_args_bytes", c_int32),
+        ("norm_args_bytes", c_int32),
+        ("gate_args_bytes", c_int32),
+        ("greedy_args_bytes", c_int32),
         ("decode_rows", c_int32),
         ("prefill_rows", c_int32),
         ("decode_blocks", c_int32),
@@ -99,6 +105,44 @@ class RotateArgs(Structure):
     ]
 
 
+class NormArgs(Structure):
+    """struct NormArgs; its fields are described in norm.cuh."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("y", c_void_p),
+        ("stream", c_void_p),
+        ("num_rows", c_int32),
+        ("size", c_int32),
+        ("epsilon", c_float),
+    ]
+
+
+class GateArgs(Structure):
+    """struct GateArgs; its fields are described in gate.cuh."""
+
+    _fields_ = [
+        ("gate_up", c_void_p),
+        ("y", c_void_p),
+        ("stream", c_void_p),
+        ("num_rows", c_int32),
+        ("size", c_int32),
+    ]
+
+
+class GreedyArgs(Structure):
+    """struct GreedyArgs; its fields are described in greedy.cuh."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("choices", c_void_p),
+        ("stream", c_void_p),
+        ("num_rows", c_int32),
+        ("vocab_size", c_int32),
+    ]
+
+
 class KernelLibrary:
     """One variant, loaded and opened on the current device."""
 
@@ -108,11 +152,17 @@ class KernelLibrary:
         self._attend = self._declare("pagoda_attend", AttentionArgs)
         self._copy_blocks = self._declare("pagoda_copy_blocks", BlockCopyArgs)
         self._rotate = self._declare("pagoda_rotate", RotateArgs)
+        self._norm = self._declare("pagoda_norm", NormArgs)
+        self._gate = self._declare("pagoda_gate", GateArgs)
+        self._greedy = self._declare("pagoda_greedy", GreedyArgs)
         self.facts = Facts()
         self._check(self._declare("pagoda_open", Facts)(self.facts))
         assert self.facts.attention_args_bytes == ctypes.sizeof(AttentionArgs)
         assert self.facts.block_copy_args_bytes == ctypes.sizeof(BlockCopyArgs)
         assert self.facts.rotate_args_bytes == ctypes.sizeof(RotateArgs)
+        assert self.facts.norm_args_bytes == ctypes.sizeof(NormArgs)
+        assert self.facts.gate_args_bytes == ctypes.sizeof(GateArgs)
+        assert self.facts.greedy_args_bytes == ctypes.sizeof(GreedyArgs)
 
     def attend(self, args: AttentionArgs) -> None:
         """Start decode and prefill attention. Raises KernelError, as all calls do."""
@@ -125,6 +175,18 @@ class KernelLibrary:
     def rotate(self, args: RotateArgs) -> None:
         """Start norms on heads, rotary embedding and KV write."""
         self._check(self._rotate(args))
+
+    def norm(self, args: NormArgs) -> None:
+        """Start root mean square norms of rows."""
+        self._check(self._norm(args))
+
+    def gate(self, args: GateArgs) -> None:
+        """Start SiLU(gate) * up of rows."""
+        self._check(self._gate(args))
+
+    def greedy(self, args: GreedyArgs) -> None:
+        """Start the choice of each row's most likely token."""
+        self._check(self._greedy(args))
 
     def seed_emulation(self, seed: int) -> None:
         """Order of threads and blocks from now on; an emulated library only."""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layout.cuh"
+#include "rows.cuh"
 
 struct RotateArgs {
   const void* heads;  // [num_tokens, num_heads + 2 * num_kv_heads, head_dim]: queries, keys, values
@@ -43,9 +44,7 @@ struct HeadPairs {
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLanePairs; ++i) squares += first[i] * first[i] + second[i] * second[i];
-#pragma unroll
-    for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, mask);
-    const float scale = 1.0f / sqrtf(squares / kHeadDim + epsilon);
+    const float scale = 1.0f / sqrtf(warp_sum(squares) / kHeadDim + epsilon);
 #pragma unroll
     for (int i = 0; i < kLanePairs; ++i) {
       if (index(i) >= kPairs) continue;

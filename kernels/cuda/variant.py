@@ -21,6 +21,8 @@ ELEMENTS = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32:
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32)
 MAX_GROUP_SIZE = 16
+# Tokens and rows are read by chunks of so many bytes, which lie at multiples of it.
+CHUNK_BYTES = 16
 # Shared memory in KiB that one block may take: what a device of this capability has, or what lets it run two.
 SHARED_KIB = {(8, 6): 99, (8, 9): 99, (12, 0): 99, (12, 1): 99}
 USUAL_SHARED_KIB = 113

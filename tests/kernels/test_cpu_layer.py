@@ -8,21 +8,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Angles, AttentionShape, HeadNorms, LayerKV, Norm
+from kernels import Angles, AttentionShape, HeadNorms, LayerKV
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import Target, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.guarded import guarded
+from tests.kernels.products import EPSILON, Product, check_choices, greedy_cases
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
-EPSILON = 1e-5
 
 
-def shape(dtype: torch.dtype) -> AttentionShape:
-    """Of kernels that only multiply."""
-    return AttentionShape(4, 2, 8, 16, 0.5, dtype, dtype)
+def multiplying(dtype: torch.dtype, target: Target | None = None) -> CpuKernels:
+    """Kernels that attend to nothing."""
+    return CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, dtype, dtype), target)
 
 
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
@@ -32,37 +32,6 @@ widths = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 257]))
 row_counts = st.one_of(st.integers(1, 40), st.sampled_from([480, 481, 967]))
 
 
-class Product:
-    """A random matrix, rows for it, and all that `kernels.Linear` makes of them, in float64 and as found."""
-
-    def __init__(self, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, seed: int) -> None:
-        rng = torch.Generator().manual_seed(seed)
-
-        def random(*shape: int) -> torch.Tensor:
-            return guarded(torch.randn(*shape, generator=rng).to(dtype))
-
-        self.weight, self.bias = random(num_outputs, num_inputs), random(num_outputs)
-        self.rows, self.gate_up = random(num_rows, num_inputs), random(num_rows, 2 * num_inputs)
-        self.norm, self.total = Norm(random(num_inputs), EPSILON), random(num_rows, num_outputs)
-
-    def expected(self, has_bias: bool) -> list[torch.Tensor]:
-        def linear(x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x, self.weight.double(), self.bias.double() if has_bias else None)
-
-        rows, total = self.rows.double(), self.total.double()
-        normed = linear(F.rms_norm(rows, (rows.shape[1],), self.norm.weight.double(), EPSILON))
-        gate, up = self.gate_up.double().chunk(2, dim=1)
-        return [normed, normed, total + linear(rows), total + linear(F.silu(gate) * up)]
-
-    def found(self, target: Target, has_bias: bool, some: slice = slice(None)) -> list[torch.Tensor]:
-        linear = CpuKernels(shape(self.weight.dtype), target).linear(self.weight, self.bias if has_bias else None)
-        rows, gate_up = guarded(self.rows[some]), guarded(self.gate_up[some])
-        added, gated = guarded(self.total[some]), guarded(self.total[some])
-        linear.add(rows, added)
-        linear.add_gated(gate_up, gated)
-        return [linear.of_normed(rows, self.norm), linear.logits(rows, self.norm), added, gated]
-
-
 @targets
 @settings(max_examples=30, deadline=None)
 @given(row_counts, widths, widths, dtypes, st.booleans(), st.integers(0, 2**32 - 1))
@@ -70,7 +39,7 @@ def test_products_are_right(
     target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, has_bias: bool, seed: int
 ) -> None:
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed)
-    normed, logits, added, gated = product.found(target, has_bias)
+    normed, logits, added, gated = product.found(multiplying(dtype, target), has_bias)
     assert (normed.dtype, logits.dtype, added.dtype) == (dtype, torch.float32, dtype)
     tolerances = [TOLERANCES[dtype], TOLERANCES[torch.float32], TOLERANCES[dtype], TOLERANCES[dtype]]
     expected = product.expected(has_bias)
@@ -88,7 +57,8 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed=num_rows)
     start = data.draw(st.integers(0, num_rows - 1))
     some = slice(start, start + data.draw(st.sampled_from([1, 1, 2, 5, 13])))
-    for whole, part in zip(product.found(target, True), product.found(target, True, some), strict=True):
+    kernels = multiplying(dtype, target)
+    for whole, part in zip(product.found(kernels, True), product.found(kernels, True, some), strict=True):
         assert torch.equal(whole[some], part)
 
 
@@ -96,7 +66,7 @@ def test_what_is_not_finite_stays_visible() -> None:
     product = Product(3, 40, 20, torch.bfloat16, seed=1)
     product.gate_up[0, 3], product.gate_up[1, 45] = float("nan"), float("inf")
     product.rows[2, 1] = float("nan")
-    normed, logits, added, gated = product.found(runnable_targets()[0], has_bias=True)
+    normed, logits, added, gated = product.found(multiplying(torch.bfloat16), has_bias=True)
     for outputs in (normed, logits, added):
         assert outputs[2].isnan().all()
         assert outputs[:2].isfinite().all()
@@ -106,7 +76,7 @@ def test_what_is_not_finite_stays_visible() -> None:
 
 @pytest.mark.parametrize("gate", [-100.0, -20.0, 0.0, 20.0, 100.0])
 def test_gates_far_from_zero(gate: float) -> None:
-    linear = CpuKernels(shape(torch.float32)).linear(torch.eye(16), None)
+    linear = multiplying(torch.float32).linear(torch.eye(16), None)
     total = torch.zeros(1, 16)
     linear.add_gated(torch.cat((torch.full((1, 16), gate), torch.ones(1, 16)), dim=1), total)
     torch.testing.assert_close(total, F.silu(torch.full((1, 16), gate)), rtol=1e-6, atol=1e-30)
@@ -114,21 +84,10 @@ def test_gates_far_from_zero(gate: float) -> None:
 
 @targets
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 70), st.data())
-def test_greedy_takes_the_lowest_of_the_highest(
-    target: Target, num_rows: int, vocab_size: int, data: st.DataObject
-) -> None:
-    """Few values, so that many are equal; some rows with one that is not finite."""
-    values = data.draw(st.lists(st.integers(-3, 3), min_size=num_rows * vocab_size, max_size=num_rows * vocab_size))
-    logits = torch.tensor(values, dtype=torch.float32).view(num_rows, vocab_size)
-    broken = data.draw(st.dictionaries(st.integers(0, num_rows - 1), st.sampled_from([float("nan"), float("inf")])))
-    for row, value in broken.items():
-        logits[row, data.draw(st.integers(0, vocab_size - 1))] = value
-    token_ids, is_finite = CpuKernels(shape(torch.float32), target).greedy(guarded(logits))
-    assert is_finite.tolist() == [row not in broken for row in range(num_rows)]
-    for row in set(range(num_rows)) - set(broken):
-        assert token_ids[row] == logits[row].tolist().index(logits[row].max())
-    assert ((token_ids >= 0) & (token_ids < vocab_size)).all()
+@given(greedy_cases())
+def test_greedy_takes_the_lowest_of_the_highest(target: Target, case: tuple[torch.Tensor, set[int]]) -> None:
+    logits, broken = case
+    check_choices(multiplying(torch.float32, target).greedy(logits), logits, broken)
 
 
 @targets

@@ -97,10 +97,11 @@ inline void synchronize_warp() {
 
 }  // namespace emulation
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <typename Value>
+Value __shfl_xor_sync(unsigned, Value value, int mask) {
   using emulation::kWarpSize;
-  return emulation::collective<float>(
-      "__shfl_xor_sync", value, [mask](const float (&values)[kWarpSize], float (&results)[kWarpSize]) {
+  return emulation::collective<Value>(
+      "__shfl_xor_sync", value, [mask](const Value (&values)[kWarpSize], Value (&results)[kWarpSize]) {
         for (int lane = 0; lane < kWarpSize; ++lane) results[lane] = values[lane ^ mask];
       });
 }

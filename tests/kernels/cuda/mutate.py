@@ -18,6 +18,11 @@ from kernels.cuda import variant
 ROOT = Path(__file__).parents[3]
 TESTS = Path(__file__).parent
 ATTENTION_TESTS = "test_attention.py"
+OTHER_TESTS = {
+    "copy.cuh": "test_copy.py",
+    "rotate.cuh": "test_rotate.py",
+    **dict.fromkeys(("rows.cuh", "norm.cuh", "gate.cuh", "greedy.cuh"), "test_linear.py"),
+}
 MIN_CAUGHT = 0.9
 TIMEOUT_S = 600.0
 NUM_PROCESSES = 2
@@ -39,7 +44,7 @@ class Mutation:
     @property
     def tests(self) -> str:
         """The file of the tests that should notice."""
-        return {"copy.cuh": "test_copy.py", "rotate.cuh": "test_rotate.py"}.get(self.file, ATTENTION_TESTS)
+        return OTHER_TESTS.get(self.file, ATTENTION_TESTS)
 
 
 def read_mutations() -> list[Mutation]:

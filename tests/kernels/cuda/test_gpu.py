@@ -16,6 +16,8 @@ from kernels.reference import ReferenceKernels
 from tests.kernels.cases import relative_error
 from tests.kernels.cuda.steps import Case, Step, cases
 from tests.kernels.cuda.test_attention import TOLERANCES
+from tests.kernels.cuda.test_linear import TOLERANCES as PRODUCT_TOLERANCES
+from tests.kernels.products import Product, check_choices, greedy_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,3 +96,21 @@ def test_copies_as_if_in_order() -> None:
     ReferenceKernels(CUDA, case.shape).copy_blocks(expected, wanted)
     kernels_for(case).copy_blocks(pool, wanted)
     assert torch.equal(pool, expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=greedy_cases())
+def test_greedy_takes_the_lowest_of_the_highest(case: tuple[torch.Tensor, set[int]]) -> None:
+    logits, broken = case
+    found = kernels_for(Case(Variant(torch.float32, 64, 16), 1, 1, 0, [(1, 1)], 1, 0)).greedy(logits.to(CUDA))
+    check_choices(found.cpu(), logits, broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_inputs", [1001, 4104])
+def test_products_are_right(dtype: torch.dtype, num_inputs: int) -> None:
+    product = Product(7, num_inputs, 40, dtype, seed=1)
+    kernels = kernels_for(Case(Variant(dtype, 64, 16), 1, 1, 0, [(1, 1)], 1, 0))
+    found = product.found(kernels, has_bias=True, place=place)
+    for one, right in zip(found, product.expected(has_bias=True), strict=True):
+        assert relative_error(one.cpu(), right) < PRODUCT_TOLERANCES[dtype]

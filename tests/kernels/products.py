@@ -1,0 +1,71 @@
+"""Products to compute, and rows to choose from: random matrices and logits, and what should come of them."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+
+from kernels import Kernels, Norm
+from tests.kernels.guarded import guarded
+
+EPSILON = 1e-5
+
+
+class Product:
+    """A random matrix, rows for it, and all that `kernels.Linear` makes of them, in float64 and as found."""
+
+    def __init__(self, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, seed: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=rng).to(dtype)
+
+        self.weight, self.bias = random(num_outputs, num_inputs), random(num_outputs)
+        self.rows, self.gate_up = random(num_rows, num_inputs), random(num_rows, 2 * num_inputs)
+        self.norm, self.total = Norm(random(num_inputs), EPSILON), random(num_rows, num_outputs)
+
+    def expected(self, has_bias: bool) -> list[torch.Tensor]:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight.double(), self.bias.double() if has_bias else None)
+
+        rows, total = self.rows.double(), self.total.double()
+        normed = linear(F.rms_norm(rows, (rows.shape[1],), self.norm.weight.double(), EPSILON))
+        gate, up = self.gate_up.double().chunk(2, dim=1)
+        return [normed, normed, total + linear(rows), total + linear(F.silu(gate) * up)]
+
+    def found(
+        self,
+        kernels: Kernels,
+        has_bias: bool,
+        some: slice = slice(None),
+        place: Callable[[torch.Tensor], torch.Tensor] = guarded,
+    ) -> list[torch.Tensor]:
+        linear = kernels.linear(place(self.weight), place(self.bias) if has_bias else None)
+        norm = Norm(place(self.norm.weight), self.norm.epsilon)
+        rows, gate_up = place(self.rows[some]), place(self.gate_up[some])
+        added, gated = place(self.total[some]), place(self.total[some])
+        linear.add(rows, added)
+        linear.add_gated(gate_up, gated)
+        return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated]
+
+
+@st.composite
+def greedy_cases(draw: st.DrawFn) -> tuple[torch.Tensor, set[int]]:
+    """Logits [num_rows, vocab_size], few values, so that many are equal; and the rows with one that is not finite."""
+    num_rows, vocab_size = draw(st.integers(1, 5)), draw(st.integers(1, 70))
+    values = draw(st.lists(st.integers(-3, 3), min_size=num_rows * vocab_size, max_size=num_rows * vocab_size))
+    logits = torch.tensor(values, dtype=torch.float32).view(num_rows, vocab_size)
+    broken = draw(st.dictionaries(st.integers(0, num_rows - 1), st.sampled_from([float("nan"), float("inf")])))
+    for row, value in broken.items():
+        logits[row, draw(st.integers(0, vocab_size - 1))] = value
+    return guarded(logits), set(broken)
+
+
+def check_choices(choices: torch.Tensor, logits: torch.Tensor, broken: set[int]) -> None:
+    """choices: of `kernels.Kernels.greedy`."""
+    token_ids, is_finite = choices
+    assert is_finite.tolist() == [row not in broken for row in range(len(logits))]
+    for row in set(range(len(logits))) - broken:
+        assert token_ids[row] == logits[row].tolist().index(logits[row].max())
+    assert ((token_ids >= 0) & (token_ids < logits.shape[1])).all()

@@ -57,13 +57,14 @@ class AttentionMetadata:
     cu_seqlens_q: [num_seqs + 1] int32, on the device: sequence i's queries are rows cu[i] to cu[i + 1]; each has one
         at least, and they are its last tokens.
     slot_mapping: [num_tokens] int64, on the device: block_id * block_size + offset of each query token.
-    host_context_lens, host_query_lens: [num_seqs] int64, the same lengths on the host, for work lists.
+    host_block_tables, host_context_lens, host_query_lens: int32, int64, int64, the same on the host, for work lists.
     """
 
     block_tables: torch.Tensor
     context_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
     slot_mapping: torch.Tensor
+    host_block_tables: NDArray[np.int32]
     host_context_lens: NDArray[np.int64]
     host_query_lens: NDArray[np.int64]
 

@@ -95,6 +95,7 @@ class Pool:
             context_lens=torch.from_numpy(context_lens.astype(np.int32)),
             cu_seqlens_q=torch.arange(0, case.num_seqs * case.query_len + 1, case.query_len, dtype=torch.int32),
             slot_mapping=torch.zeros(0, dtype=torch.int64),
+            host_block_tables=self.tables.numpy(),
             host_context_lens=context_lens,
             host_query_lens=query_lens,
         )

@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from kernels.work_list import WorkList
 
-# Items of a cluster at most: enough to make reading cheap, few enough to share a long prefix out to many threads.
-MAX_ITEMS = 32
-
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
@@ -28,9 +25,9 @@ class Clusters:
 
 
 def make_clusters(
-    items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32], block_size: int
+    items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32], block_size: int, max_items: int
 ) -> Clusters:
-    """Clusters of items with the same blocks and the same KV tokens.
+    """Clusters of items with the same blocks and the same KV tokens, `max_items` in each at most.
 
     is_sharing: [num_items], whether an item may be in a cluster with others. block_tables: [num_seqs, max_blocks].
     """
@@ -46,7 +43,7 @@ def make_clusters(
     places = np.arange(len(order))
     is_first = np.diff(alike[order], prepend=-1) != 0
     rank = places - np.maximum.accumulate(np.where(is_first, places, 0))
-    starts = np.flatnonzero(rank % MAX_ITEMS == 0)  # large clusters are cut
+    starts = np.flatnonzero(rank % max_items == 0)  # large clusters are cut
     sizes = np.diff(starts, append=len(order))
     by_cost = np.argsort(-np.add.reduceat(costs[order], starts), kind="stable")
     ends = np.cumsum(sizes[by_cost])

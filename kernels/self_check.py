@@ -101,6 +101,7 @@ class _Step:
             context_lens=torch.from_numpy(context_lens.astype(np.int32)).to(device),
             cu_seqlens_q=torch.from_numpy(np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)).to(device),
             slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
+            host_block_tables=tables,
             host_context_lens=context_lens,
             host_query_lens=query_lens,
         )

@@ -68,7 +68,7 @@ def make_work_list(
     A sliding_window of 0 is full attention.
     """
     num_tiles = -(-query_lens // rule.query_tile)
-    seqs, tile_index = _expand(num_tiles)
+    seqs, tile_index = expand(num_tiles)
     offsets = tile_index * rule.query_tile
     num_queries = np.minimum(rule.query_tile, query_lens[seqs] - offsets)
     query_starts = (np.cumsum(query_lens) - query_lens)[seqs] + offsets
@@ -81,7 +81,7 @@ def make_work_list(
     lens = np.where(deciding_lens <= rule.max_split_queries, partition_lens(kv_ends, rule), kv_ends)
     first_partitions = kv_starts // lens
     num_partitions = -(-kv_ends // lens) - first_partitions
-    tiles, partition_index = _expand(num_partitions)
+    tiles, partition_index = expand(num_partitions)
     partitions = first_partitions[tiles] + partition_index
     is_split = num_partitions[tiles] > 1
     rows = np.where(is_split, num_queries[tiles], 0)
@@ -118,7 +118,7 @@ def pack(costs: NDArray[np.int64], num_workers: int) -> NDArray[np.int32]:
     return _int32(np.concatenate([[0], np.searchsorted(middles, shares), [len(costs)]]))
 
 
-def _expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Index i counts[i] times, and beside it 0, 1, 2 ... within each."""
     owners = np.repeat(np.arange(len(counts)), counts)
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -52,6 +52,7 @@ class ModelRunner:
             context_lens=self._upload(inputs.context_lens.astype(np.int32)),
             cu_seqlens_q=self._upload(inputs.cu_seqlens_q),
             slot_mapping=self._upload(inputs.slot_mapping),
+            host_block_tables=inputs.block_tables,
             host_context_lens=inputs.context_lens,
             host_query_lens=inputs.query_lens,
         )

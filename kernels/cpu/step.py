@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # kPartialStep of attention.h
 PARTIAL_STEP = 32
+# Items of a cluster at most: enough to make reading cheap, few enough to share a long prefix out to many threads.
+MAX_CLUSTER_ITEMS = 32
 
 
 class CpuStep:
@@ -104,8 +106,9 @@ class _PreparedWork:
         clusters = make_clusters(
             items,
             (metadata.host_query_lens[items.seqs] == 1) & (sliding_window == 0),
-            metadata.block_tables.numpy(),
+            metadata.host_block_tables,
             shape.block_size,
+            MAX_CLUSTER_ITEMS,
         )
         self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())

@@ -1,8 +1,9 @@
 // Attention of few query rows over many tokens.
 //
-// The rows that share a KV head (its group, times the tokens where there are several) fill one tile of the MMA. Warps
-// take the item's tiles in turn, each with a ring of its own and no barrier between them, and are merged at the end.
-// Where a sequence is done in parts, the last part to arrive merges all, in order: which one that is changes nothing.
+// The rows that share a KV head (its group, times the tokens of a cluster) fill one tile of the MMA. Warps take the
+// KV's tiles in turn, each with a ring of its own and no barrier between them, and are merged at the end. Where a query
+// is done in parts, the last part to arrive merges all, in order: which one that is changes nothing. Nor does it matter
+// to a row which others fill its tile: blocks that several sequences share are read once for all of them.
 #pragma once
 
 #include <type_traits>
@@ -15,9 +16,9 @@
 using TileMath = std::conditional_t<kIsFloat32, FmaMath<Element>, MmaMath<Element>>;
 
 // Shared memory: the warps' rings, and over them, once they are done with, what the warps have summed; then the
-// queries, and a flag.
+// queries, and a flag for each token.
 constexpr int kDecodeQueryBytes = kTileRows * kRowBytes;
-constexpr int kDecodeFlagBytes = 16;
+constexpr int kDecodeFlagBytes = kTileRows * sizeof(int);
 constexpr int kDecodeRoom = kMaxSharedBytes - kDecodeQueryBytes - kDecodeFlagBytes;
 constexpr int kDecodeTileBytes = 2 * kTileTokens * kRowBytes;
 
@@ -47,14 +48,35 @@ struct DecodeShared {
   __device__ __forceinline__ float* sums(int warp) const { return reinterpret_cast<float*>(bytes) + warp * kWarpSums; }
   __device__ __forceinline__ float* stats(int warp) const { return sums(kDecodeWarps) + warp * kWarpStats; }
   __device__ __forceinline__ Element* queries() const { return reinterpret_cast<Element*>(bytes + kDecodeRingBytes); }
-  __device__ __forceinline__ int* is_last() const {
+  __device__ __forceinline__ int* are_last() const {
     return reinterpret_cast<int*>(bytes + kDecodeRingBytes + kDecodeQueryBytes);
+  }
+};
+
+// The query rows of a cluster.
+struct ClusterRows : HeadRows {
+  const DecodeItem* items;
+  const AttentionArgs& args;
+
+  __device__ __forceinline__ ClusterRows(const AttentionArgs& args_, const DecodeItem* items_, int kv_head)
+      : HeadRows(args_, items_->cluster_size, kv_head), items(items_), args(args_) {}
+
+  __device__ __forceinline__ const DecodeItem& item(int row) const { return items[token(row)]; }
+  __device__ __forceinline__ int query(int row) const { return item(row).query; }
+  __device__ __forceinline__ int position(int row) const { return position_of(args, item(row).seq, item(row).query); }
+
+  // Whether any token is done in parts.
+  __device__ __forceinline__ bool are_split() const {
+    for (int i = 0; i < items->cluster_size; ++i) {
+      if (items[i].num_parts > 1) return true;
+    }
+    return false;
   }
 };
 
 // One warp's share of the tokens `visible`. The first tiles are under way before the queries are loaded.
 __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs& args, const DecodeShared& shared,
-                                             const QueryRows& rows, const PagedHead& head, TokenRange visible) {
+                                             const ClusterRows& rows, const PagedHead& head, TokenRange visible) {
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const DecodeRing ring = {shared.ring(warp), lane};
   constexpr int kStep = kDecodeWarps * kTileTokens;
@@ -84,78 +106,90 @@ __device__ __forceinline__ Parts warp_parts(const DecodeShared& shared, int row)
   return {shared.sums(0) + row * kHeadDim, shared.stats(0) + row * 2, kDecodeWarps, kWarpSums, kWarpStats};
 }
 
-// What the parts of an item's tokens have summed of one row.
-__device__ __forceinline__ Parts item_parts(const AttentionArgs& args, const Item& item, const QueryRows& rows,
-                                            int row) {
-  const int64_t first = rows.head_index(row, item.first_partial);
-  const int64_t stride = static_cast<int64_t>(item.num_queries) * args.num_heads;
-  return {args.partial_sums + first * kHeadDim, args.partial_stats + first * 2, item.num_parts, stride * kHeadDim,
-          stride * 2};
+// What the parts of a row's token have summed of it.
+__device__ __forceinline__ Parts token_parts(const AttentionArgs& args, const ClusterRows& rows, int row) {
+  const DecodeItem& item = rows.item(row);
+  const int64_t first = rows.head_index(item.first_partial, row);
+  return {args.partial_sums + first * kHeadDim, args.partial_stats + first * 2, item.num_parts,
+          static_cast<int64_t>(args.num_heads) * kHeadDim, static_cast<int64_t>(args.num_heads) * 2};
 }
 
-// Calls visit(row, dim) for all elements of the item's rows, spread over the block's threads.
+// Calls visit(row, dim) for all elements of the cluster's rows, spread over the block's threads.
 template <typename Visit>
-__device__ __forceinline__ void for_each_element(const QueryRows& rows, Visit visit) {
+__device__ __forceinline__ void for_each_element(const ClusterRows& rows, Visit visit) {
   for (int i = threadIdx.x; i < rows.num_rows * kHeadDim; i += kDecodeThreads) visit(i / kHeadDim, i % kHeadDim);
 }
 
-__device__ __forceinline__ void write_out(const AttentionArgs& args, const QueryRows& rows, int row, int dim,
+__device__ __forceinline__ void write_out(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,
                                           const Merged& merged) {
-  static_cast<Element*>(args.out)[rows.out_offset(row) + dim] = from_float<Element>(merged.sum / merged.total);
+  const int64_t head = rows.head_index(rows.query(row), row);
+  static_cast<Element*>(args.out)[head * kHeadDim + dim] = from_float<Element>(merged.sum / merged.total);
 }
 
-// Whether this block is the last to have written a part of the item's tokens; if so, it can read all parts.
-__device__ __forceinline__ bool arrives_last(const AttentionArgs& args, const DecodeShared& shared, const Item& item,
-                                             int kv_head) {
+__device__ __forceinline__ void write_partial(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,
+                                              const Merged& merged) {
+  const DecodeItem& item = rows.item(row);
+  const int64_t head = rows.head_index(item.first_partial + item.part, row);
+  args.partial_sums[head * kHeadDim + dim] = merged.sum;
+  if (dim == 0) {
+    args.partial_stats[head * 2] = merged.max;
+    args.partial_stats[head * 2 + 1] = merged.total;
+  }
+}
+
+// Notes of each token whether this block is the last to have written a part of it; then it can read all of them.
+__device__ __forceinline__ void count_arrivals(const AttentionArgs& args, const DecodeShared& shared,
+                                               const ClusterRows& rows, int kv_head) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int32_t* arrivals = args.arrivals + static_cast<int64_t>(item.first_partial) * args.num_kv_heads + kv_head;
-    const bool is_last = atomicAdd(arrivals, 1) == item.num_parts - 1;
-    if (is_last) *arrivals = 0;  // for the next launch
-    *shared.is_last() = is_last;
+  const int token = threadIdx.x;
+  if (token < rows.items->cluster_size) {
+    const DecodeItem& item = rows.items[token];
+    bool is_last = false;
+    if (item.num_parts > 1) {
+      int32_t* arrivals = args.arrivals + static_cast<int64_t>(item.first_partial) * args.num_kv_heads + kv_head;
+      is_last = atomicAdd(arrivals, 1) == item.num_parts - 1;
+      if (is_last) *arrivals = 0;  // for the next launch
+    }
+    shared.are_last()[token] = is_last;
   }
   __syncthreads();
   __threadfence();
-  return *shared.is_last();
 }
 
-__device__ __forceinline__ void decode_item(const AttentionArgs& args, const Item& item, int kv_head) {
+__device__ __forceinline__ void decode_cluster(const AttentionArgs& args, const DecodeItem* items, int kv_head) {
   const DecodeShared shared;
   const int warp = threadIdx.x / kWarpThreads;
-  const QueryRows rows(args, item, kv_head);
+  const ClusterRows rows(args, items, kv_head);
+  const TokenRange visible = visible_tokens(args, items->kv_start, items->kv_end, rows.position(0));
   RowSums sums;
-  decode_tiles(sums, args, shared, rows, PagedHead(args, item.seq, kv_head), visible_tokens(args, item, rows));
+  decode_tiles(sums, args, shared, rows, PagedHead(args, items->seq, kv_head), visible);
   wait_for_copies<0>();
   __syncthreads();  // no warp needs its ring any more
   store_part(sums, shared.sums(warp), shared.stats(warp));
   __syncthreads();
-  if (item.partial < 0) {
-    for_each_element(
-        rows, [&](int row, int dim) { write_out(args, rows, row, dim, merge(warp_parts(shared, row), dim)); });
-    return;
-  }
   for_each_element(rows, [&](int row, int dim) {
     const Merged merged = merge(warp_parts(shared, row), dim);
-    const int64_t head = rows.head_index(row, item.partial);
-    args.partial_sums[head * kHeadDim + dim] = merged.sum;
-    if (dim == 0) {
-      args.partial_stats[head * 2] = merged.max;
-      args.partial_stats[head * 2 + 1] = merged.total;
+    if (rows.item(row).num_parts == 1) {
+      write_out(args, rows, row, dim, merged);
+    } else {
+      write_partial(args, rows, row, dim, merged);
     }
   });
-  if (arrives_last(args, shared, item, kv_head)) {
-    for_each_element(rows, [&](int row, int dim) {
-      write_out(args, rows, row, dim, merge(item_parts(args, item, rows, row), dim));
-    });
-  }
+  if (!rows.are_split()) return;
+  count_arrivals(args, shared, rows, kv_head);
+  for_each_element(rows, [&](int row, int dim) {
+    if (!shared.are_last()[rows.token(row)]) return;
+    write_out(args, rows, row, dim, merge(token_parts(args, rows, row), dim));
+  });
 }
 
 // Grid: [num_units, num_kv_heads]. The grid's size is chosen once; how much each unit does is read from the device.
 __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(AttentionArgs args) {
   const int unit = blockIdx.x, kv_head = blockIdx.y;
-  for (int i = args.unit_starts[unit]; i < args.unit_starts[unit + 1]; ++i) {
-    __syncthreads();  // the item before is done with shared memory
-    decode_item(args, args.decode_items[i], kv_head);
+  const DecodeItem* items = args.decode_items + args.unit_starts[unit];
+  for (; items < args.decode_items + args.unit_starts[unit + 1]; items += items->cluster_size) {
+    __syncthreads();  // the cluster before is done with shared memory
+    decode_cluster(args, items, kv_head);
   }
 }

@@ -48,44 +48,39 @@ struct PagedHead {
   }
 };
 
-// The query rows of an item: row r is head first_head + r % group_size of token r / group_size.
-struct QueryRows {
-  int first_token;     // row of query and out
-  int first_position;  // in the sequence
+// The query rows of some tokens: row r is head first_head + r % group_size of token r / group_size.
+struct HeadRows {
   int num_rows;
   int group_size, num_heads, first_head;
   int64_t query_stride;  // elements from token to token
 
-  __device__ __forceinline__ QueryRows(const AttentionArgs& args, const Item& item, int kv_head)
-      : first_token(item.query_start),
-        first_position(args.context_lens[item.seq] - (args.cu_seqlens_q[item.seq + 1] - item.query_start)),
-        group_size(args.num_heads / args.num_kv_heads),
-        num_heads(args.num_heads),
-        query_stride(args.query_stride) {
-    num_rows = item.num_queries * group_size;
+  __device__ __forceinline__ HeadRows(const AttentionArgs& args, int num_tokens, int kv_head)
+      : group_size(args.num_heads / args.num_kv_heads), num_heads(args.num_heads), query_stride(args.query_stride) {
+    num_rows = num_tokens * group_size;
     first_head = kv_head * group_size;
   }
 
-  // Rows past the last stand where the last does.
-  __device__ __forceinline__ int position(int row) const {
-    return first_position + min(row, num_rows - 1) / group_size;
+  // The token of a row; those past the last stand where the last does.
+  __device__ __forceinline__ int token(int row) const { return min(row, num_rows - 1) / group_size; }
+
+  // Element offset in the query, whose row `query` is the token's.
+  __device__ __forceinline__ int64_t query_offset(int query, int row) const {
+    return query * query_stride + (first_head + row % group_size) * kHeadDim;
   }
 
-  __device__ __forceinline__ int64_t query_offset(int row) const {
-    return (first_token + row / group_size) * query_stride + (first_head + row % group_size) * kHeadDim;
+  // Which head this is in tensors of [any, num_heads, ...] whose row `first` is the token's.
+  __device__ __forceinline__ int64_t head_index(int first, int row) const {
+    return static_cast<int64_t>(first) * num_heads + first_head + row % group_size;
   }
-
-  // Which head of which token this is, in tensors of [num_tokens, num_heads, ...] whose row first_token is `first`.
-  __device__ __forceinline__ int64_t head_index(int row, int first) const {
-    return static_cast<int64_t>(first + row / group_size) * num_heads + first_head + row % group_size;
-  }
-
-  __device__ __forceinline__ int64_t out_offset(int row) const { return head_index(row, first_token) * kHeadDim; }
 };
 
-// The tokens that an item needs: its own, less those before the first query's window.
-__device__ __forceinline__ TokenRange visible_tokens(const AttentionArgs& args, const Item& item,
-                                                     const QueryRows& rows) {
-  const int begin = kHasWindow ? max(item.kv_start, rows.first_position - args.sliding_window + 1) : item.kv_start;
-  return {begin, item.kv_end};
+// Of row `query` of the query: its place in its sequence.
+__device__ __forceinline__ int position_of(const AttentionArgs& args, int seq, int query) {
+  return args.context_lens[seq] - (args.cu_seqlens_q[seq + 1] - query);
+}
+
+// The tokens from kv_start to kv_end that are needed from a position on: less those before its window.
+__device__ __forceinline__ TokenRange visible_tokens(const AttentionArgs& args, int kv_start, int kv_end,
+                                                     int first_position) {
+  return {kHasWindow ? max(kv_start, first_position - args.sliding_window + 1) : kv_start, kv_end};
 }

@@ -16,6 +16,19 @@ using PrefillRing = TileRing<kPrefillTokens, kPrefillStages, kPrefillThreads>;
 constexpr int kPrefillSharedBytes = PrefillRing::kBytes + kPrefillQueryBytes;
 static_assert(kPrefillSharedBytes <= kMaxSharedBytes);
 
+// The query rows of an item.
+struct QueryRows : HeadRows {
+  int first_query, first_position;
+
+  __device__ __forceinline__ QueryRows(const AttentionArgs& args, const PrefillItem& item, int kv_head)
+      : HeadRows(args, item.num_queries, kv_head),
+        first_query(item.query_start),
+        first_position(position_of(args, item.seq, item.query_start)) {}
+
+  __device__ __forceinline__ int query(int row) const { return first_query + token(row); }
+  __device__ __forceinline__ int position(int row) const { return first_position + token(row); }
+};
+
 // Writes the lane's share of a warp's rows, which are the item's rows from first_row on.
 __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const AttentionArgs& args, const QueryRows& rows,
                                                 int first_row) {
@@ -24,7 +37,7 @@ __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const Atten
   for (int which = 0; which < kLaneRows; ++which) {
     const int row = first_row + lane_row(lane, which);
     if (row >= rows.num_rows) continue;
-    Element* out = static_cast<Element*>(args.out) + rows.out_offset(row);
+    Element* out = static_cast<Element*>(args.out) + rows.head_index(rows.query(row), row) * kHeadDim;
 #pragma unroll
     for (int tile = 0; tile < kSumTiles; ++tile) {
 #pragma unroll
@@ -37,11 +50,11 @@ __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const Atten
 
 // Grid: [num_prefill_items, num_kv_heads].
 __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
-  const Item item = args.prefill_items[blockIdx.x];
+  const PrefillItem item = args.prefill_items[blockIdx.x];
   const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const QueryRows rows(args, item, kv_head);
   const PagedHead head(args, item.seq, kv_head);
-  const TokenRange visible = visible_tokens(args, item, rows);
+  const TokenRange visible = visible_tokens(args, item.kv_start, item.kv_end, rows.first_position);
   const PrefillRing ring = {reinterpret_cast<Element*>(dynamic_shared_memory()), static_cast<int>(threadIdx.x)};
   Element* query_tile = reinterpret_cast<Element*>(dynamic_shared_memory() + PrefillRing::kBytes);
 

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import Angles, AttentionMetadata, HeadNorms, Layer, LayerKV
+from kernels.clusters import make_clusters
 from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import CHUNK_BYTES
-from kernels.cuda.work import ITEM_FIELDS, PackedWork, pack_work
+from kernels.cuda.work import DECODE_FIELDS, PackedWork, pack_work
 from kernels.layers import run_layers
 from kernels.work_list import SplitRule, make_work_list
 
@@ -39,12 +40,14 @@ class CudaStep:
         self._max_items = max_items
         self._work: dict[int, DeviceWork] = {}
 
-    def refresh(self, host_context_lens: NDArray[np.int64]) -> None:
-        """Before a graph that holds this step's launches is replayed: the work of other lengths, at the same addresses.
+    def refresh(self, host_context_lens: NDArray[np.int64], host_block_tables: NDArray[np.int32]) -> None:
+        """Before a graph that holds this step's launches is replayed: other sequences' work, at the same addresses.
 
         For a step from `prepare_captured`. The metadata's tensors are the caller's to overwrite.
         """
-        self._metadata = dataclasses.replace(self._metadata, host_context_lens=host_context_lens)
+        self._metadata = dataclasses.replace(
+            self._metadata, host_context_lens=host_context_lens, host_block_tables=host_block_tables
+        )
         for sliding_window, work in self._work.items():
             packed = self._cut(work.library, sliding_window)
             assert packed.num_units == work.packed.num_units, "the grid is captured too"
@@ -139,11 +142,16 @@ class CudaStep:
         work = make_work_list(
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )
+        # A cluster's items have one query token each; windows of different sequences end at different tokens.
+        is_sharing = (metadata.host_query_lens[work.seqs] == 1) & (sliding_window == 0) & (max_decode_queries > 1)
+        clusters = make_clusters(
+            work, is_sharing, metadata.host_block_tables, shape.block_size, max_items=max_decode_queries
+        )
         num_units = max(1, facts.decode_blocks // shape.num_kv_heads)
-        return pack_work(work, max_decode_queries, num_units)
+        return pack_work(work, clusters, max_decode_queries, num_units)
 
     def _upload(self, library: KernelLibrary, packed: PackedWork) -> DeviceWork:
-        num_values = max(len(packed.values), packed.decode_offset + self._max_items * ITEM_FIELDS)
+        num_values = max(len(packed.values), packed.decode_offset + self._max_items * DECODE_FIELDS)
         values = torch.empty(num_values, dtype=torch.int32, device=self._kernels.device)
         values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
         return DeviceWork(library, packed, values)

@@ -3,15 +3,15 @@
 
 #include "layout.cuh"
 
-// The item's rows, then rows of zeros up to kRows. Seen after the next barrier of the block.
-template <int kRows, int kThreads>
-__device__ __forceinline__ void load_queries(Element* tile, const AttentionArgs& args, const QueryRows& rows) {
+// The rows, then rows of zeros up to kRows. Seen after the next barrier of the block.
+template <int kRows, int kThreads, typename Rows>
+__device__ __forceinline__ void load_queries(Element* tile, const AttentionArgs& args, const Rows& rows) {
   const Element* query = static_cast<const Element*>(args.query);
   for (int i = threadIdx.x; i < kRows * kRowChunks; i += kThreads) {
     const int row = i / kRowChunks, chunk = i % kRowChunks;
     uint4 loaded = {0, 0, 0, 0};
     if (row < rows.num_rows) {
-      loaded = *reinterpret_cast<const uint4*>(query + rows.query_offset(row) + chunk * kChunkElements);
+      loaded = *reinterpret_cast<const uint4*>(query + rows.query_offset(rows.query(row), row) + chunk * kChunkElements);
     }
     *reinterpret_cast<uint4*>(tile + tile_offset(row, chunk)) = loaded;
   }

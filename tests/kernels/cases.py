@@ -90,11 +90,13 @@ class Step:
         def tensor(values: object, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        tables = [table + [0] * (width - len(table)) for table in self.tables]
         return AttentionMetadata(
-            block_tables=tensor([table + [0] * (width - len(table)) for table in self.tables], torch.int32),
+            block_tables=tensor(tables, torch.int32),
             context_lens=tensor(context_lens.tolist(), torch.int32),
             cu_seqlens_q=tensor([0, *np.cumsum(query_lens).tolist()], torch.int32),
             slot_mapping=tensor(slots, torch.int64),
+            host_block_tables=np.array(tables, np.int32),
             host_context_lens=context_lens,
             host_query_lens=query_lens,
         )

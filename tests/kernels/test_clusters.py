@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.clusters import MAX_ITEMS, Clusters, make_clusters
+from kernels.clusters import Clusters, make_clusters
 from kernels.work_list import SplitRule, WorkList, make_work_list
 
 BLOCK_SIZE = 16
+MAX_ITEMS = 8
 RULE = SplitRule(query_tile=8, partition_len=64, max_partitions=4, max_split_queries=1, split_tails=False)
 
 
@@ -18,7 +19,7 @@ def work(lens: list[int]) -> WorkList:
 
 
 def clusters(items: WorkList, tables: NDArray[np.int32]) -> Clusters:
-    return make_clusters(items, np.ones(len(items.seqs), np.bool_), tables, BLOCK_SIZE)
+    return make_clusters(items, np.ones(len(items.seqs), np.bool_), tables, BLOCK_SIZE, MAX_ITEMS)
 
 
 def members(found: Clusters) -> list[list[int]]:
@@ -58,5 +59,5 @@ def test_a_large_cluster_is_cut() -> None:
 def test_who_may_not_share_stays_alone() -> None:
     items = work([64, 64, 64])
     tables = np.zeros((3, 4), np.int32)
-    found = make_clusters(items, np.array([True, False, True]), tables, BLOCK_SIZE)
+    found = make_clusters(items, np.array([True, False, True]), tables, BLOCK_SIZE, MAX_ITEMS)
     assert sorted(members(found)) == [[0, 2], [1]]

@@ -32,7 +32,10 @@ SCRATCH_ROWS = 16 * 16 * MAX_PARTITIONS
 
 @dataclass(frozen=True)
 class Case:
-    """One step: per sequence, KV tokens before it and query tokens in it; order_seed: of the emulation's threads."""
+    """One step: per sequence, KV tokens before it and query tokens in it; order_seed: of the emulation's threads.
+
+    prefix_blocks: of each sequence, how many of its first blocks are the first sequence's at most; empty: none is.
+    """
 
     variant: Variant
     num_kv_heads: int
@@ -42,6 +45,7 @@ class Case:
     seed: int
     order_seed: int
     partition_len: int = PARTITION_LEN
+    prefix_blocks: tuple[int, ...] = ()
 
     @property
     def shape(self) -> AttentionShape:
@@ -74,6 +78,27 @@ def cases(variant: Variant) -> st.SearchStrategy[Case]:
         seed=st.integers(0, 2**32 - 1),
         order_seed=st.integers(0, 2**32 - 1),
         partition_len=st.sampled_from([PARTITION_LEN, LONG_PARTITION_LEN]),
+    )
+
+
+def sharing_cases(variant: Variant) -> st.SearchStrategy[Case]:
+    """Mostly decodes, some of which share blocks with the first sequence: few, or as many as both have."""
+    lens = st.tuples(st.sampled_from([0, 31, 48, 97, 129, 200]), st.sampled_from([1, 1, 1, 1, 2, 40]))
+    sequences = st.lists(st.tuples(lens, st.sampled_from([0, 2, 3, 99, 99])), min_size=2, max_size=9)
+    return st.builds(
+        lambda sequences, **fields: Case(
+            lens=[(129, 1), *(lens for lens, _ in sequences)],
+            prefix_blocks=(0, *(shared for _, shared in sequences)),
+            **fields,
+        ),
+        variant=st.just(variant),
+        num_kv_heads=st.integers(1, 2),
+        group_size=st.sampled_from([1, 2, 3, 4, 7, 8, 9]),
+        sliding_window=st.sampled_from([20, 100]) if variant.has_window else st.just(0),
+        sequences=sequences,
+        seed=st.integers(0, 2**32 - 1),
+        order_seed=st.integers(0, 2**32 - 1),
+        partition_len=st.sampled_from([PARTITION_LEN, PARTITION_LEN, LONG_PARTITION_LEN]),
     )
 
 
@@ -126,8 +151,9 @@ class Step:
         order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
         pool = torch.full((num_blocks, num_kv_heads, block_size, case.variant.head_dim), float("nan"))
         self.layer = LayerKV(*(place(pool.to(case.variant.dtype)) for _ in range(2)))
-        self.sequences = []
-        for (before, new), count in zip(case.lens, block_counts, strict=True):
+        self.sequences: list[Sequence] = []
+        prefix_blocks = case.prefix_blocks or (0,) * len(case.lens)
+        for (before, new), count, most in zip(case.lens, block_counts, prefix_blocks, strict=True):
 
             def random(tokens: int, heads: int) -> torch.Tensor:
                 tensor = torch.randn(tokens, heads, case.variant.head_dim, generator=rng)
@@ -135,12 +161,19 @@ class Step:
 
             keys, values = (random(before + new, num_kv_heads) for _ in range(2))
             table = [order.pop() for _ in range(count)]
+            if most:
+                self._share_prefix(keys, values, table, min(most, before // block_size, case.lens[0][0] // block_size))
             self.sequences.append(Sequence(keys, values, random(new, case.shape.num_heads), table))
             fill(self.layer, self.sequences[-1], before)
 
+    def _share_prefix(self, keys: torch.Tensor, values: torch.Tensor, table: list[int], num_blocks: int) -> None:
+        first, num_tokens = self.sequences[0], num_blocks * self.case.variant.block_size
+        keys[:num_tokens], values[:num_tokens] = first.keys[:num_tokens], first.values[:num_tokens]
+        table[:num_blocks] = first.table[:num_blocks]
+
     def alone(self, index: int) -> "Step":
         """The same sequence, with the same blocks, as the only one of its step."""
-        step = Step(dataclasses.replace(self.case, lens=[self.case.lens[index]]), self._place)
+        step = Step(dataclasses.replace(self.case, lens=[self.case.lens[index]], prefix_blocks=()), self._place)
         step.layer = self.layer
         step.sequences = [self.sequences[index]]
         return step
@@ -160,6 +193,7 @@ class Step:
             context_lens=self._place(torch.from_numpy(context_lens).int()),
             cu_seqlens_q=self._place(torch.tensor([0, *np.cumsum(query_lens).tolist()], dtype=torch.int32)),
             slot_mapping=self._place(torch.tensor(slots, dtype=torch.int64)),
+            host_block_tables=np.array(rows, np.int32),
             host_context_lens=context_lens,
             host_query_lens=query_lens,
         )

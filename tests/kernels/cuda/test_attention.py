@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kernels.cuda.library import AttentionArgs, KernelLibrary
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from tests.kernels.cases import relative_error
-from tests.kernels.cuda.steps import Case, Step, cases, dense, emulated_kernels, fill
+from tests.kernels.cuda.steps import Case, Step, cases, dense, emulated_kernels, fill, sharing_cases
 
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
@@ -32,7 +32,20 @@ def test_equals_dense_attention(variant: Variant, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st.DataObject) -> None:
     """Bit for bit, alone or among others, whatever order threads and blocks run in."""
-    case = data.draw(cases(variant))
+    check_alone_and_together(data.draw(cases(variant)))
+
+
+@each_variant
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_shared_blocks_change_nothing(variant: Variant, data: st.DataObject) -> None:
+    """Bit for bit, in a cluster or alone."""
+    case = data.draw(sharing_cases(variant))
+    step = check_alone_and_together(case)
+    assert relative_error(step.emulate(), step.dense()) < TOLERANCES[variant.dtype]
+
+
+def check_alone_and_together(case: Case) -> Step:
     step, kernels = Step(case), emulated_kernels(case)
     together = step.emulate(kernels)
     first = 0
@@ -41,14 +54,15 @@ def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st
         first += new
     other_order = Step(dataclasses.replace(case, order_seed=case.order_seed + 1))
     assert torch.equal(other_order.emulate(), together)
+    return step
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(1, 300), min_size=4, max_size=4), st.integers(0, 2**32 - 1))
-def test_a_captured_step_takes_other_lengths(context_lens: list[int], seed: int) -> None:
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=4, max_size=4), st.integers(0, 18), st.integers(0, 2**32 - 1))
+def test_a_captured_step_takes_other_lengths_and_tables(context_lens: list[int], prefix_blocks: int, seed: int) -> None:
     """The very arguments of the first launch, work and tables overwritten in place, attend to what is there now."""
     variant = Variant(torch.bfloat16, 64, 16)
-    longest = Case(variant, 2, 4, 0, [(299, 1)] * 4, seed, 0)
+    longest = Case(variant, 2, 4, 0, [(299, 1)] * 4, seed, 0, prefix_blocks=(0, 0, 0, 0))
     step, kernels = Step(longest), emulated_kernels(longest)
     metadata = step.metadata()
     attention = kernels.prepare_captured(metadata, 300)
@@ -57,15 +71,18 @@ def test_a_captured_step_takes_other_lengths(context_lens: list[int], seed: int)
         patch.setattr(KernelLibrary, "attend", lambda self, args: launched.append(args))
         query = torch.cat([sequence.query for sequence in step.sequences])
         out = attention.attend(query, step.layer, 0)
-    for sequence in step.sequences:
-        fill(step.layer, sequence, 300)
 
-    metadata.context_lens.copy_(torch.tensor(context_lens))
-    attention.refresh(np.array(context_lens, np.int64))
-    kernels.library(has_window=False).attend(launched[0])
-    shorter = [
-        dataclasses.replace(sequence, keys=sequence.keys[:length], values=sequence.values[:length])
-        for sequence, length in zip(step.sequences, context_lens, strict=True)
+    other = Step(dataclasses.replace(longest, prefix_blocks=(0, *[prefix_blocks] * 3)))
+    for sequence in other.sequences:
+        fill(step.layer, sequence, 300)
+    sequences = [
+        dataclasses.replace(other_one, keys=other_one.keys[:length], values=other_one.values[:length], query=one.query)
+        for one, other_one, length in zip(step.sequences, other.sequences, context_lens, strict=True)
     ]
-    expected = torch.cat([dense(sequence, longest) for sequence in shorter])
+    tables = other.metadata().host_block_tables
+    metadata.context_lens.copy_(torch.tensor(context_lens))
+    metadata.block_tables.copy_(torch.from_numpy(tables))
+    attention.refresh(np.array(context_lens, np.int64), tables)
+    kernels.library(has_window=False).attend(launched[0])
+    expected = torch.cat([dense(sequence, longest) for sequence in sequences])
     assert relative_error(out, expected) < TOLERANCES[variant.dtype]

@@ -14,7 +14,7 @@ from kernels.cuda.select import cuda_backend
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import relative_error
-from tests.kernels.cuda.steps import Case, Step, cases
+from tests.kernels.cuda.steps import Case, Step, cases, sharing_cases
 from tests.kernels.cuda.test_attention import TOLERANCES
 from tests.kernels.cuda.test_linear import TOLERANCES as PRODUCT_TOLERANCES
 from tests.kernels.products import Product, check_choices, greedy_cases
@@ -48,7 +48,7 @@ def test_equals_dense_attention(variant: Variant, data: st.DataObject) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st.DataObject) -> None:
-    case = data.draw(cases(variant))
+    case = data.draw(st.one_of(cases(variant), sharing_cases(variant)))
     step, kernels = Step(case, place), kernels_for(case)
     together = step.run(kernels)
     first = 0
@@ -82,7 +82,7 @@ def test_a_captured_step_replays_with_other_lengths() -> None:
 
     context_lens = np.array([101, 17, 1], np.int64)
     metadata.context_lens.copy_(torch.from_numpy(context_lens))
-    attention.refresh(context_lens)
+    attention.refresh(context_lens, metadata.host_block_tables)
     graph.replay()
     fresh = kernels.prepare(dataclasses.replace(metadata, host_context_lens=context_lens))
     assert torch.equal(found, fresh.attend(query, step.layer, 0))

@@ -54,7 +54,8 @@ class Step:
         """One sequence per token; only slot_mapping counts."""
         ones = np.ones(len(self.slots), np.int64)
         empty = torch.zeros((len(self.slots), 1), dtype=torch.int32)
-        return AttentionMetadata(empty, empty[:, 0], torch.arange(len(ones) + 1).int(), self.slots, ones, ones)
+        starts = torch.arange(len(ones) + 1).int()
+        return AttentionMetadata(empty, empty[:, 0], starts, self.slots, empty.numpy(), ones, ones)
 
     def written(self, pool: torch.Tensor) -> torch.Tensor:
         """What the tokens' slots hold, [num_tokens, num_kv_heads, head_dim]; no other slot may have been written."""

@@ -72,7 +72,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     loaded = loading.load(config, spec, model_dir)
-    calibrated_step_s, runner = loading.start(config, loaded)
+    calibrated_step_s, runner = loading.start(config, loaded, limits)
     dtype = loading.kv_dtype_name(loaded)
     log.info(
         "loaded %s as %s on %s: %d blocks of %d tokens, %.0f MiB; %.2f s to import, %.2f s to load, step %.1f ms",

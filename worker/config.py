@@ -36,6 +36,7 @@ class WorkerConfig:
     max_model_len: int | None
     num_threads: int | None
     timed_step_s: float | None
+    enforce_eager: bool
     poison_freed_blocks: bool
     log_level: str
 
@@ -61,6 +62,7 @@ def parse_config(argv: Sequence[str]) -> WorkerConfig:
         max_model_len=flags.max_model_len,
         num_threads=flags.num_threads,
         timed_step_s=flags.timed_step_s,
+        enforce_eager=flags.enforce_eager,
         poison_freed_blocks=flags.poison_freed_blocks,
         log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO").upper(),
     )
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=int, help="longest sequence in tokens (default: the model's, or what the pool holds)")
     add("--num-threads", type=int, help="CPU threads of one operation (default: torch's choice)")
     add("--timed-step-s", type=float, metavar="S", help="benchmarks: no model, each step waits S seconds")
+    add("--enforce-eager", action="store_true", help="CUDA: launch kernel by kernel, without CUDA graphs")
     add("--poison-freed-blocks", action="store_true", help="tests: fill blocks that hold nothing with NaN")
     return parser
 

@@ -6,15 +6,19 @@ from pathlib import Path
 import torch
 
 from kernels import AttentionShape, Kernels
+from kernels.cuda.attention import CudaKernels
 from kernels.reference import ReferenceKernels
 from kernels.self_check import checked_kernels
 from worker.config import WorkerConfig
 from worker.errors import ConfigError
+from worker.forward import EagerForward, Forward
+from worker.graphs import CudaGraphRecorder, GraphForward, Recorder
 from worker.kv_pool import FreeMemory, KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_memory, free_gpu_memory
 from worker.model_runner import ModelRunner, PoisoningRunner, profile, warm_up
 from worker.models.decoder import Decoder
 from worker.models.spec import ModelSpec
 from worker.runner import Runner
+from worker.step import BatchLimits
 from worker.weights import load_weights
 
 # By the flag's value; `auto` is the model's own.
@@ -70,15 +74,32 @@ def _free_memory(config: WorkerConfig, spec: ModelSpec, kernels: Kernels, decode
     if device.type == "cpu":
         return free_cpu_memory()
     null_block = KVPool(spec.num_layers, 0, kernels.kv_format, device)
-    runner = ModelRunner(decoder, kernels, null_block)
+    runner = ModelRunner(decoder, kernels, null_block, EagerForward(decoder, kernels, null_block))
     return free_gpu_memory(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
 
 
-def start(config: WorkerConfig, loaded: Loaded) -> tuple[float, Runner]:
+def start(config: WorkerConfig, loaded: Loaded, limits: BatchLimits) -> tuple[float, Runner]:
     """Warm the model up: seconds that a small step takes, and what will run the plans."""
-    runner = ModelRunner(loaded.decoder, loaded.kernels, loaded.pool)
+    forward = _select_forward(config, loaded, limits)
+    runner = ModelRunner(loaded.decoder, loaded.kernels, loaded.pool, forward)
     calibrated_step_s = warm_up(runner, config.block_size)
     return calibrated_step_s, PoisoningRunner(runner, loaded.pool) if config.poison_freed_blocks else runner
+
+
+def _select_forward(config: WorkerConfig, loaded: Loaded, limits: BatchLimits) -> Forward:
+    """Graphs where the kernels and the device can record them."""
+    eager = EagerForward(loaded.decoder, loaded.kernels, loaded.pool)
+    recorder = None if config.enforce_eager else select_recorder(loaded.pool.blocks.device)
+    if recorder is None or not isinstance(loaded.kernels, CudaKernels):
+        return eager
+    graphs = GraphForward(eager, limits)
+    graphs.record(loaded.decoder, loaded.kernels, loaded.pool, recorder)
+    return graphs
+
+
+def select_recorder(device: torch.device) -> Recorder | None:
+    """What records decode steps; None where a launch costs nothing, as on a CPU."""
+    return CudaGraphRecorder() if device.type == "cuda" else None
 
 
 def select_device(name: str) -> torch.device:

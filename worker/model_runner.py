@@ -1,28 +1,28 @@
-"""Runs steps of a real model: batch columns to tensors, one forward, sampling."""
+"""Runs steps of a real model: one forward, then sampling."""
 
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, BlockCopy, Kernels
+from kernels import BlockCopy, Kernels
+from worker.forward import Forward
 from worker.kv_pool import KVPool
-from worker.models.decoder import Decoder, TokenBatch
+from worker.models.decoder import Decoder
 from worker.runner import RunningStep
 from worker.sampler import choose, to_sampled
-from worker.step import SEQUENCE, Sampled, SampledRows, Scheduled, StepInputs
+from worker.step import Sampled, StepInputs, null_inputs
 from worker.wire import Plan
 
 
 class ModelRunner:
     """See `worker.runner.Runner`."""
 
-    def __init__(self, decoder: Decoder, kernels: Kernels, pool: KVPool) -> None:
+    def __init__(self, decoder: Decoder, kernels: Kernels, pool: KVPool, forward: Forward) -> None:
         self._decoder = decoder
         self._kernels = kernels
         self._pool = pool
+        self._forward = forward
         self._is_on_gpu = pool.blocks.device.type != "cpu"
 
     def prepare(self, plan: Plan) -> None:
@@ -39,26 +39,9 @@ class ModelRunner:
         """The step's choices, as `choose` returns them; on a GPU they are still being computed."""
         if not len(inputs.input_ids):
             return torch.zeros((2, 0), dtype=torch.int64)
-        logits = self._decoder.forward(
-            TokenBatch(self._upload(inputs.input_ids), self._upload(inputs.positions), self._upload(inputs.logit_rows)),
-            self._kernels.prepare(self._metadata(inputs)),
-            self._pool.layers,
-        )
-        return choose(logits, inputs.sampled, self._kernels)
-
-    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
-        return AttentionMetadata(
-            block_tables=self._upload(inputs.block_tables),
-            context_lens=self._upload(inputs.context_lens.astype(np.int32)),
-            cu_seqlens_q=self._upload(inputs.cu_seqlens_q),
-            slot_mapping=self._upload(inputs.slot_mapping),
-            host_block_tables=inputs.block_tables,
-            host_context_lens=inputs.context_lens,
-            host_query_lens=inputs.query_lens,
-        )
-
-    def _upload(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._pool.blocks.device, non_blocking=True)
+        logit_rows = torch.from_numpy(inputs.logit_rows).to(self._pool.blocks.device, non_blocking=True)
+        hidden = self._forward.hidden(inputs)
+        return choose(self._decoder.logits(hidden[logit_rows]), inputs.sampled, self._kernels)
 
 
 class EnqueuedStep:
@@ -122,11 +105,11 @@ class PoisoningRunner:
 
 def warm_up(runner: ModelRunner, block_size: int) -> float:
     """Run a prompt of one block, then single tokens, in the null block; seconds that the fastest of those took."""
-    runner.launch(_null_inputs(1, block_size)).wait()
+    runner.launch(null_inputs(1, block_size)).wait()
     times_s = []
     for _ in range(3):
         start = time.perf_counter()
-        runner.launch(_null_inputs(1, 1)).wait()
+        runner.launch(null_inputs(1, 1)).wait()
         times_s.append(time.perf_counter() - start)
     return min(times_s)
 
@@ -135,26 +118,5 @@ def profile(runner: ModelRunner, max_num_batched_tokens: int, block_size: int, d
     """Bytes that a step of `max_num_batched_tokens` takes on a CUDA `device` beside weights and pool."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner.launch(_null_inputs(max(1, max_num_batched_tokens // block_size), block_size)).wait()
+    runner.launch(null_inputs(max(1, max_num_batched_tokens // block_size), block_size)).wait()
     return int(torch.cuda.max_memory_allocated(device) - before)
-
-
-def _null_inputs(num_seqs: int, query_len: int) -> StepInputs:
-    """A step of `num_seqs` sequences with `query_len` tokens each, all in the null block, sampled greedily."""
-    tokens = np.zeros(num_seqs * query_len, np.int64)
-    lens = np.full(num_seqs, query_len, np.int64)
-    seqs = np.arange(num_seqs)
-    none, none32 = np.zeros(num_seqs, np.int64), np.zeros(num_seqs, np.float32)
-    return StepInputs(
-        input_ids=tokens,
-        id_places=tokens,
-        positions=tokens,
-        slot_mapping=np.tile(np.arange(query_len, dtype=np.int64), num_seqs),
-        cu_seqlens_q=(np.arange(num_seqs + 1) * query_len).astype(np.int32),
-        query_lens=lens,
-        context_lens=lens,
-        block_tables=np.zeros((num_seqs, 1), np.int32),
-        logit_rows=(seqs + 1) * query_len - 1,
-        sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
-        scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs, seqs, seqs),
-    )

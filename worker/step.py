@@ -136,3 +136,24 @@ class Progress:
             token_ids=sampled.token_ids[is_good],
             failed=scheduled.sampling[~is_good],
         )
+
+
+def null_inputs(num_seqs: int, query_len: int) -> StepInputs:
+    """A step of `num_seqs` sequences with `query_len` tokens each, all in the null block, sampled greedily."""
+    tokens = np.zeros(num_seqs * query_len, np.int64)
+    lens = np.full(num_seqs, query_len, np.int64)
+    seqs = np.arange(num_seqs)
+    none, none32 = np.zeros(num_seqs, np.int64), np.zeros(num_seqs, np.float32)
+    return StepInputs(
+        input_ids=tokens,
+        id_places=tokens,
+        positions=tokens,
+        slot_mapping=np.tile(np.arange(query_len, dtype=np.int64), num_seqs),
+        cu_seqlens_q=(np.arange(num_seqs + 1) * query_len).astype(np.int32),
+        query_lens=lens,
+        context_lens=lens,
+        block_tables=np.zeros((num_seqs, 1), np.int32),
+        logit_rows=(seqs + 1) * query_len - 1,
+        sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
+        scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs, seqs, seqs),
+    )

@@ -46,16 +46,6 @@ class ModelWeights:
     lm_head: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """What one forward runs. input_ids, positions: [num_tokens] int64; sampled_rows: [num_samples] int64, the tokens
-    whose logits are wanted."""
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    sampled_rows: torch.Tensor
-
-
 class Decoder:
     """Runs a model's layers over flattened tokens."""
 
@@ -77,12 +67,21 @@ class Decoder:
         """Where it runs."""
         return self._embedding.device
 
-    def forward(self, batch: TokenBatch, attention: AttentionStep, kv: Sequence[LayerKV]) -> torch.Tensor:
-        """Write the tokens' keys and values into `kv` and return logits: [num_samples, vocab_size] float32."""
-        hidden = F.embedding(batch.input_ids, self._embedding)
-        angles = self._rope.angles(batch.positions, hidden.dtype)
+    def hidden(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep, kv: Sequence[LayerKV]
+    ) -> torch.Tensor:
+        """Write the tokens' keys and values into `kv` and return their hidden states: [num_tokens, hidden_size].
+
+        input_ids, positions: [num_tokens] int64.
+        """
+        hidden = F.embedding(input_ids, self._embedding)
+        angles = self._rope.angles(positions, hidden.dtype)
         attention.run_layers(self._layers, kv, hidden, angles)
-        return self._lm_head.logits(hidden[batch.sampled_rows], self._norm)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states [num_rows, hidden_size]: [num_rows, vocab_size] float32."""
+        return self._lm_head.logits(hidden, self._norm)
 
 
 def _layer(spec: ModelSpec, weights: LayerWeights, sliding_window: int, kernels: Kernels) -> Layer:

@@ -1,0 +1,51 @@
+"""A step's tokens through the model's layers: batch columns to tensors, tensors to hidden states."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels import AttentionMetadata, Kernels
+from worker.kv_pool import KVPool
+from worker.models.decoder import Decoder
+from worker.step import StepInputs
+
+
+class Forward(Protocol):
+    """How the layers of a step are run."""
+
+    def hidden(self, inputs: StepInputs) -> torch.Tensor:
+        """Write the step's KV; the hidden states of its tokens: [num_tokens or more, hidden_size].
+
+        The next call may overwrite them.
+        """
+
+
+class EagerForward:
+    """See Forward. Any step, operation by operation."""
+
+    def __init__(self, decoder: Decoder, kernels: Kernels, pool: KVPool) -> None:
+        self._decoder = decoder
+        self._kernels = kernels
+        self._pool = pool
+
+    def hidden(self, inputs: StepInputs) -> torch.Tensor:
+        """See Forward."""
+        attention = self._kernels.prepare(self._metadata(inputs))
+        input_ids, positions = self._upload(inputs.input_ids), self._upload(inputs.positions)
+        return self._decoder.hidden(input_ids, positions, attention, self._pool.layers)
+
+    def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
+        return AttentionMetadata(
+            block_tables=self._upload(inputs.block_tables),
+            context_lens=self._upload(inputs.context_lens.astype(np.int32)),
+            cu_seqlens_q=self._upload(inputs.cu_seqlens_q),
+            slot_mapping=self._upload(inputs.slot_mapping),
+            host_block_tables=inputs.block_tables,
+            host_context_lens=inputs.context_lens,
+            host_query_lens=inputs.query_lens,
+        )
+
+    def _upload(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._pool.blocks.device, non_blocking=True)

@@ -1,7 +1,8 @@
 """Native kernels are tried against the reference before they serve: on this machine, in this build, for this model.
 
-Owns one mixed step over a small pool: decodes short and long enough to be split, prompts whole and in part, blocks in
-shuffled order, NaN in every slot that nobody wrote; and one small matrix in all its uses. It takes milliseconds.
+Owns one mixed step over a small pool: decodes short and long enough to be split, two that share a prefix, prompts whole
+and in part, blocks in shuffled order, NaN in every slot that nobody wrote; and one small matrix in all its uses. It
+takes milliseconds.
 """
 
 import logging
@@ -29,8 +30,9 @@ from kernels.reference import ReferenceKernels
 
 log = logging.getLogger("pagoda.kernels")
 
-# (KV tokens, query tokens) of each sequence.
-SEQUENCES = ((1, 1), (37, 1), (600, 1), (16, 16), (70, 30))
+# (KV tokens, query tokens) of each sequence. The last one begins with blocks of the third: they are read once for both.
+SEQUENCES = ((1, 1), (37, 1), (600, 1), (16, 16), (70, 30), (590, 1))
+SHARED_TOKENS = 512
 # Inputs and outputs of the matrix: whole vectors and a rest of each.
 MATRIX = (83, 45)
 EPSILON = 1e-5
@@ -88,13 +90,15 @@ class _Step:
         ids = rng.permutation(int(num_blocks.sum())) + 1
         for table, first, count in zip(tables, np.cumsum(num_blocks) - num_blocks, num_blocks, strict=True):
             table[:count] = ids[first : first + count]
+        tables[-1, : SHARED_TOKENS // shape.block_size] = tables[2, : SHARED_TOKENS // shape.block_size]
 
         def slots_of(table: NDArray[np.int32], start: int, end: int) -> NDArray[np.int64]:
             positions = np.arange(start, end)
             return table[positions // shape.block_size] * shape.block_size + positions % shape.block_size
 
         slots = [slots_of(table, c - q, c) for table, (c, q) in zip(tables, SEQUENCES, strict=True)]
-        old_slots = [slots_of(table, 0, c - q) for table, (c, q) in zip(tables, SEQUENCES, strict=True)]
+        written = [0] * (len(SEQUENCES) - 1) + [SHARED_TOKENS]
+        old_slots = [slots_of(t, start, c - q) for t, start, (c, q) in zip(tables, written, SEQUENCES, strict=True)]
         self._shape = shape
         self._metadata = AttentionMetadata(
             block_tables=torch.from_numpy(tables).to(device),

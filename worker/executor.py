@@ -99,6 +99,7 @@ class Executor:
         while (patience_s := running.patience_s()) > 0:
             applied = self._apply_within(patience_s)
             if applied is not None:
+                self._runner.look_ahead(applied.inputs)
                 return applied
         return None
 

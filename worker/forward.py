@@ -15,6 +15,9 @@ from worker.step import StepInputs
 class Forward(Protocol):
     """How the layers of a step are run."""
 
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """See `worker.runner.Runner.look_ahead`."""
+
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
         """Write the step's KV; the hidden states of its tokens: [num_tokens or more, hidden_size].
 
@@ -29,6 +32,9 @@ class EagerForward:
         self._decoder = decoder
         self._kernels = kernels
         self._pool = pool
+
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """See Forward. Nothing: its work is made layer by layer."""
 
     def hidden(self, inputs: StepInputs) -> torch.Tensor:
         """See Forward."""

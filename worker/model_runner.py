@@ -30,6 +30,10 @@ class ModelRunner:
         if plan.copies:
             self._kernels.copy_blocks(self._pool.blocks, [BlockCopy(*copy) for copy in plan.copies])
 
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """See Runner."""
+        self._forward.look_ahead(inputs)
+
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
         return EnqueuedStep(self._enqueue(inputs)) if self._is_on_gpu else DeferredStep(self._enqueue, inputs)
@@ -97,6 +101,10 @@ class PoisoningRunner:
             for i, block_id in enumerate(added.block_ids[full:].tolist()):
                 self._pool.poison_block(block_id, offset if i == 0 else 0)
         self._runner.prepare(plan)
+
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """See Runner."""
+        self._runner.look_ahead(inputs)
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""

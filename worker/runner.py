@@ -26,6 +26,9 @@ class Runner(Protocol):
     def prepare(self, plan: Plan) -> None:
         """Do what a plan asks of the pool before its writes: copy blocks."""
 
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """While a step runs: `inputs` may be launched next. What does not depend on their token ids can be done now."""
+
     def launch(self, inputs: StepInputs) -> RunningStep:
         """Begin one step, which writes its KV and samples for its `sampled` rows; returns without waiting for it."""
 
@@ -39,6 +42,9 @@ class TimedRunner:
 
     def prepare(self, plan: Plan) -> None:
         """Nothing to copy."""
+
+    def look_ahead(self, inputs: StepInputs) -> None:
+        """Nothing to do."""
 
     def launch(self, inputs: StepInputs) -> "TimedStep":
         """See Runner."""

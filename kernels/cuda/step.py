@@ -1,7 +1,7 @@
 """One step on CUDA: the work that its layers share, and the launches."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,16 +40,22 @@ class CudaStep:
         self._max_items = max_items
         self._work: dict[int, DeviceWork] = {}
 
-    def refresh(self, host_context_lens: NDArray[np.int64], host_block_tables: NDArray[np.int32]) -> None:
-        """Before a graph that holds this step's launches is replayed: other sequences' work, at the same addresses.
+    def cut(
+        self, host_context_lens: NDArray[np.int64], host_block_tables: NDArray[np.int32]
+    ) -> Mapping[int, PackedWork]:
+        """Other sequences' work by window, for `refresh`; the device may be busy with this step meanwhile."""
+        metadata = dataclasses.replace(
+            self._metadata, host_context_lens=host_context_lens, host_block_tables=host_block_tables
+        )
+        return {window: self._cut(work.library, metadata, window) for window, work in self._work.items()}
+
+    def refresh(self, cut: Mapping[int, PackedWork]) -> None:
+        """Before a graph that holds this step's launches is replayed: what `cut` made, at the same addresses.
 
         For a step from `prepare_captured`. The metadata's tensors are the caller's to overwrite.
         """
-        self._metadata = dataclasses.replace(
-            self._metadata, host_context_lens=host_context_lens, host_block_tables=host_block_tables
-        )
-        for sliding_window, work in self._work.items():
-            packed = self._cut(work.library, sliding_window)
+        for sliding_window, packed in cut.items():
+            work = self._work[sliding_window]
             assert packed.num_units == work.packed.num_units, "the grid is captured too"
             work.values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
 
@@ -94,7 +100,7 @@ class CudaStep:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         if sliding_window not in self._work:
             library = self._kernels.library(has_window=sliding_window > 0)
-            self._work[sliding_window] = self._upload(library, self._cut(library, sliding_window))
+            self._work[sliding_window] = self._upload(library, self._cut(library, self._metadata, sliding_window))
         work = self._work[sliding_window]
         shape, metadata, packed = self._kernels.shape, self._metadata, work.packed
         scratch = self._kernels.scratch
@@ -128,7 +134,7 @@ class CudaStep:
         )
         return out
 
-    def _cut(self, library: KernelLibrary, sliding_window: int) -> PackedWork:
+    def _cut(self, library: KernelLibrary, metadata: AttentionMetadata, sliding_window: int) -> PackedWork:
         shape, tuning, facts = self._kernels.shape, self._kernels.tuning, library.facts
         group_size = shape.num_heads // shape.num_kv_heads
         max_decode_queries = facts.decode_rows // group_size
@@ -138,7 +144,6 @@ class CudaStep:
             max_partitions=tuning.max_partitions,
             max_split_queries=max_decode_queries,
         )
-        metadata = self._metadata
         work = make_work_list(
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )

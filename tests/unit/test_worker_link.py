@@ -43,13 +43,19 @@ class GatedRunner:
         self.gate.set()
         self.started = threading.Event()
         self.steps: list[int] = []
+        self.foreseen: list[StepInputs] = []
+        self.launched: list[StepInputs] = []
         self.is_patient = False
         self.last = 0
 
     def prepare(self, plan: Plan) -> None:
         self.steps.append(plan.step_id)
 
+    def look_ahead(self, inputs: StepInputs) -> None:
+        self.foreseen.append(inputs)
+
     def launch(self, inputs: StepInputs) -> "GatedStep":
+        self.launched.append(inputs)
         return GatedStep(self, len(inputs.logit_rows))
 
     def hold(self) -> None:
@@ -247,6 +253,7 @@ def test_a_plan_applied_while_a_step_runs_counts_as_begun(server: SchedulerServe
     worker.runner.gate.set()
     results = [second.receive("result") for _ in range(2)]
     assert [(r.epoch, r.step_id, list(r.token_ids)) for r in results] == [(1, 1, [0]), (1, 2, [1])]
+    assert worker.runner.foreseen[0] is worker.runner.launched[1]
     planner = one_sequence(epoch=2)
     planner.step_id = 2
     assert list(second.run(planner.plan({1: 3})).num_computed_tokens) == [3]

@@ -82,7 +82,7 @@ def test_a_captured_step_takes_other_lengths_and_tables(context_lens: list[int],
     tables = other.metadata().host_block_tables
     metadata.context_lens.copy_(torch.tensor(context_lens))
     metadata.block_tables.copy_(torch.from_numpy(tables))
-    attention.refresh(np.array(context_lens, np.int64), tables)
+    attention.refresh(attention.cut(np.array(context_lens, np.int64), tables))
     kernels.library(has_window=False).attend(launched[0])
     expected = torch.cat([dense(sequence, longest) for sequence in sequences])
     assert relative_error(out, expected) < TOLERANCES[variant.dtype]

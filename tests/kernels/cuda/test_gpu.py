@@ -82,7 +82,7 @@ def test_a_captured_step_replays_with_other_lengths() -> None:
 
     context_lens = np.array([101, 17, 1], np.int64)
     metadata.context_lens.copy_(torch.from_numpy(context_lens))
-    attention.refresh(context_lens, metadata.host_block_tables)
+    attention.refresh(attention.cut(context_lens, metadata.host_block_tables))
     graph.replay()
     fresh = kernels.prepare(dataclasses.replace(metadata, host_context_lens=context_lens))
     assert torch.equal(found, fresh.attend(query, step.layer, 0))

@@ -1,10 +1,12 @@
 """Decode steps from recordings, on emulated kernels: buckets, padding, buffers and work; a recorder that runs again."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,9 @@ from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
 from tests.unit.test_worker_models import NUM_OUTPUT, PROMPT_LENS, generate, reference, start
 from worker import loading
 from worker.graphs import Recording, bucket_sizes
+from worker.model_runner import ModelRunner
+from worker.runner import RunningStep
+from worker.step import StepInputs
 
 MAX_NUM_SEQS = 8
 RESTING = {100, 101, 105}
@@ -90,6 +95,27 @@ def test_greedy_equals_transformers(family: str, block_size: int, directory: Pat
     worker, planner = start(family, directory, block_size, "--max-num-seqs", str(MAX_NUM_SEQS))
     assert generate(worker, planner, 7, random.Random(7)) == reference(family, directory)
     assert set(recorder.replayed) == {1, 2, 4, 8}
+
+
+@pytest.mark.usefixtures("emulated_worker")
+def test_a_step_that_was_looked_at_ahead_is_the_same(
+    directory: Path, recorder: Rerun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its token ids were unknown then; and so is one after a look at another that never ran."""
+    launch, rng = ModelRunner.launch, random.Random(1)
+
+    def look_ahead_and_launch(runner: ModelRunner, inputs: StepInputs) -> RunningStep:
+        blank = dataclasses.replace(inputs, input_ids=np.full_like(inputs.input_ids, -1))
+        runner.look_ahead(blank)
+        if rng.random() < 0.5:
+            return launch(runner, inputs)
+        blank.input_ids[:] = inputs.input_ids
+        return launch(runner, blank)
+
+    monkeypatch.setattr(ModelRunner, "launch", look_ahead_and_launch)
+    worker, planner = start("qwen3", directory, 16, "--max-num-seqs", str(MAX_NUM_SEQS))
+    assert generate(worker, planner, 7, random.Random(7)) == reference("qwen3", directory)
+    assert recorder.replayed
 
 
 @pytest.mark.usefixtures("emulated_worker")

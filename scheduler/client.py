@@ -106,11 +106,16 @@ class PagodaClient:
         return self._follow(sent, _Progress(max(1, sent.n)), timeout_s)
 
     def attach(
-        self, request_id: str, next_index: Sequence[int] = (0,), timeout_s: float | None = None
+        self,
+        request_id: str,
+        next_index: Sequence[int] = (0,),
+        timeout_s: float | None = None,
+        stream_interval: int = 0,
     ) -> AsyncIterator[pb.Delta]:
-        """Goes on with a request from the given output index of each choice."""
+        """Goes on with a request from the given output index of each choice; the rest as in GenerateRequest."""
         progress = _Progress(len(next_index), accepted=True, next_index=list(next_index))
-        return self._follow(pb.GenerateRequest(request_id=request_id), progress, timeout_s)
+        request = pb.GenerateRequest(request_id=request_id, stream_interval=stream_interval)
+        return self._follow(request, progress, timeout_s)
 
     async def _follow(
         self, request: pb.GenerateRequest, progress: _Progress, timeout_s: float | None
@@ -149,7 +154,9 @@ class PagodaClient:
     ) -> "_GenerateCall | _AttachCall":
         if not progress.accepted:
             return self._stub.Generate(request, timeout=timeout_s)
-        attach = pb.AttachRequest(request_id=request.request_id, next_index=progress.next_index)
+        attach = pb.AttachRequest(
+            request_id=request.request_id, next_index=progress.next_index, stream_interval=request.stream_interval
+        )
         return self._stub.Attach(attach, timeout=timeout_s)
 
     async def cancel(self, request_id: str, timeout_s: float = 10.0) -> bool:

@@ -85,8 +85,8 @@ class Delivery:
         self._tokenizer = tokenizer
         self.gate = DeliveryGate()
 
-    async def deltas(self, live: LiveRequest, next_index: int) -> AsyncIterator[pb.Delta]:
-        """Choice 0's deltas from output index `next_index` on, to the end.
+    async def deltas(self, live: LiveRequest, next_index: int, stream_interval: int) -> AsyncIterator[pb.Delta]:
+        """Choice 0's deltas from output index `next_index` on, to the end; `stream_interval` as in the contract.
 
         Raises InvalidArgumentError for an index past what is logged, the request's own error where it failed, and
         UnavailableError where another scheduler has it now.
@@ -117,8 +117,13 @@ class Delivery:
                 index += len(piece.token_ids)
                 self.gate.busy_s += perf_counter() - started
                 yield delta
-            is_news = num_ready_tokens(live) != num_pushed or live.end is not None or live.is_orphaned
-            if not is_news and live.num_interruptions == num_interruptions:
+            num_due = num_pushed + (max(1, stream_interval) if index > next_index else 1)
+            while not (
+                num_ready_tokens(live) >= num_due
+                or live.end is not None
+                or live.is_orphaned
+                or live.num_interruptions != num_interruptions
+            ):
                 await live.changed()
 
     def _last(self, live: LiveRequest, end: EndState, text: TextStream, index: int) -> pb.Delta:

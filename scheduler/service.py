@@ -66,7 +66,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             while not (live.is_accepted or live.end is not None or live.is_orphaned):
                 await live.changed()
             yield pb.GenerateResponse(request_id=body.request_id)
-            async for delta in self._delivery.deltas(live, 0):
+            async for delta in self._delivery.deltas(live, 0, request.stream_interval):
                 yield pb.GenerateResponse(request_id=body.request_id, delta=delta)
 
     async def Attach(  # noqa: N802
@@ -81,7 +81,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         next_index = request.next_index[0] if request.next_index else 0
         async with _Attached(self._live_requests, live):
             yield pb.AttachResponse(request_id=request.request_id)
-            async for delta in self._delivery.deltas(live, next_index):
+            async for delta in self._delivery.deltas(live, next_index, request.stream_interval):
                 yield pb.AttachResponse(request_id=request.request_id, delta=delta)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802

@@ -141,7 +141,9 @@ class NativeLibrary:
         self.pack = library.pagoda_pack
         self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32)
         self.pack.restype = None
-        self.panel_size: int = library.pagoda_panel_size()
+        self.packed_size = library.pagoda_packed_size
+        self.packed_size.argtypes = (c_int32, c_int32)
+        self.packed_size.restype = c_int64
         self.key_group: int = library.pagoda_key_group()
         self.copy_blocks = library.pagoda_copy_blocks
         self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32)

@@ -21,6 +21,19 @@ constexpr int kMaxUnitPanels = 4;         // of one thread's unit of work: they 
 constexpr int kMaxUnitBytes = 512 << 10;  // of weights, which stay in the L2 cache for all tiles
 constexpr int kBytesAhead = 4096;         // from the weights in use to those that are prefetched, in each panel
 
+// Whether rows are rounded to bfloat16 and multiplied two inputs at a time, where the machine can do that at once.
+#if defined(__AVX512BF16__) || defined(PAGODA_BF16_DOTS)
+constexpr bool kIsDot = std::is_same_v<Element, BFloat16>;
+#else
+constexpr bool kIsDot = false;
+#endif
+using Prepared = std::conditional_t<kIsDot, BFloat16, float>;
+constexpr int kInputGroup = kIsDot ? 2 : 1;  // inputs of a packed column that lie together
+
+constexpr int64_t whole_groups(int64_t num_inputs) {
+  return (num_inputs + kInputGroup - 1) / kInputGroup * kInputGroup;
+}
+
 // Panels side by side: few rows leave registers free, and need more streams and more independent sums.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
@@ -30,19 +43,20 @@ class Product {
       : linear_(linear),
         call_(call),
         num_panels_((linear.num_outputs + kPanel - 1) / kPanel),
-        panel_stride_(static_cast<int64_t>(linear.num_inputs) * kPanel),
+        depth_(whole_groups(linear.num_inputs)),
+        panel_stride_(depth_ * kPanel),
         unit_panels_(panels_per_unit()) {}
 
   void run() const {
     static thread_local Scratch scratch;
     const int64_t num_blocks = (call_.num_rows + kMaxRows - 1) / kMaxRows;
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
-    float* const prepared = scratch.floats(block_rows * linear_.num_inputs);
+    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(block_rows * depth_));
     const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
       for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
-        prepare(first + row, prepared + row * linear_.num_inputs);
+        prepare(first + row, prepared + row * depth_);
       });
       for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
@@ -63,9 +77,10 @@ class Product {
     return count;
   }
 
-  void prepare(int64_t row, float* to) const {
+  void prepare(int64_t row, Prepared* to) const {
     const Element* from = static_cast<const Element*>(call_.input) + row * call_.input_stride;
     const int width = linear_.num_inputs;
+    std::fill(to + width, to + depth_, Prepared{});
     switch (call_.input_kind) {
       case kPlain: return convert(from, to, width);
       case kGated: return gate(from, to, width);
@@ -75,17 +90,17 @@ class Product {
   }
 
   // Tiles of as equal heights as can be.
-  void multiply(const float* rows, int64_t first_row, int num_rows, int panel, int num_panels) const {
+  void multiply(const Prepared* rows, int64_t first_row, int num_rows, int panel, int num_panels) const {
     const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = num_rows * tile / num_tiles, end = num_rows * (tile + 1) / num_tiles;
-      const float* tile_rows = rows + static_cast<int64_t>(begin) * linear_.num_inputs;
+      const Prepared* tile_rows = rows + begin * depth_;
       multiply_rows<kTileRows>(end - begin, tile_rows, first_row + begin, panel, num_panels);
     }
   }
 
   template <int kRows>
-  void multiply_rows(int num_rows, const float* rows, int64_t row, int panel, int num_panels) const {
+  void multiply_rows(int num_rows, const Prepared* rows, int64_t row, int panel, int num_panels) const {
     if constexpr (kRows > 1) {
       if (num_rows < kRows) return multiply_rows<kRows - 1>(num_rows, rows, row, panel, num_panels);
     }
@@ -93,22 +108,22 @@ class Product {
   }
 
   template <int kRows, int kPanels>
-  void multiply_panels(const float* rows, int64_t row, int panel, int end) const {
+  void multiply_panels(const Prepared* rows, int64_t row, int panel, int end) const {
     for (; panel + kPanels <= end; panel += kPanels) multiply_tile<kRows, kPanels>(rows, row, panel);
     if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, panel, end);
   }
 
   template <int kRows, int kPanels>
-  void multiply_tile(const float* rows, int64_t row, int panel) const {
+  void multiply_tile(const Prepared* rows, int64_t row, int panel) const {
     ProductTile<kRows, kPanels> tile = {};
     const Element* weight = static_cast<const Element*>(linear_.weight) + panel * panel_stride_;
-    tile.template multiply<kBytesAhead>(rows, linear_.num_inputs, weight, panel_stride_, linear_.num_inputs);
+    tile.template multiply<kBytesAhead>(rows, depth_, weight, panel_stride_, depth_);
     for (int i = 0; i < kPanels; ++i) {
       const int column = (panel + i) * kPanel, count = std::min(kPanel, linear_.num_outputs - column);
       const auto* bias = static_cast<const Element*>(linear_.bias);
       const FloatPair added = bias ? load_columns(bias + column, count) : FloatPair{};
       for (int r = 0; r < kRows; ++r) {
-        const FloatPair x = tile.sums[r][i];
+        const FloatPair x = kIsDot ? tile.sums[r][i] : to_order<Element>(tile.sums[r][i]);
         write({x.first + added.first, x.second + added.second}, row + r, column, count);
       }
     }
@@ -116,9 +131,7 @@ class Product {
 
   void write(FloatPair x, int64_t row, int column, int count) const {
     const int64_t place = row * call_.output_stride + column;
-    if (call_.output_kind == kWriteFloat) {
-      return store_columns(static_cast<float*>(call_.output) + place, to_order<Element>(x), count);
-    }
+    if (call_.output_kind == kWriteFloat) return store_columns(static_cast<float*>(call_.output) + place, x, count);
     Element* to = static_cast<Element*>(call_.output) + place;
     if (call_.output_kind == kAdd) {
       const FloatPair before = load_columns(to, count);
@@ -127,18 +140,22 @@ class Product {
     store_columns(to, x, count);
   }
 
+  // In their order.
   static FloatPair load_columns(const Element* from, int count) {
-    return count == kPanel ? load_pair(from) : load_pair_first(from, count);
+    return {load_some(from, std::min(count, kLanes)),
+            count > kLanes ? load_some(from + kLanes, count - kLanes) : Floats{}};
   }
 
   template <class To>
   static void store_columns(To* to, FloatPair x, int count) {
-    count == kPanel ? store_pair(to, x) : store_pair_first(to, x, count);
+    store_some(to, x.first, std::min(count, kLanes));
+    if (count > kLanes) store_some(to + kLanes, x.second, count - kLanes);
   }
 
   const Linear& linear_;
   const LinearCall& call_;
   int num_panels_;
+  int64_t depth_;         // inputs, in whole groups
   int64_t panel_stride_;  // elements
   int unit_panels_;
 };
@@ -148,8 +165,11 @@ class Product {
 
 #pragma GCC visibility push(default)
 
-// Outputs of a panel.
-extern "C" int32_t pagoda_panel_size() { return pagoda::kPanel; }
+// Elements of a packed weight.
+extern "C" int64_t pagoda_packed_size(int32_t num_outputs, int32_t num_inputs) {
+  using namespace pagoda;
+  return (num_outputs + kPanel - 1) / kPanel * kPanel * whole_groups(num_inputs);
+}
 
 // weight: [num_outputs, num_inputs], contiguous; packed: see Linear.
 extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs,
@@ -157,13 +177,14 @@ extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_output
   using namespace pagoda;
   const int num_panels = (num_outputs + kPanel - 1) / kPanel;
   for_units(num_threads, num_panels, [=](int64_t panel) {
-    const int64_t first = panel * num_inputs * kPanel;
-    const Element* from = static_cast<const Element*>(weight) + first;
-    Element* to = static_cast<Element*>(packed) + first;
+    const Element* from = static_cast<const Element*>(weight) + panel * kPanel * num_inputs;
+    Element* to = static_cast<Element*>(packed) + panel * kPanel * whole_groups(num_inputs);
     const int num_columns = std::min<int64_t>(kPanel, num_outputs - panel * kPanel);
-    for (int64_t k = 0; k < num_inputs; ++k, to += kPanel) {
+    for (int64_t group = 0; group < num_inputs; group += kInputGroup) {
       for (int column = 0; column < kPanel; ++column) {
-        to[column] = column < num_columns ? from[column * num_inputs + k] : Element{};
+        for (int64_t k = group; k < group + kInputGroup; ++k) {
+          *to++ = column < num_columns && k < num_inputs ? from[column * num_inputs + k] : Element{};
+        }
       }
     }
   });

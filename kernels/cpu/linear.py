@@ -19,10 +19,9 @@ class PackedLinear:
         self._native = native
         self.num_outputs, self.num_inputs = weight.shape
         self._dtype = weight.dtype
-        panels = -(-self.num_outputs // native.panel_size)
-        self._packed = empty_on_huge_pages((panels * native.panel_size * self.num_inputs,), weight.dtype)
-        self._bias = bias
         shape = (self.num_outputs, self.num_inputs)
+        self._packed = empty_on_huge_pages((native.packed_size(*shape),), weight.dtype)
+        self._bias = bias
         native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, torch.get_num_threads())
         self.structure = LinearWeight(
             self._packed.data_ptr(),

@@ -18,7 +18,7 @@ struct ProductTile {
   FloatPair sums[kRows][kPanels];
 
   // sums += a[kRows][depth] * b[depth][kPanels * kPanel]; panels of b are panel_stride elements apart. kBytesAhead of
-  // each are prefetched.
+  // each are prefetched. Columns come out in the order in which load_pair has them.
   template <int kBytesAhead = 0, class Element>
   void multiply(const float* a, int64_t a_stride, const Element* b, int64_t panel_stride, int depth) {
     for (int k = 0; k < depth; ++k, b += kPanel) {
@@ -32,6 +32,28 @@ struct ProductTile {
         for (int i = 0; i < kPanels; ++i) {
           sums[row][i].first += x * columns[i].first;
           sums[row][i].second += x * columns[i].second;
+        }
+      }
+    }
+  }
+
+  // The same for bfloat16 on both sides, two of `depth` at a time: b is [depth / 2][kPanel][2]. Columns in their order.
+  template <int kBytesAhead>
+  void multiply(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t panel_stride, int depth) {
+    for (int k = 0; k < depth; k += 2, b += 2 * kPanel) {
+      Words columns[kPanels][2];
+      for (int i = 0; i < kPanels; ++i) {
+        std::memcpy(columns[i], b + i * panel_stride, sizeof columns[i]);
+        prefetch_row(b + i * panel_stride + kBytesAhead / sizeof(BFloat16));
+        prefetch_row(b + i * panel_stride + kBytesAhead / sizeof(BFloat16) + kPanel);
+      }
+      for (int row = 0; row < kRows; ++row) {
+        uint32_t pair;
+        std::memcpy(&pair, a + row * a_stride + k, sizeof pair);
+        const Words x = pair - Words{};
+        for (int i = 0; i < kPanels; ++i) {
+          sums[row][i].first = add_dot(sums[row][i].first, x, columns[i][0]);
+          sums[row][i].second = add_dot(sums[row][i].second, x, columns[i][1]);
         }
       }
     }

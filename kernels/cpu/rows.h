@@ -47,8 +47,8 @@ inline float inverse_rms(const Element* row, int width, float epsilon) {
   return 1.0f / std::sqrt(sum(squares) / width + epsilon);
 }
 
-template <class Element>
-inline void normalize(const Element* row, const Element* weight, float* to, int width, float epsilon) {
+template <class To>
+inline void normalize(const Element* row, const Element* weight, To* to, int width, float epsilon) {
   const float scale = inverse_rms(row, width, epsilon);
   for_vectors(width, [&](int d, int count) {
     store_some(to + d, load_some(row + d, count) * scale * load_some(weight + d, count), count);
@@ -61,15 +61,15 @@ inline Floats silu(Floats x) {
 }
 
 // row: [2 * width], gates before what they open.
-template <class Element>
-inline void gate(const Element* row, float* to, int width) {
+template <class To>
+inline void gate(const Element* row, To* to, int width) {
   for_vectors(width, [&](int d, int count) {
     store_some(to + d, silu(load_some(row + d, count)) * load_some(row + width + d, count), count);
   });
 }
 
-template <class Element>
-inline void convert(const Element* row, float* to, int width) {
+template <class To>
+inline void convert(const Element* row, To* to, int width) {
   for_vectors(width, [&](int d, int count) { store_some(to + d, load_some(row + d, count), count); });
 }
 

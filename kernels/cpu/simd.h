@@ -216,6 +216,16 @@ inline FloatPair load_pair(const BFloat16* from) {
   return unpack(words);
 }
 
+// sums + a * b over the two bfloat16s of each word.
+inline Floats add_dot(Floats sums, Words a, Words b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#else
+  const FloatPair x = unpack(a), y = unpack(b);
+  return sums + x.second * y.second + x.first * y.first;
+#endif
+}
+
 // The first `count` of kPair elements, then zeros; reads no others.
 template <class Element>
 inline FloatPair load_pair_first(const Element* from, int count) {

@@ -40,10 +40,12 @@ class Target:
 AVX2_FLAGS = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "sse4_1", "sse4_2", "ssse3")
 AVX512_FLAGS = ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 AVX512 = Target("avx512", ("-march=x86-64-v4",), frozenset(AVX2_FLAGS + AVX512_FLAGS))
+# The same, and products of bfloat16 by the two.
+AVX512_BF16 = Target("avx512bf16", (*AVX512.flags, "-mavx512bf16"), AVX512.needs | {"avx512_bf16"})
 AVX2 = Target("avx2", ("-march=x86-64-v3",), frozenset(AVX2_FLAGS))
 BASELINE = Target("baseline", (), frozenset())
 # The best first.
-TARGETS = (AVX512, AVX2, BASELINE)
+TARGETS = (AVX512_BF16, AVX512, AVX2, BASELINE)
 
 
 def runnable_targets() -> tuple[Target, ...]:

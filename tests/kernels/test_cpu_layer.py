@@ -1,6 +1,9 @@
 """What the CPU kernels do around attention (products, norms, gates, rotation), against float64, on each target."""
 
 import dataclasses
+import platform
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from kernels import Angles, AttentionShape, HeadNorms, LayerKV
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
-from kernels.cpu.targets import Target, runnable_targets
+from kernels.cpu.targets import AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.guarded import guarded
 from tests.kernels.products import EPSILON, Product, check_choices, greedy_cases
@@ -25,41 +28,59 @@ def multiplying(dtype: torch.dtype, target: Target | None = None) -> CpuKernels:
     return CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, dtype, dtype), target)
 
 
+# What a CPU with bf16 units runs, with their operation written out for one without.
+DOTS = dataclasses.replace(
+    runnable_targets()[0], name="bf16-dots", flags=(*runnable_targets()[0].flags, "-DPAGODA_BF16_DOTS")
+)
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
+product_targets = pytest.mark.parametrize("target", [*runnable_targets(), DOTS], ids=lambda target: target.name)
 dtypes = st.sampled_from(list(TOLERANCES))
 # Widths around whole vectors and panels; rows around whole tiles, and more than are converted at once.
 widths = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 257]))
 row_counts = st.one_of(st.integers(1, 40), st.sampled_from([480, 481, 967]))
 
 
-@targets
+@product_targets
 @settings(max_examples=30, deadline=None)
 @given(row_counts, widths, widths, dtypes, st.booleans(), st.integers(0, 2**32 - 1))
 def test_products_are_right(
     target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, has_bias: bool, seed: int
 ) -> None:
+    dtype = torch.bfloat16 if target is DOTS else dtype
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed)
     normed, logits, added, gated = product.found(multiplying(dtype, target), has_bias)
     assert (normed.dtype, logits.dtype, added.dtype) == (dtype, torch.float32, dtype)
     tolerances = [TOLERANCES[dtype], TOLERANCES[torch.float32], TOLERANCES[dtype], TOLERANCES[dtype]]
+    if "bf16" in target.name and dtype == torch.bfloat16:  # rows are rounded before, too
+        tolerances = [2 * TOLERANCES[dtype]] * 4
     expected = product.expected(has_bias)
     for found, right, tolerance in zip((normed, logits, added, gated), expected, tolerances, strict=True):
         assert relative_error(found, right) < tolerance
 
 
-@targets
+@product_targets
 @settings(max_examples=30, deadline=None)
 @given(row_counts, widths, widths, dtypes, st.data())
 def test_a_row_is_the_same_alone_and_in_any_batch(
     target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Bit for bit: greedy ids can't depend on who else is in the step."""
+    dtype = torch.bfloat16 if target is DOTS else dtype
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed=num_rows)
     start = data.draw(st.integers(0, num_rows - 1))
     some = slice(start, start + data.draw(st.sampled_from([1, 1, 2, 5, 13])))
     kernels = multiplying(dtype, target)
     for whole, part in zip(product.found(kernels, True), product.found(kernels, True, some), strict=True):
         assert torch.equal(whole[some], part)
+
+
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="not x86")
+def test_bf16_units_are_used_where_there_are_any(tmp_path: Path) -> None:
+    made = library(AVX512_BF16, torch.bfloat16, torch.bfloat16)
+    source = next(path for path in made.sources if path.name == "linear.cpp")
+    flags = [flag for flag in made.flags if flag != "-shared"]
+    subprocess.run(["g++", *flags, "-S", "-o", tmp_path / "linear.s", source], check=True)
+    assert "vdpbf16ps" in (tmp_path / "linear.s").read_text()
 
 
 def test_what_is_not_finite_stays_visible() -> None:

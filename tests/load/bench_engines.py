@@ -1,9 +1,9 @@
 """`make bench-engines`: whole generations, ours against other engines, in one run on one machine.
 
-Ours is `pagoda up` with its real processes, driven through gRPC by a client here; a peer runs in a process of its own
-(see peer_driver.py) and is driven without any server, which favours it. All engines hold the same random checkpoint in
-bf16 and take the same requests at once; they take turns, workload by workload, and idle meanwhile. Figures are medians
-over rounds; each round has new prompts.
+Ours is `pagoda up` with its real processes, driven through gRPC by a client here, which asks for its tokens by the
+sixteen; a peer runs in a process of its own (see peer_driver.py) and is driven without any server, which favours it.
+All engines hold the same random checkpoint in bf16 and take the same requests at once; they take turns, workload by
+workload, and idle meanwhile. Figures are medians over rounds; each round has new prompts.
 
 Peers: --peer NAME=PYTHON, the Python of a virtual environment that has it. NAME is vllm or openvino.
 """
@@ -39,6 +39,8 @@ CHECKPOINTS = {
     "small": {"hidden_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 16, "intermediate_size": 3072},
 }
 START_TIMEOUT_S = 300.0
+# Tokens from one message to the client to the next, after the first: peers hand over whole answers, inside a process.
+STREAM_INTERVAL = 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class Pagoda:
 
     async def _generate(self, prompt: list[int], max_tokens: int) -> tuple[float, int]:
         sampling = pb.SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling)
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt), sampling=sampling, stream_interval=STREAM_INTERVAL
+        )
         first_s, count = 0.0, 0
         async for delta in self._client.generate(request):
             first_s = first_s or time.perf_counter()

@@ -68,6 +68,19 @@ async def test_the_stream_begins_with_the_id_and_goes_on_index_by_index(
     assert not any(response.delta.HasField("usage") for response in responses[:-1])
 
 
+async def test_a_stream_interval_gathers_tokens(client: PagodaClient) -> None:
+    """The first token comes at once, then about so many together, then the rest; also where a stream is taken up."""
+    request = timed_request(1003, 50)
+    request.request_id, request.resumable, request.stream_interval = "gathered", True, 16
+    deltas = [delta async for delta in client.generate(request)]
+    sizes = [len(delta.token_ids) for delta in deltas]
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == timed_tokens(1003, 50)
+    assert sizes[0] < 16
+    assert len(sizes) <= 1 + 50 // 16 + 1
+    again = [delta async for delta in client.attach("gathered", [sizes[0]], stream_interval=16)]
+    assert [token_id for delta in again for token_id in delta.token_ids] == timed_tokens(1003, 50)[sizes[0] :]
+
+
 async def test_the_same_prompt_again_is_cached(client: PagodaClient) -> None:
     for tokens, cached in ((40, 32), (32, 16), (33, 32), (16, 0), (1, 0)):
         request = timed_request(1100 + tokens, 4, tokens)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apagoda/v1/generation.proto\x12\tpagoda.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.pagoda.v1.ChatMessage\"\xd2\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x0f \x01(\tH\x0b\x88\x01\x01\x12\x17\n\nbeam_width\x18\x10 \x01(\rH\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x0e\n\x0c_json_schemaB\r\n\x0b_beam_width\"\xbb\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.pagoda.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.pagoda.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pagoda.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x11\n\tresumable\x18\x07 \x01(\x08\x12\x15\n\rresume_wait_s\x18\x08 \x01(\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x0f\n\x07\x61\x64\x61pter\x18\x0c \x01(\tB\x08\n\x06prompt\"X\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\r\"\x98\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.pagoda.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.pagoda.v1.Usage\"G\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.pagoda.v1.Delta\"7\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\"E\n\x0e\x41ttachResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.pagoda.v1.Delta\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"\xa6\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xe5\x04\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.pagoda.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_referenced_blocks\x18\t \x01(\r\x12\x19\n\x11num_cached_blocks\x18\n \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x0b \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x11\n\tnum_steps\x18\x0e \x01(\x04\x12\x17\n\x0fnum_step_tokens\x18\x0f \x01(\x04\x12\x13\n\x0bnum_commits\x18\x10 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x11 \x01(\x04\x12\x34\n\x07phase_s\x18\x12 \x03(\x0b\x32#.pagoda.v1.WorkerStatus.PhaseSEntry\x12\x1a\n\x12redis_round_trip_s\x18\x13 \x01(\x01\x12\x11\n\tgap_p50_s\x18\x14 \x01(\x01\x12\x11\n\tgap_p99_s\x18\x15 \x01(\x01\x12\x14\n\x0c\x62\x61\x63k_to_back\x18\x16 \x01(\x01\x1a-\n\x0bPhaseSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x01\n\x11GetStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.pagoda.v1.WorkerStatus\x12\x19\n\x11num_live_requests\x18\x02 \x01(\r\x12\x13\n\x0bnum_streams\x18\x03 \x01(\r\x12\x17\n\x0fscheduler_cpu_s\x18\x04 \x01(\x01\x12\x12\n\ndelivery_s\x18\x05 \x01(\x01\"S\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.pagoda.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*Y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_STATE_LIVE\x10\x01\x12\x15\n\x11WORKER_STATE_LOST\x10\x02\x32\xf0\x03\n\nGeneration\x12\x45\n\x08Generate\x12\x1a.pagoda.v1.GenerateRequest\x1a\x1b.pagoda.v1.GenerateResponse0\x01\x12?\n\x06\x41ttach\x12\x18.pagoda.v1.AttachRequest\x1a\x19.pagoda.v1.AttachResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.pagoda.v1.CancelRequest\x1a\x19.pagoda.v1.CancelResponse\x12\x43\n\x08GetModel\x12\x1a.pagoda.v1.GetModelRequest\x1a\x1b.pagoda.v1.GetModelResponse\x12\x46\n\tGetStatus\x12\x1b.pagoda.v1.GetStatusRequest\x1a\x1c.pagoda.v1.GetStatusResponse\x12\x43\n\x08Tokenize\x12\x1a.pagoda.v1.TokenizeRequest\x1a\x1b.pagoda.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.pagoda.v1.DetokenizeRequest\x1a\x1d.pagoda.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apagoda/v1/generation.proto\x12\tpagoda.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"8\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.pagoda.v1.ChatMessage\"\xd2\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\t \x03(\r\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x0f \x01(\tH\x0b\x88\x01\x01\x12\x17\n\nbeam_width\x18\x10 \x01(\rH\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x0e\n\x0c_json_schemaB\r\n\x0b_beam_width\"\xd4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.pagoda.v1.TokenIdsH\x00\x12\'\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x17.pagoda.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pagoda.v1.SamplingParams\x12\t\n\x01n\x18\x06 \x01(\r\x12\x11\n\tresumable\x18\x07 \x01(\x08\x12\x15\n\rresume_wait_s\x18\x08 \x01(\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x12\n\ncache_salt\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x0f\n\x07\x61\x64\x61pter\x18\x0c \x01(\t\x12\x17\n\x0fstream_interval\x18\r \x01(\rB\x08\n\x06prompt\"X\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x03 \x01(\r\"\x98\x01\n\x05\x44\x65lta\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\r\x12\r\n\x05index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.pagoda.v1.FinishReason\x12\x1f\n\x05usage\x18\x06 \x01(\x0b\x32\x10.pagoda.v1.Usage\"G\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.pagoda.v1.Delta\"P\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nnext_index\x18\x02 \x03(\r\x12\x17\n\x0fstream_interval\x18\x03 \x01(\r\"E\n\x0e\x41ttachResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x10.pagoda.v1.Delta\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x11\n\x0fGetModelRequest\"\xa6\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\"\x12\n\x10GetStatusRequest\"\xe5\x04\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.pagoda.v1.WorkerState\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x06 \x01(\r\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x08 \x01(\r\x12\x1d\n\x15num_referenced_blocks\x18\t \x01(\r\x12\x19\n\x11num_cached_blocks\x18\n \x01(\r\x12\x1f\n\x17num_prefix_query_tokens\x18\x0b \x01(\x04\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0c \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\r \x01(\x04\x12\x11\n\tnum_steps\x18\x0e \x01(\x04\x12\x17\n\x0fnum_step_tokens\x18\x0f \x01(\x04\x12\x13\n\x0bnum_commits\x18\x10 \x01(\x04\x12\x19\n\x11num_output_tokens\x18\x11 \x01(\x04\x12\x34\n\x07phase_s\x18\x12 \x03(\x0b\x32#.pagoda.v1.WorkerStatus.PhaseSEntry\x12\x1a\n\x12redis_round_trip_s\x18\x13 \x01(\x01\x12\x11\n\tgap_p50_s\x18\x14 \x01(\x01\x12\x11\n\tgap_p99_s\x18\x15 \x01(\x01\x12\x14\n\x0c\x62\x61\x63k_to_back\x18\x16 \x01(\x01\x1a-\n\x0bPhaseSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9a\x01\n\x11GetStatusResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.pagoda.v1.WorkerStatus\x12\x19\n\x11num_live_requests\x18\x02 \x01(\r\x12\x13\n\x0bnum_streams\x18\x03 \x01(\r\x12\x17\n\x0fscheduler_cpu_s\x18\x04 \x01(\x01\x12\x12\n\ndelivery_s\x18\x05 \x01(\x01\"S\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.pagoda.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*Y\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_STATE_LIVE\x10\x01\x12\x15\n\x11WORKER_STATE_LOST\x10\x02\x32\xf0\x03\n\nGeneration\x12\x45\n\x08Generate\x12\x1a.pagoda.v1.GenerateRequest\x1a\x1b.pagoda.v1.GenerateResponse0\x01\x12?\n\x06\x41ttach\x12\x18.pagoda.v1.AttachRequest\x1a\x19.pagoda.v1.AttachResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.pagoda.v1.CancelRequest\x1a\x19.pagoda.v1.CancelResponse\x12\x43\n\x08GetModel\x12\x1a.pagoda.v1.GetModelRequest\x1a\x1b.pagoda.v1.GetModelResponse\x12\x46\n\tGetStatus\x12\x1b.pagoda.v1.GetStatusRequest\x1a\x1c.pagoda.v1.GetStatusResponse\x12\x43\n\x08Tokenize\x12\x1a.pagoda.v1.TokenizeRequest\x1a\x1b.pagoda.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.pagoda.v1.DetokenizeRequest\x1a\x1d.pagoda.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSTATUS_PHASESENTRY']._loaded_options = None
   _globals['_WORKERSTATUS_PHASESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2787
-  _globals['_FINISHREASON']._serialized_end=2932
-  _globals['_WORKERSTATE']._serialized_start=2934
-  _globals['_WORKERSTATE']._serialized_end=3023
+  _globals['_FINISHREASON']._serialized_start=2837
+  _globals['_FINISHREASON']._serialized_end=2982
+  _globals['_WORKERSTATE']._serialized_start=2984
+  _globals['_WORKERSTATE']._serialized_end=3073
   _globals['_TOKENIDS']._serialized_start=41
   _globals['_TOKENIDS']._serialized_end=64
   _globals['_CHATMESSAGE']._serialized_start=66
@@ -46,41 +46,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=171
   _globals['_SAMPLINGPARAMS']._serialized_end=765
   _globals['_GENERATEREQUEST']._serialized_start=768
-  _globals['_GENERATEREQUEST']._serialized_end=1083
-  _globals['_USAGE']._serialized_start=1085
-  _globals['_USAGE']._serialized_end=1173
-  _globals['_DELTA']._serialized_start=1176
-  _globals['_DELTA']._serialized_end=1328
-  _globals['_GENERATERESPONSE']._serialized_start=1330
-  _globals['_GENERATERESPONSE']._serialized_end=1401
-  _globals['_ATTACHREQUEST']._serialized_start=1403
-  _globals['_ATTACHREQUEST']._serialized_end=1458
-  _globals['_ATTACHRESPONSE']._serialized_start=1460
-  _globals['_ATTACHRESPONSE']._serialized_end=1529
-  _globals['_CANCELREQUEST']._serialized_start=1531
-  _globals['_CANCELREQUEST']._serialized_end=1566
-  _globals['_CANCELRESPONSE']._serialized_start=1568
-  _globals['_CANCELRESPONSE']._serialized_end=1603
-  _globals['_GETMODELREQUEST']._serialized_start=1605
-  _globals['_GETMODELREQUEST']._serialized_end=1622
-  _globals['_GETMODELRESPONSE']._serialized_start=1625
-  _globals['_GETMODELRESPONSE']._serialized_end=1791
-  _globals['_GETSTATUSREQUEST']._serialized_start=1793
-  _globals['_GETSTATUSREQUEST']._serialized_end=1811
-  _globals['_WORKERSTATUS']._serialized_start=1814
-  _globals['_WORKERSTATUS']._serialized_end=2427
-  _globals['_WORKERSTATUS_PHASESENTRY']._serialized_start=2382
-  _globals['_WORKERSTATUS_PHASESENTRY']._serialized_end=2427
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2430
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2584
-  _globals['_TOKENIZEREQUEST']._serialized_start=2586
-  _globals['_TOKENIZEREQUEST']._serialized_end=2669
-  _globals['_TOKENIZERESPONSE']._serialized_start=2671
-  _globals['_TOKENIZERESPONSE']._serialized_end=2708
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2710
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2748
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2750
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2784
-  _globals['_GENERATION']._serialized_start=3026
-  _globals['_GENERATION']._serialized_end=3522
+  _globals['_GENERATEREQUEST']._serialized_end=1108
+  _globals['_USAGE']._serialized_start=1110
+  _globals['_USAGE']._serialized_end=1198
+  _globals['_DELTA']._serialized_start=1201
+  _globals['_DELTA']._serialized_end=1353
+  _globals['_GENERATERESPONSE']._serialized_start=1355
+  _globals['_GENERATERESPONSE']._serialized_end=1426
+  _globals['_ATTACHREQUEST']._serialized_start=1428
+  _globals['_ATTACHREQUEST']._serialized_end=1508
+  _globals['_ATTACHRESPONSE']._serialized_start=1510
+  _globals['_ATTACHRESPONSE']._serialized_end=1579
+  _globals['_CANCELREQUEST']._serialized_start=1581
+  _globals['_CANCELREQUEST']._serialized_end=1616
+  _globals['_CANCELRESPONSE']._serialized_start=1618
+  _globals['_CANCELRESPONSE']._serialized_end=1653
+  _globals['_GETMODELREQUEST']._serialized_start=1655
+  _globals['_GETMODELREQUEST']._serialized_end=1672
+  _globals['_GETMODELRESPONSE']._serialized_start=1675
+  _globals['_GETMODELRESPONSE']._serialized_end=1841
+  _globals['_GETSTATUSREQUEST']._serialized_start=1843
+  _globals['_GETSTATUSREQUEST']._serialized_end=1861
+  _globals['_WORKERSTATUS']._serialized_start=1864
+  _globals['_WORKERSTATUS']._serialized_end=2477
+  _globals['_WORKERSTATUS_PHASESENTRY']._serialized_start=2432
+  _globals['_WORKERSTATUS_PHASESENTRY']._serialized_end=2477
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2480
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2634
+  _globals['_TOKENIZEREQUEST']._serialized_start=2636
+  _globals['_TOKENIZEREQUEST']._serialized_end=2719
+  _globals['_TOKENIZERESPONSE']._serialized_start=2721
+  _globals['_TOKENIZERESPONSE']._serialized_end=2758
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2760
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2798
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2800
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2834
+  _globals['_GENERATION']._serialized_start=3076
+  _globals['_GENERATION']._serialized_end=3572
 # @@protoc_insertion_point(module_scope)

@@ -307,6 +307,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    STREAM_INTERVAL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 of [A-Za-z0-9._:-], chosen by the client so that it can retry and resume. Empty: the scheduler draws one
     and names it in the first response.
@@ -327,6 +328,10 @@ class GenerateRequest(_message.Message):
     """Lower runs first; 0 is the default."""
     adapter: _builtins.str
     """An adapter to apply to the model. Not served yet (UNIMPLEMENTED)."""
+    stream_interval: _builtins.int
+    """Tokens from one delta of this stream to the next; the first and the last come at once. 0 and 1: as they are there.
+    No part of the request: a stream that takes it up again may ask for another.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Ids, taken as they are."""
@@ -354,10 +359,11 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         priority: _builtins.int = ...,
         adapter: _builtins.str = ...,
+        stream_interval: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumable", b"resumable", "resume_wait_s", b"resume_wait_s", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumable", b"resumable", "resume_wait_s", b"resume_wait_s", "sampling", b"sampling", "stream_interval", b"stream_interval", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -477,8 +483,11 @@ class AttachRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     NEXT_INDEX_FIELD_NUMBER: _builtins.int
+    STREAM_INTERVAL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id."""
+    stream_interval: _builtins.int
+    """As in GenerateRequest."""
     @_builtins.property
     def next_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Per choice, the output index of the first token wanted: as many as the client has received. Missing: 0."""
@@ -488,10 +497,11 @@ class AttachRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         next_index: _abc.Iterable[_builtins.int] | None = ...,
+        stream_interval: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_index", b"next_index", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_index", b"next_index", "request_id", b"request_id", "stream_interval", b"stream_interval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,7 @@ class Product {
         call_(call),
         num_panels_((linear.num_outputs + kPanel - 1) / kPanel),
         depth_(whole_groups(linear.num_inputs)),
+        row_stride_(depth_ + kAlignment / sizeof(Prepared)),
         panel_stride_(depth_ * kPanel),
         unit_panels_(panels_per_unit()) {}
 
@@ -51,12 +52,12 @@ class Product {
     static thread_local Scratch scratch;
     const int64_t num_blocks = (call_.num_rows + kMaxRows - 1) / kMaxRows;
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
-    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(block_rows * depth_));
+    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(block_rows * row_stride_));
     const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
       for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
-        prepare(first + row, prepared + row * depth_);
+        prepare(first + row, prepared + row * row_stride_);
       });
       for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
@@ -94,7 +95,7 @@ class Product {
     const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = num_rows * tile / num_tiles, end = num_rows * (tile + 1) / num_tiles;
-      const Prepared* tile_rows = rows + begin * depth_;
+      const Prepared* tile_rows = rows + begin * row_stride_;
       multiply_rows<kTileRows>(end - begin, tile_rows, first_row + begin, panel, num_panels);
     }
   }
@@ -117,7 +118,7 @@ class Product {
   void multiply_tile(const Prepared* rows, int64_t row, int panel) const {
     ProductTile<kRows, kPanels> tile = {};
     const Element* weight = static_cast<const Element*>(linear_.weight) + panel * panel_stride_;
-    tile.template multiply<kBytesAhead>(rows, depth_, weight, panel_stride_, depth_);
+    tile.template multiply<kBytesAhead>(rows, row_stride_, weight, panel_stride_, depth_);
     for (int i = 0; i < kPanels; ++i) {
       const int column = (panel + i) * kPanel, count = std::min(kPanel, linear_.num_outputs - column);
       const auto* bias = static_cast<const Element*>(linear_.bias);
@@ -156,6 +157,7 @@ class Product {
   const LinearCall& call_;
   int num_panels_;
   int64_t depth_;         // inputs, in whole groups
+  int64_t row_stride_;    // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
   int64_t panel_stride_;  // elements
   int unit_panels_;
 };

@@ -24,7 +24,7 @@ struct DecodeItem {
 struct AttentionArgs {
   const void* query;  // [num_tokens, num_heads, head_dim]; tokens are query_stride elements apart
   void* out;          // [num_tokens, num_heads, head_dim], contiguous
-  const void* keys;   // [num_blocks, num_kv_heads, block_size, head_dim], as values
+  const void* keys;   // [num_blocks, num_kv_heads, kHeadBytes], as values
   const void* values;
   const int32_t* block_tables;  // [num_seqs, block_table_stride]
   const int32_t* context_lens;  // [num_seqs]

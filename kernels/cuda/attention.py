@@ -149,7 +149,9 @@ class CudaKernels:
     def library(self, has_window: bool) -> KernelLibrary:
         """The variant, compiled now if it never was. Raises BuildError."""
         shape = self.shape
-        variant = Variant(shape.dtype, shape.head_dim, shape.block_size, has_window, self.tuning.soft_cap > 0)
+        kv_dtype = shape.kv_dtype if self.kv_format.is_scaled else None
+        has_soft_cap = self.tuning.soft_cap > 0
+        variant = Variant(shape.dtype, shape.head_dim, shape.block_size, has_window, has_soft_cap, kv_dtype)
         if variant not in self._libraries:
             self._libraries[variant] = self.backend.open_library(variant)
         return self._libraries[variant]

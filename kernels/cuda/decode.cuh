@@ -6,21 +6,15 @@
 // to a row which others fill its tile: blocks that several sequences share are read once for all of them.
 #pragma once
 
-#include <type_traits>
-
-#include "fma.cuh"
+#include "attend.cuh"
 #include "merge.cuh"
-#include "mma.cuh"
-#include "tiles.cuh"
-
-using TileMath = std::conditional_t<kIsFloat32, FmaMath<Element>, MmaMath<Element>>;
 
 // Shared memory: the warps' rings, and over them, once they are done with, what the warps have summed; then the
 // queries, and a flag for each token.
 constexpr int kDecodeQueryBytes = kTileRows * kRowBytes;
 constexpr int kDecodeFlagBytes = kTileRows * sizeof(int);
 constexpr int kDecodeRoom = kMaxSharedBytes - kDecodeQueryBytes - kDecodeFlagBytes;
-constexpr int kDecodeTileBytes = 2 * kTileTokens * kRowBytes;
+constexpr int kDecodeTileBytes = stage_bytes(kTileTokens);
 
 // As many warps as have room with three stages each, up to four; then as many stages as have room, up to four.
 constexpr int count_decode_warps(int most) {
@@ -42,8 +36,8 @@ static_assert(kDecodeSharedBytes <= kMaxSharedBytes);
 struct DecodeShared {
   char* bytes = dynamic_shared_memory();
 
-  __device__ __forceinline__ Element* ring(int warp) const {
-    return reinterpret_cast<Element*>(bytes + warp * DecodeRing::kBytes);
+  __device__ __forceinline__ KV* ring(int warp) const {
+    return reinterpret_cast<KV*>(bytes + warp * DecodeRing::kBytes);
   }
   __device__ __forceinline__ float* sums(int warp) const { return reinterpret_cast<float*>(bytes) + warp * kWarpSums; }
   __device__ __forceinline__ float* stats(int warp) const { return sums(kDecodeWarps) + warp * kWarpStats; }
@@ -92,11 +86,8 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
     ring.wait();
     __syncwarp();  // the tile is there for all lanes, and all are done with the one that is overwritten next
     ring.start((stage + kDecodeStages - 1) % kDecodeStages, head, token + (kDecodeStages - 1) * kStep, visible);
-    Fragment<kTileTokens> scores;
-    TileMath::multiply_keys<kTileTokens>(scores, queries, ring.keys(stage));
-    score<kTileTokens>(scores, args, token, positions);
-    sums.weigh<kTileTokens>(scores);
-    TileMath::add_values<kTileTokens>(sums.sums, scores, ring.values(stage));
+    const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
+    attend_tile<kTileTokens>(sums, queries, tile, args, positions);
   }
   sums.finish();
 }

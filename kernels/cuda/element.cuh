@@ -19,6 +19,10 @@ __device__ __forceinline__ Element from_float(float x);
 template <typename Element>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
+// a * b + c of two elements, each rounded once.
+template <typename Element>
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c);
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 template <>
@@ -64,6 +68,20 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return packed;
 }
 
+template <>
+__device__ __forceinline__ uint32_t multiply_add<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
+template <>
+__device__ __forceinline__ uint32_t multiply_add<Float16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+
 #else
 
 inline float to_float(BFloat16 x) {
@@ -104,6 +122,24 @@ inline uint32_t pack<BFloat16>(float low, float high) {
 template <>
 inline uint32_t pack<Float16>(float low, float high) {
   return from_float<Float16>(low).bits | static_cast<uint32_t>(from_float<Float16>(high).bits) << 16;
+}
+
+// One half of a register.
+template <typename Element>
+float half_of_register(uint32_t packed, int index) {
+  Element element;
+  element.bits = static_cast<uint16_t>(index ? packed >> 16 : packed);
+  return to_float(element);
+}
+
+// A product of 16-bit elements is exact in a float; so is every sum that the kernels make here.
+template <typename Element>
+inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+  float sums[2];
+  for (int i = 0; i < 2; ++i) {
+    sums[i] = half_of_register<Element>(a, i) * half_of_register<Element>(b, i) + half_of_register<Element>(c, i);
+  }
+  return pack<Element>(sums[0], sums[1]);
 }
 
 #endif

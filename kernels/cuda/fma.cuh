@@ -1,10 +1,11 @@
-// Products of tiles in float32, by plain fused multiply-adds, in the fragments of the MMA.
+// Products of tiles in float32, by plain fused multiply-adds, in the fragments of the MMA. Keys and values may be in
+// 8-bit elements, whose scales are left to the caller.
 #pragma once
 
 #include "fragment.cuh"
 
 // A template only so that variants in 16 bits need not compile it; E is float.
-template <typename E>
+template <typename E, typename K>
 struct FmaMath {
   // One warp's query rows: they stay where they are, [kTileRows] rows in shared memory.
   struct Queries {
@@ -16,7 +17,7 @@ struct FmaMath {
   // products = queries x keys^T. keys: [kTokens] rows in shared memory.
   template <int kTokens>
   static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
-                                                       const E* keys) {
+                                                       const K* keys) {
     const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
@@ -24,14 +25,14 @@ struct FmaMath {
       for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
     }
 #pragma unroll 2
-    for (int chunk = 0; chunk < kRowChunks; ++chunk) {
-      const float4 query[kLaneRows] = {chunk_of(queries.tile, lane_row(lane, 0), chunk),
-                                       chunk_of(queries.tile, lane_row(lane, 1), chunk)};
+    for (int dim = 0; dim < kHeadDim; dim += 4) {
+      const float4 query[kLaneRows] = {four_of(queries.tile, lane_row(lane, 0), dim),
+                                       four_of(queries.tile, lane_row(lane, 1), dim)};
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const float4 key = chunk_of(keys, lane_column(lane, n, column), chunk);
+          const float4 key = four_of(keys, lane_column(lane, n, column), dim);
 #pragma unroll
           for (int which = 0; which < kLaneRows; ++which) {
             float& product = products[n][2 * which + column];
@@ -48,7 +49,7 @@ struct FmaMath {
   // sums += weights x values. values: [kTokens] rows in shared memory.
   template <int kTokens>
   static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
-                                                    const E* values) {
+                                                    const K* values) {
     const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
@@ -67,18 +68,28 @@ struct FmaMath {
 
  private:
   static __device__ __forceinline__ void add_value(Fragment<kHeadDim>& sums, const float (&weight)[kLaneRows],
-                                                   const E* values, int token) {
+                                                   const K* values, int token) {
     const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
     for (int tile = 0; tile < kSumTiles; ++tile) {
       const int dim = lane_column(lane, tile, 0);
-      const E* pair = values + tile_offset(token, dim / kChunkElements) + dim % kChunkElements;
+      const K* pair = values + tile_offset<K>(token, dim / kChunkOf<K>) + dim % kChunkOf<K>;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][i] = fmaf(weight[i / 2], pair[i % 2], sums[tile][i]);
+      for (int i = 0; i < 4; ++i) sums[tile][i] = fmaf(weight[i / 2], to_float(pair[i % 2]), sums[tile][i]);
     }
   }
 
-  static __device__ __forceinline__ float4 chunk_of(const E* tile, int row, int chunk) {
-    return *reinterpret_cast<const float4*>(tile + tile_offset(row, chunk));
+  // Dimensions dim to dim + 3 of a row.
+  template <typename T>
+  static __device__ __forceinline__ float4 four_of(const T* tile, int row, int dim) {
+    const T* four = tile + tile_offset<T>(row, dim / kChunkOf<T>) + dim % kChunkOf<T>;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return *reinterpret_cast<const float4*>(four);
+    } else {
+      const uint32_t packed = *reinterpret_cast<const uint32_t*>(four);
+      T elements[4];
+      memcpy(elements, &packed, sizeof(packed));
+      return {to_float(elements[0]), to_float(elements[1]), to_float(elements[2]), to_float(elements[3])};
+    }
   }
 };

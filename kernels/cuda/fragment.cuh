@@ -10,9 +10,16 @@ using Fragment = float[kColumns / 8][4];
 
 constexpr int kSumTiles = kHeadDim / 8;
 constexpr int kLaneRows = 2;
+// 8-bit elements are unpacked for tensor cores in pairs: of 16 dimensions, first the even ones, then the odd ones.
+constexpr bool kEvensFirst = kIsScaled && !kIsFloat32;
 
 __device__ __forceinline__ int lane_row(int lane, int which) { return lane / 4 + 8 * which; }
 __device__ __forceinline__ int lane_column(int lane, int tile, int i) { return 8 * tile + lane % 4 * 2 + i % 2; }
+
+// The dimension that column i of a tile of sums is of.
+__device__ __forceinline__ int lane_dim(int lane, int tile, int i) {
+  return kEvensFirst ? tile / 2 * 16 + 2 * lane_column(lane, 0, i) + tile % 2 : lane_column(lane, tile, i);
+}
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
@@ -72,6 +79,10 @@ struct RowSums {
   }
 };
 
+__device__ __forceinline__ bool is_hidden(const AttentionArgs& args, int token, int position) {
+  return token > position || (kHasWindow && token <= position - args.sliding_window);
+}
+
 // Turns products of query and key into scores, -inf where a row must not see the token. The fragment's first column is
 // token first_token; positions are those of the lane's rows.
 template <int kTokens>
@@ -84,10 +95,38 @@ __device__ __forceinline__ void score(Fragment<kTokens>& products, const Attenti
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int position = positions[i / 2], token = first_token + lane_column(lane, n, i);
-      const bool hidden = token > position || (kHasWindow && token <= position - args.sliding_window);
       float scaled = products[n][i] * args.scale;
       if constexpr (kHasSoftCap) scaled = args.soft_cap * tanhf(scaled / args.soft_cap);
-      products[n][i] = hidden ? -INFINITY : scaled * kLog2E;
+      products[n][i] = is_hidden(args, token, position) ? -INFINITY : scaled * kLog2E;
+    }
+  }
+}
+
+// Products with the elements of keys become those with keys. scales: [kTokens].
+template <int kTokens>
+__device__ __forceinline__ void scale_products(Fragment<kTokens>& products, const float* scales) {
+  const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) products[n][i] *= scales[lane_column(lane, n, i)] * kUnit;
+  }
+}
+
+// Weights of values become those of their elements; 0 where a row must not see the token, whose scale may be anything.
+// scales: [kTokens]; the rest as in `score`.
+template <int kTokens>
+__device__ __forceinline__ void scale_weights(Fragment<kTokens>& weights, const float* scales,
+                                              const AttentionArgs& args, int first_token,
+                                              const int (&positions)[kLaneRows]) {
+  const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = lane_column(lane, n, i);
+      const float scaled = weights[n][i] * (scales[column] * kUnit);
+      weights[n][i] = is_hidden(args, first_token + column, positions[i / 2]) ? 0.0f : scaled;
     }
   }
 }

@@ -3,16 +3,18 @@
 
 #include "arguments.cuh"
 
-// A tile in shared memory is [rows][kRowChunks] chunks, the chunks of each row permuted so that 8 consecutive rows
-// have the same chunk in 8 different groups of banks: ldmatrix and 16-byte loads then meet no conflict. Rows of
-// kRowChunks = odd * 2^n chunks already differ in 8 / 2^n places; the xor supplies the other 2^n.
-constexpr int kSwizzle = power_of_two_in(kRowChunks, 8);
+// A tile in shared memory is [rows][chunks of a row], the chunks of each row permuted so that 8 consecutive rows have
+// the same chunk in 8 different groups of banks: ldmatrix and 16-byte loads then meet no conflict. Rows of odd * 2^n
+// chunks already differ in 8 / 2^n places; the xor supplies the other 2^n.
+template <typename E>
+constexpr int kSwizzle = power_of_two_in(kRowChunksOf<E>, 8);
 
-// Element offset of a chunk.
+// Element offset of a chunk in a tile of E.
+template <typename E>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
-  const int group = chunk / kSwizzle * kSwizzle;
-  const int within = (chunk ^ row / (8 / kSwizzle)) % kSwizzle;
-  return (row * kRowChunks + group + within) * kChunkElements;
+  const int group = chunk / kSwizzle<E> * kSwizzle<E>;
+  const int within = (chunk ^ row / (8 / kSwizzle<E>)) % kSwizzle<E>;
+  return (row * kRowChunksOf<E> + group + within) * kChunkOf<E>;
 }
 
 // Tokens [begin, end) of a sequence.
@@ -22,22 +24,26 @@ struct TokenRange {
   __device__ __forceinline__ bool contains(int token) const { return token >= begin && token < end; }
 };
 
-// Element offset of a token in the pool's keys, and in its values: [num_blocks, num_kv_heads, kBlockSize, kHeadDim].
-// `offset` is the token's in its block.
+// Element offset of a token in the pool's keys, and in its values: [num_blocks, num_kv_heads, kHeadBytes]. `offset` is
+// the token's in its block.
 __device__ __forceinline__ int64_t pool_offset(int64_t block, int offset, int num_kv_heads, int kv_head) {
-  return ((block * num_kv_heads + kv_head) * kBlockSize + offset) * kHeadDim;
+  constexpr int kHeadElements = kHeadBytes / sizeof(KV);
+  return (block * num_kv_heads + kv_head) * kHeadElements + offset * kHeadDim;
 }
+
+// Where elements are scaled: bytes from a token's elements to its scale.
+__device__ __forceinline__ int scale_distance(int offset) { return kElementBytes - offset * (kHeadDim - kScaleBytes); }
 
 // One KV head of one sequence in the pool.
 struct PagedHead {
-  const Element* keys;
-  const Element* values;
+  const KV* keys;
+  const KV* values;
   const int32_t* block_table;
   int num_kv_heads, kv_head;
 
   __device__ __forceinline__ PagedHead(const AttentionArgs& args, int seq, int kv_head_)
-      : keys(static_cast<const Element*>(args.keys)),
-        values(static_cast<const Element*>(args.values)),
+      : keys(static_cast<const KV*>(args.keys)),
+        values(static_cast<const KV*>(args.values)),
         block_table(args.block_tables + static_cast<int64_t>(seq) * args.block_table_stride),
         num_kv_heads(args.num_kv_heads),
         kv_head(kv_head_) {}

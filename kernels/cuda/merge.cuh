@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_part(const RowSums& rows, float* sums, flo
   for (int tile = 0; tile < kSumTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sums[lane_row(lane, i / 2) * kHeadDim + lane_column(lane, tile, i)] = rows.sums[tile][i];
+      sums[lane_row(lane, i / 2) * kHeadDim + lane_dim(lane, tile, i)] = rows.sums[tile][i];
     }
   }
   if (lane % 4 == 0) {

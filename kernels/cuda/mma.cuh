@@ -31,12 +31,32 @@ struct MmaQueries {
  private:
   __device__ __forceinline__ void load(int step, uint32_t (&a)[4]) const {
     const int lane = threadIdx.x % kWarpThreads;
-    load_matrices<false>(a, tile_ + tile_offset(lane % 16, 2 * step + lane / 16));
+    if constexpr (kEvensFirst) {
+#pragma unroll
+      for (int which = 0; which < kLaneRows; ++which) {
+        const int chunk = 2 * step + lane % 4 / 2;
+        const E* four = tile_ + tile_offset<E>(lane_row(lane, which), chunk) + lane % 2 * 4;
+        const uint2 pairs = *reinterpret_cast<const uint2*>(four);
+        a[which] = (pairs.x & 0xFFFF) | pairs.y << 16;
+        a[2 + which] = pairs.x >> 16 | (pairs.y & 0xFFFF0000);
+      }
+    } else {
+      load_matrices<false>(a, tile_ + tile_offset<E>(lane % 16, 2 * step + lane / 16));
+    }
   }
 
   const E* tile_;
   uint32_t registers_[kInRegisters ? kSteps : 1][4];
 };
+
+// Weights of 16 tokens as an operand, rounded to E.
+template <typename E>
+__device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&first)[4], const float (&second)[4]) {
+  a[0] = pack<E>(first[0], first[1]);
+  a[1] = pack<E>(first[2], first[3]);
+  a[2] = pack<E>(second[0], second[1]);
+  a[3] = pack<E>(second[2], second[3]);
+}
 
 // A template only so that variants in float32 need not compile it.
 template <typename E>
@@ -61,27 +81,26 @@ struct MmaMath {
 #pragma unroll
       for (int n = 0; n < kTokens / 8; n += 2) {
         uint32_t b[4];
-        load_matrices<false>(b, keys + tile_offset(8 * n + lane_token, 2 * step + lane / 8 % 2));
+        load_matrices<false>(b, keys + tile_offset<E>(8 * n + lane_token, 2 * step + lane / 8 % 2));
         mma_16x8x16<E>(products[n], a, b[0], b[1]);
         mma_16x8x16<E>(products[n + 1], a, b[2], b[3]);
       }
     }
   }
 
-  // sums += weights x values. values: [kTokens] rows in shared memory. Weights are rounded to E.
+  // sums += weights x values. values: [kTokens] rows in shared memory.
   template <int kTokens>
   static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
                                                     const E* values) {
     const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
     for (int n = 0; n < kTokens / 8; n += 2) {
-      const uint32_t a[4] = {pack<E>(weights[n][0], weights[n][1]), pack<E>(weights[n][2], weights[n][3]),
-                             pack<E>(weights[n + 1][0], weights[n + 1][1]),
-                             pack<E>(weights[n + 1][2], weights[n + 1][3])};
+      uint32_t a[4];
+      pack_weights<E>(a, weights[n], weights[n + 1]);
 #pragma unroll
       for (int tile = 0; tile < kSumTiles; tile += 2) {
         uint32_t b[4];
-        load_matrices<true>(b, values + tile_offset(8 * n + lane % 16, tile + lane / 16));
+        load_matrices<true>(b, values + tile_offset<E>(8 * n + lane % 16, tile + lane / 16));
         mma_16x8x16<E>(sums[tile], a, b[0], b[1]);
         mma_16x8x16<E>(sums[tile + 1], a, b[2], b[3]);
       }

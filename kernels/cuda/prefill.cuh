@@ -10,7 +10,7 @@ constexpr int kPrefillTokens = kIsFloat32 ? 16 : 32;
 
 // Shared memory: the ring, then the queries.
 constexpr int kPrefillQueryBytes = kPrefillRows * kRowBytes;
-constexpr int kPrefillTileBytes = 2 * kPrefillTokens * kRowBytes;
+constexpr int kPrefillTileBytes = stage_bytes(kPrefillTokens);
 constexpr int kPrefillStages = 3 * kPrefillTileBytes + kPrefillQueryBytes <= kMaxSharedBytes ? 3 : 2;
 using PrefillRing = TileRing<kPrefillTokens, kPrefillStages, kPrefillThreads>;
 constexpr int kPrefillSharedBytes = PrefillRing::kBytes + kPrefillQueryBytes;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const Atten
     for (int tile = 0; tile < kSumTiles; ++tile) {
 #pragma unroll
       for (int i = 2 * which; i < 2 * which + 2; ++i) {
-        out[lane_column(lane, tile, i)] = from_float<Element>(sums.sums[tile][i] / sums.total[which]);
+        out[lane_dim(lane, tile, i)] = from_float<Element>(sums.sums[tile][i] / sums.total[which]);
       }
     }
   }
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   const QueryRows rows(args, item, kv_head);
   const PagedHead head(args, item.seq, kv_head);
   const TokenRange visible = visible_tokens(args, item.kv_start, item.kv_end, rows.first_position);
-  const PrefillRing ring = {reinterpret_cast<Element*>(dynamic_shared_memory()), static_cast<int>(threadIdx.x)};
+  const PrefillRing ring = {reinterpret_cast<KV*>(dynamic_shared_memory()), static_cast<int>(threadIdx.x)};
   Element* query_tile = reinterpret_cast<Element*>(dynamic_shared_memory() + PrefillRing::kBytes);
 
   int token = visible.begin / kTileTokens * kTileTokens;
@@ -79,11 +79,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
     const int next = token + (kPrefillStages - 1) * kPrefillTokens;
     ring.start((stage + kPrefillStages - 1) % kPrefillStages, head, next, visible);
     if (!has_rows || token > last_position) continue;
-    Fragment<kPrefillTokens> scores;
-    TileMath::multiply_keys<kPrefillTokens>(scores, queries, ring.keys(stage));
-    score<kPrefillTokens>(scores, args, token, positions);
-    sums.weigh<kPrefillTokens>(scores);
-    TileMath::add_values<kPrefillTokens>(sums.sums, scores, ring.values(stage));
+    const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
+    attend_tile<kPrefillTokens>(sums, queries, tile, args, positions);
   }
   wait_for_copies<0>();
   sums.finish();

@@ -11,7 +11,7 @@ struct RotateArgs {
   const void* query_norm;  // [head_dim], as key_norm; null: no norm
   const void* key_norm;
   void* query;  // [num_tokens, num_heads, head_dim], contiguous
-  void* keys;   // [num_blocks, num_kv_heads, block_size, head_dim], as values
+  void* keys;   // [num_blocks, num_kv_heads, kHeadBytes], as values
   void* values;
   const int64_t* slot_mapping;  // [num_tokens]: block_id * block_size + offset
   cudaStream_t stream;
@@ -65,15 +65,35 @@ struct HeadPairs {
     }
   }
 
-  __device__ __forceinline__ void store(Element* head) const {
+  // The largest of all magnitudes; not a number where one is not. As bits, magnitudes have the order of integers.
+  __device__ __forceinline__ float largest() const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < kLanePairs; ++i) bits = max(bits, max(bits_of(fabsf(first[i])), bits_of(fabsf(second[i]))));
+    return float_of(warp_max(bits));
+  }
+
+  // convert: from float to E.
+  template <typename E, typename Convert>
+  __device__ __forceinline__ void store(E* head, Convert convert) const {
 #pragma unroll
     for (int i = 0; i < kLanePairs; ++i) {
       if (index(i) >= kPairs) continue;
-      head[index(i)] = from_float<Element>(first[i]);
-      head[kPairs + index(i)] = from_float<Element>(second[i]);
+      head[index(i)] = convert(first[i]);
+      head[kPairs + index(i)] = convert(second[i]);
     }
   }
 };
+
+// Writes elements, and their scale; `offset` is the slot's in its block. A template only so that variants without
+// scales need not compile it.
+template <typename K>
+__device__ __forceinline__ void store_scaled(const HeadPairs& pairs, K* elements, int offset) {
+  const float scale = pairs.largest() / kLargest<K>;
+  pairs.store(elements, [=](float x) { return quantize<K>(x, scale); });
+  char* to = reinterpret_cast<char*>(elements) + scale_distance(offset);
+  if (threadIdx.x % kWarpThreads == 0) *reinterpret_cast<float*>(to) = scale;
+}
 
 // Grid: [num_tokens]; each warp takes heads in turn.
 __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs args) {
@@ -89,11 +109,18 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs args)
     if (norm && !is_value) pairs.normalize(static_cast<const Element*>(norm), args.norm_epsilon);
     if (!is_value) pairs.rotate(cos, sin);
     if (is_query) {
-      pairs.store(static_cast<Element*>(args.query) + (token * args.num_heads + head) * kHeadDim);
+      Element* query = static_cast<Element*>(args.query) + (token * args.num_heads + head) * kHeadDim;
+      pairs.store(query, from_float<Element>);
     } else {
       const int kv_head = is_value ? head - num_turned : head - args.num_heads;
-      const int64_t to = pool_offset(slot / kBlockSize, slot % kBlockSize, args.num_kv_heads, kv_head);
-      pairs.store(static_cast<Element*>(is_value ? args.values : args.keys) + to);
+      const int offset = slot % kBlockSize;
+      KV* to = static_cast<KV*>(is_value ? args.values : args.keys) +
+               pool_offset(slot / kBlockSize, offset, args.num_kv_heads, kv_head);
+      if constexpr (kIsScaled) {
+        store_scaled<KV>(pairs, to, offset);
+      } else {
+        pairs.store(to, from_float<KV>);
+      }
     }
   }
 }

@@ -42,6 +42,12 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+__device__ __forceinline__ uint32_t warp_max(uint32_t x) {
+#pragma unroll
+  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) x = max(x, __shfl_xor_sync(0xFFFFFFFFu, x, mask));
+  return x;
+}
+
 // Over a block of kRowThreads, the same for all of them. Shared memory: kRowSharedBytes.
 __device__ __forceinline__ float block_sum(float x) {
   float* sums = reinterpret_cast<float*>(dynamic_shared_memory());

@@ -7,7 +7,7 @@ import torch
 from kernels import AttentionShape, Kernels, build
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
-from kernels.cuda.variant import NVCC, Variant, device_library, is_supported
+from kernels.cuda.variant import EIGHT_BIT_ELEMENTS, NVCC, Variant, device_library, is_supported
 from kernels.reference import ReferenceKernels
 
 log = logging.getLogger("pagoda.kernels")
@@ -45,7 +45,7 @@ def find_lack(shape: AttentionShape, capability: tuple[int, int]) -> str | None:
     """What there is no kernel for, or what is missing to make one; None where nothing is."""
     if capability < FIRST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if shape.kv_dtype != shape.dtype:
+    if shape.kv_dtype not in (shape.dtype, *EIGHT_BIT_ELEMENTS):
         return f"KV of {shape.kv_dtype} beside {shape.dtype}"
     group_size = shape.num_heads // shape.num_kv_heads
     if not is_supported(shape.head_dim, shape.block_size, group_size):

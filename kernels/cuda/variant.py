@@ -18,6 +18,8 @@ NVCC = ("nvcc", "/usr/local/cuda/bin/nvcc")
 HOST_COMPILERS = ("g++",)
 
 ELEMENTS = {torch.bfloat16: "BFloat16", torch.float16: "Float16", torch.float32: "float"}
+# Of the pool beside any of those.
+EIGHT_BIT_ELEMENTS = {torch.int8: "Int8", torch.float8_e4m3fn: "Float8"}
 HEAD_DIMS = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32)
 MAX_GROUP_SIZE = 16
@@ -30,19 +32,23 @@ USUAL_SHARED_KIB = 113
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model's attention. has_window: a sliding window of any length; has_soft_cap: cap * tanh(score / cap)."""
+    """A model's attention. has_window: a sliding window of any length; has_soft_cap: cap * tanh(score / cap).
+
+    kv_dtype: an 8-bit one, with scales; None where keys and values are held in `dtype`.
+    """
 
     dtype: torch.dtype
     head_dim: int
     block_size: int
     has_window: bool = False
     has_soft_cap: bool = False
+    kv_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
-        """As in "cuda_bfloat16_d128_b16_window"."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        parts = ["cuda", dtype, f"d{self.head_dim}", f"b{self.block_size}"]
+        """As in "cuda_bfloat16_d128_b16_window", "cuda_float16_int8_d64_b16"."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype) if dtype is not None]
+        parts = ["cuda", *dtypes, f"d{self.head_dim}", f"b{self.block_size}"]
         return "_".join(parts + ["window"] * self.has_window + ["softcap"] * self.has_soft_cap)
 
     @property
@@ -50,6 +56,7 @@ class Variant:
         """Flags for any compiler."""
         return (
             f"-DPAGODA_ELEMENT={ELEMENTS[self.dtype]}",
+            *([f"-DPAGODA_KV={EIGHT_BIT_ELEMENTS[self.kv_dtype]}"] if self.kv_dtype is not None else []),
             f"-DPAGODA_HEAD_DIM={self.head_dim}",
             f"-DPAGODA_BLOCK_SIZE={self.block_size}",
             *["-DPAGODA_SLIDING_WINDOW"] * self.has_window,
@@ -71,6 +78,9 @@ NAMED_VARIANTS = (
     Variant(torch.float32, 64, 16),
     Variant(torch.float32, 128, 32, has_window=True),
     Variant(torch.float32, 256, 16),
+    Variant(torch.bfloat16, 128, 16, kv_dtype=torch.float8_e4m3fn),
+    Variant(torch.float16, 80, 32, has_window=True, kv_dtype=torch.int8),
+    Variant(torch.float32, 64, 16, kv_dtype=torch.int8),
 )
 
 
@@ -78,7 +88,8 @@ def all_variants() -> list[Variant]:
     """Every combination that is supported, but for the small head_dims of float32."""
     flags = (False, True)
     return [
-        Variant(dtype, head_dim, block_size, has_window, has_soft_cap)
+        Variant(dtype, head_dim, block_size, has_window, has_soft_cap, kv_dtype)
+        for kv_dtype in (None, *EIGHT_BIT_ELEMENTS)
         for dtype in ELEMENTS
         for head_dim in HEAD_DIMS
         for block_size in BLOCK_SIZES

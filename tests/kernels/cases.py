@@ -119,17 +119,19 @@ class Step:
 
     def dense(self) -> torch.Tensor:
         """The same by definition, in float64, over keys and values as the pool holds them."""
-        keys, values = ([self._as_held(x) for x in rows] for rows in (self.keys, self.values))
-        return torch.cat([dense(q, k, v, self.case) for q, k, v in zip(self.queries, keys, values, strict=True)])
-
-    def _as_held(self, rows: torch.Tensor) -> torch.Tensor:
         kv_format = ReferenceKernels(torch.device("cpu"), self.case.shape).kv_format
-        elements, scales = kv_format.quantize(rows)
-        return elements.double() if scales is None else elements.double() * scales[..., None]
+        keys, values = ([as_held(kv_format, x) for x in rows] for rows in (self.keys, self.values))
+        return torch.cat([dense(q, k, v, self.case) for q, k, v in zip(self.queries, keys, values, strict=True)])
 
     def _slots(self, table: list[int], start: int, end: int) -> list[int]:
         size = self.case.block_size
         return [table[position // size] * size + position % size for position in range(start, end)]
+
+
+def as_held(kv_format: KVFormat, rows: torch.Tensor) -> torch.Tensor:
+    """What a pool holds of `rows`, [..., head_dim], in float64."""
+    elements, scales = kv_format.quantize(rows)
+    return elements.double() if scales is None else elements.double() * scales[..., None]
 
 
 def turned(

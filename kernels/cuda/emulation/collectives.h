@@ -59,13 +59,6 @@ struct MmaResult {
   float c[4];
 };
 
-template <typename Element>
-float half_of_register(uint32_t packed, int index) {
-  Element element;
-  element.bits = static_cast<uint16_t>(index ? packed >> 16 : packed);
-  return to_float(element);
-}
-
 // c[16][8] += a[16][16] b[16][8], in the register layout of the PTX ISA.
 template <typename Element>
 void compute_mma(const MmaOperands (&posts)[kWarpSize], MmaResult (&results)[kWarpSize]) {

@@ -21,13 +21,17 @@ ATTENTION_TESTS = "test_attention.py"
 OTHER_TESTS = {
     "copy.cuh": "test_copy.py",
     "rotate.cuh": "test_rotate.py",
+    "eight_bit.cuh": "test_eight_bit.py",
     **dict.fromkeys(("rows.cuh", "norm.cuh", "gate.cuh", "greedy.cuh"), "test_linear.py"),
 }
 MIN_CAUGHT = 0.9
 TIMEOUT_S = 600.0
 NUM_PROCESSES = 2
-# The variants that tests of attention are run for: both kinds of products, both block sizes, window and soft cap.
-VARIANTS = "not compile and (bfloat16_d80_b16_window or float32_d128_b32_window or bfloat16_d96_b32 or float16_d64)"
+# The variants that tests of attention are run for: all kinds of products, both block sizes, window, cap and scales.
+VARIANTS = (
+    "not compile and (bfloat16_d80_b16_window or float32_d128_b32_window or bfloat16_d96_b32 or float16_d64"
+    " or bfloat16_float8 or float16_int8 or float32_int8)"
+)
 INVALID = 70
 CAUGHT, HUNG = "caught  ", "hung    "
 

@@ -17,7 +17,8 @@ from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import Variant, emulated_library
-from tests.kernels.cases import write_plain
+from kernels.kv_format import KVFormat
+from tests.kernels.cases import as_held, write_plain
 from tests.kernels.guarded import guarded
 
 NO_BLOCK = 2**30
@@ -28,6 +29,11 @@ LONG_PARTITION_LEN = 512
 MAX_PARTITIONS = 4
 # Enough for the partial results of any case.
 SCRATCH_ROWS = 16 * 16 * MAX_PARTITIONS
+
+
+def shape_of(variant: Variant, num_heads: int, num_kv_heads: int, scale: float) -> AttentionShape:
+    kv_dtype = variant.kv_dtype or variant.dtype
+    return AttentionShape(num_heads, num_kv_heads, variant.head_dim, variant.block_size, scale, variant.dtype, kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class Case:
     def shape(self) -> AttentionShape:
         head_dim = self.variant.head_dim
         num_heads = self.num_kv_heads * self.group_size
-        dtype = self.variant.dtype
-        return AttentionShape(
-            num_heads, self.num_kv_heads, head_dim, self.variant.block_size, head_dim**-0.5, dtype, dtype
-        )
+        return shape_of(self.variant, num_heads, self.num_kv_heads, head_dim**-0.5)
+
+    @property
+    def kv_format(self) -> KVFormat:
+        return CudaKernels(torch.device("cpu"), self.shape, EMULATION, self.tuning).kv_format
 
     @property
     def tuning(self) -> Tuning:
@@ -113,10 +120,7 @@ EMULATION = Backend(open_emulated, lambda: 0)
 
 def kernels_for(variant: Variant, num_heads: int, num_kv_heads: int) -> CudaKernels:
     """Emulated ones, for tests that attend to nothing."""
-    shape = AttentionShape(
-        num_heads, num_kv_heads, variant.head_dim, variant.block_size, 1.0, variant.dtype, variant.dtype
-    )
-    return CudaKernels(torch.device("cpu"), shape, EMULATION, Tuning())
+    return CudaKernels(torch.device("cpu"), shape_of(variant, num_heads, num_kv_heads, 1.0), EMULATION, Tuning())
 
 
 def emulated_kernels(case: Case) -> CudaKernels:
@@ -149,8 +153,8 @@ class Step:
         block_counts = [-(-(before + new) // block_size) for before, new in case.lens]
         num_blocks = sum(block_counts) + 1
         order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
-        pool = torch.full((num_blocks, num_kv_heads, block_size, case.variant.head_dim), float("nan"))
-        self.layer = LayerKV(*(place(pool.to(case.variant.dtype)) for _ in range(2)))
+        plane = torch.full((num_blocks, num_kv_heads, case.kv_format.head_bytes), 0xFF, dtype=torch.uint8)
+        self.layer = LayerKV(place(plane), place(plane))
         self.sequences: list[Sequence] = []
         prefix_blocks = case.prefix_blocks or (0,) * len(case.lens)
         for (before, new), count, most in zip(case.lens, block_counts, prefix_blocks, strict=True):
@@ -164,7 +168,7 @@ class Step:
             if most:
                 self._share_prefix(keys, values, table, min(most, before // block_size, case.lens[0][0] // block_size))
             self.sequences.append(Sequence(keys, values, random(new, case.shape.num_heads), table))
-            fill(self.layer, self.sequences[-1], before)
+            fill(self.layer, case.kv_format, self.sequences[-1], before)
 
     def _share_prefix(self, keys: torch.Tensor, values: torch.Tensor, table: list[int], num_blocks: int) -> None:
         first, num_tokens = self.sequences[0], num_blocks * self.case.variant.block_size
@@ -227,18 +231,19 @@ def slot(table: list[int], position: int, block_size: int) -> int:
     return table[position // block_size] * block_size + position % block_size
 
 
-def fill(layer: LayerKV, sequence: Sequence, num_tokens: int) -> None:
+def fill(layer: LayerKV, kv_format: KVFormat, sequence: Sequence, num_tokens: int) -> None:
     """Write the first `num_tokens` keys and values of a sequence into its blocks."""
-    block_size = layer.keys.shape[2]
-    positions = torch.arange(num_tokens)
-    blocks = torch.tensor(sequence.table)[positions // block_size]
-    layer.keys[blocks, :, positions % block_size] = sequence.keys[:num_tokens].to(layer.keys.device)
-    layer.values[blocks, :, positions % block_size] = sequence.values[:num_tokens].to(layer.keys.device)
+    device, block_size = layer.keys.device, kv_format.block_size
+    slots = [slot(sequence.table, position, block_size) for position in range(num_tokens)]
+    places = kv_format.places(torch.tensor(slots, dtype=torch.int64, device=device))
+    kv_format.write_keys(layer.keys, places, sequence.keys[:num_tokens].to(device))
+    kv_format.write_values(layer.values, places, sequence.values[:num_tokens].to(device))
 
 
 def dense(sequence: Sequence, case: Case) -> torch.Tensor:
-    """Attention of one sequence in float64: [new tokens, num_heads, head_dim]."""
-    keys, values = (x.double().repeat_interleave(case.group_size, 1) for x in (sequence.keys, sequence.values))
+    """Attention of one sequence in float64, over what the pool holds of it: [new tokens, num_heads, head_dim]."""
+    held = (as_held(case.kv_format, x) for x in (sequence.keys, sequence.values))
+    keys, values = (x.repeat_interleave(case.group_size, 1) for x in held)
     scores = torch.einsum("qhd,khd->hqk", sequence.query.double(), keys) * case.shape.scale
     if case.variant.has_soft_cap:
         scores = SOFT_CAP * torch.tanh(scores / SOFT_CAP)

@@ -57,6 +57,29 @@ def check_alone_and_together(case: Case) -> Step:
     return step
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [variant for variant in NAMED_VARIANTS if variant.kv_dtype is not None],
+    ids=lambda variant: variant.name,
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("is_key", [True, False])
+def test_what_is_not_finite_stays_visible(variant: Variant, value: float, is_key: bool) -> None:
+    """With scales: to whoever sees the token, in a decode's context or in a chunk itself, and to nobody else."""
+    step = Step(Case(variant, 2, 2, 100 if variant.has_window else 0, [(40, 1), (40, 1), (3, 20)], 5, 1))
+    for sequence, before in ((step.sequences[0], 40), (step.sequences[2], 3)):
+        (sequence.keys if is_key else sequence.values)[17, 1, 11] = value
+        fill(step.layer, step.case.kv_format, sequence, before)
+    found = step.emulate()
+    decode, other, chunk = torch.split(found.isfinite(), [1, 1, 20])
+    assert not decode[:, 2:].any()
+    assert not chunk[17 - 3 :, 2:].any()
+    assert decode[:, :2].all()
+    assert other.all()
+    assert chunk[: 17 - 3].all()
+    assert chunk[:, :2].all()
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 300), min_size=4, max_size=4), st.integers(0, 18), st.integers(0, 2**32 - 1))
 def test_a_captured_step_takes_other_lengths_and_tables(context_lens: list[int], prefix_blocks: int, seed: int) -> None:
@@ -74,7 +97,7 @@ def test_a_captured_step_takes_other_lengths_and_tables(context_lens: list[int],
 
     other = Step(dataclasses.replace(longest, prefix_blocks=(0, *[prefix_blocks] * 3)))
     for sequence in other.sequences:
-        fill(step.layer, sequence, 300)
+        fill(step.layer, longest.kv_format, sequence, 300)
     sequences = [
         dataclasses.replace(other_one, keys=other_one.keys[:length], values=other_one.values[:length], query=one.query)
         for one, other_one, length in zip(step.sequences, other.sequences, context_lens, strict=True)

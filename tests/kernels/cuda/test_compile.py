@@ -3,13 +3,14 @@
 import pytest
 
 from kernels import build
-from kernels.cuda.variant import BLOCK_SIZES, ELEMENTS, HEAD_DIMS, NAMED_VARIANTS, NVCC
+from kernels.cuda.variant import BLOCK_SIZES, EIGHT_BIT_ELEMENTS, ELEMENTS, HEAD_DIMS, NAMED_VARIANTS, NVCC
 from tests.kernels.cuda.compile_variants import CAPABILITIES, compile_all
 
 
 def test_named_variants_have_one_of_each() -> None:
-    assert len(NAMED_VARIANTS) == 12
+    assert len(NAMED_VARIANTS) == 15
     assert {variant.dtype for variant in NAMED_VARIANTS} == set(ELEMENTS)
+    assert {variant.kv_dtype for variant in NAMED_VARIANTS} == {None, *EIGHT_BIT_ELEMENTS}
     assert {variant.head_dim for variant in NAMED_VARIANTS} == set(HEAD_DIMS)
     assert {variant.block_size for variant in NAMED_VARIANTS} == set(BLOCK_SIZES)
     assert {(variant.has_window, variant.has_soft_cap) for variant in NAMED_VARIANTS} == {

@@ -14,7 +14,12 @@ from tests.kernels.guarded import guarded
 NUM_BLOCKS = 6
 
 variants = st.sampled_from(
-    [Variant(torch.bfloat16, 64, 16), Variant(torch.float16, 80, 32), Variant(torch.float32, 64, 16)]
+    [
+        Variant(torch.bfloat16, 64, 16),
+        Variant(torch.float16, 80, 32),
+        Variant(torch.float32, 64, 16),
+        Variant(torch.float16, 80, 32, kv_dtype=torch.int8),
+    ]
 )
 copies = st.builds(
     BlockCopy, st.integers(0, NUM_BLOCKS - 1), st.integers(0, NUM_BLOCKS - 1), st.integers(1, 16)

@@ -28,9 +28,20 @@ def test_native_kernels_serve_where_they_can() -> None:
     assert isinstance(select_kernels(DEVICE, SHAPE), CudaKernels)
 
 
-def test_what_was_made_ahead_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn])
+def test_8_bit_kv_is_served_beside_any_dtype(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    assert isinstance(select_kernels(DEVICE, dataclasses.replace(SHAPE, dtype=dtype, kv_dtype=kv_dtype)), CudaKernels)
+
+
+@pytest.mark.parametrize(
+    "variant", [Variant(torch.bfloat16, 64, 16), Variant(torch.float16, 64, 16, kv_dtype=torch.int8)]
+)
+def test_what_was_made_ahead_needs_no_compiler(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda commands: None)
-    (tmp_path / "cuda_bfloat16_d64_b16_sm_90-0123456789abcdef-01234567.so").touch()
+    (tmp_path / f"{device_library(variant, (9, 0)).name}-0123456789abcdef-01234567.so").touch()
     assert isinstance(select_kernels(DEVICE, SHAPE), CudaKernels)
 
 
@@ -41,6 +52,7 @@ def test_what_was_made_ahead_needs_no_compiler(monkeypatch: pytest.MonkeyPatch, 
         ("capability", "compute capability 7.5"),
         ("head_dim", "head_dim 20"),
         ("group", "17 heads per KV head"),
+        ("kv_dtype", "KV of torch.float16 beside torch.bfloat16"),
     ],
 )
 def test_else_the_reference_serves_and_the_log_says_why(
@@ -53,6 +65,8 @@ def test_else_the_reference_serves_and_the_log_says_why(
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     elif lack == "head_dim":
         shape = dataclasses.replace(SHAPE, head_dim=20)
+    elif lack == "kv_dtype":
+        shape = dataclasses.replace(SHAPE, kv_dtype=torch.float16)
     else:
         shape = dataclasses.replace(SHAPE, num_heads=17, num_kv_heads=1)
     assert isinstance(select_kernels(DEVICE, shape), ReferenceKernels)

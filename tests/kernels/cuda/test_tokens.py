@@ -33,3 +33,15 @@ def test_forks_go_on_from_copied_blocks(directory: Path) -> None:
     outputs = [planner.sequences[seq_id].output for seq_id in range(len(PROMPT_LENS))]
     children = [planner.sequences[100 + seq_id].output for seq_id in range(len(PROMPT_LENS))]
     assert outputs == children == reference("qwen3", directory)
+
+
+def test_8_bit_kv_does_not_depend_on_chunks(directory: Path) -> None:
+    """A prompt's later chunks see its earlier ones rounded; so must the rest of a chunk."""
+    outputs = []
+    for chunk in (7, 16):
+        worker, planner = start("qwen3", directory, 16, "--dtype", "float32", "--kv-cache-dtype", "int8")
+        outputs.append(generate(worker, planner, chunk, random.Random(chunk)))
+    assert worker.description.pool.kv_dtype == "float32/int8"
+    assert outputs[0] == outputs[1]
+    same = sum(a[0] == b[0] for a, b in zip(outputs[0], reference("qwen3", directory), strict=True))
+    assert same >= len(PROMPT_LENS) - 2

@@ -25,8 +25,12 @@ class Product:
         self.rows, self.gate_up = random(num_rows, num_inputs), random(num_rows, 2 * num_inputs)
         self.norm, self.total = Norm(random(num_inputs), EPSILON), random(num_rows, num_outputs)
 
-    def expected(self, has_bias: bool) -> list[torch.Tensor]:
+    def expected(self, has_bias: bool, rounds_rows: bool = False) -> list[torch.Tensor]:
+        """rounds_rows: to the dtype, before they are multiplied."""
+
         def linear(x: torch.Tensor) -> torch.Tensor:
+            if rounds_rows:
+                x = x.to(self.weight.dtype).double()
             return F.linear(x, self.weight.double(), self.bias.double() if has_bias else None)
 
         rows, total = self.rows.double(), self.total.double()

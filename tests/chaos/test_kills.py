@@ -420,9 +420,9 @@ async def test_a_storm(model: Path) -> None:
     """Everything dies in turn, at random moments, under clients that come and go."""
     rng = random.Random(11)
     async with running(timed_stack(model, 3)) as stack, stack.client() as client:
-        load = Load(client, 60, 250)
+        load = Load(client, 60, 400)
         for turn in range(10):
-            await load.share(0.09 * (turn + 1))
+            await load.share(0.07 * (turn + 1))
             name = rng.choice(("worker-0", "worker-1", "worker-2", "scheduler", "redis"))
             stack.kill(name)
             with contextlib.suppress(TimeoutError):

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 import torch
 
 SCALE_BYTES = 4
+# A pool of these holds nothing but NaN: of them is a NaN of any length of float made, and so is every scale.
+NAN_BYTE = 0xFF
 # The largest element of the 8-bit types.
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+# By element size, what elements are moved as: not every device knows how to index every dtype.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class KVFormat:
         rows: torch.Tensor,
     ) -> None:
         quantized, row_scales = self.quantize(rows)
-        bits = _BITS[self.dtype.itemsize]  # not every device knows how to index every dtype
+        bits = _BITS[self.dtype.itemsize]
         elements.view(bits)[places] = quantized.reshape(*rows.shape[:-1], *elements.shape[-2:]).view(bits)
         if scales is not None and row_scales is not None:
             scales[places] = row_scales
@@ -112,6 +116,3 @@ class KVFormat:
     def _read(self, elements: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
         rows = elements.float().flatten(-2).contiguous()
         return rows if scales is None else rows * scales[..., None]
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -25,7 +25,7 @@ from kernels import (
     select_kernels,
 )
 from kernels.build import BuildError
-from kernels.kv_format import KVFormat
+from kernels.kv_format import NAN_BYTE, KVFormat
 from kernels.reference import ReferenceKernels
 
 log = logging.getLogger("pagoda.kernels")
@@ -155,7 +155,7 @@ class _Step:
     def _pool(self, kv_format: KVFormat) -> torch.Tensor:
         """NaN in every slot that nobody wrote: [2, num_blocks, num_kv_heads, head_bytes]."""
         shape = (2, self._num_blocks, kv_format.num_kv_heads, kv_format.head_bytes)
-        pool = torch.full(shape, 0xFF, dtype=torch.uint8, device=self._old_slots.device)
+        pool = torch.full(shape, NAN_BYTE, dtype=torch.uint8, device=self._old_slots.device)
         places = kv_format.places(self._old_slots)
         kv_format.write_keys(pool[0], places, self._old_keys)
         kv_format.write_values(pool[1], places, self._old_values)

@@ -10,7 +10,7 @@ import torch
 
 from kernels import LayerKV
 from kernels.cpu.memory import empty_on_huge_pages
-from kernels.kv_format import KVFormat
+from kernels.kv_format import NAN_BYTE, KVFormat
 from worker.errors import ConfigError
 
 # On a CPU the pool shares memory with everything else: a quarter of what is free, 1 GiB at most, unless a flag says so.
@@ -18,8 +18,6 @@ CPU_SHARE = 0.25
 CPU_LIMIT_BYTES = 2**30
 # On a GPU: of what is free after loading and profiling; the rest is left to the allocator's fragmentation.
 GPU_SHARE = 0.92
-# A NaN of any length of float is made of these; elements that are no floats have a scale that is one.
-NAN_BYTE = 0xFF
 
 
 @dataclass(frozen=True, slots=True)

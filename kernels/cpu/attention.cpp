@@ -123,7 +123,7 @@ class Attention {
     const HeadLayout layout{shape_.block_size, shape_.head_dim};
     const int64_t table = static_cast<int64_t>(work_.seqs[item]) * work_.table_stride;
     return {static_cast<const char*>(pool) + kv_head * layout.bytes(), work_.block_tables + table,
-            shape_.num_kv_heads * layout.bytes(), __builtin_ctz(shape_.block_size), layout};
+            shape_.num_kv_heads * layout.bytes(), layout};
   }
 
   // Of the item's first query token.

@@ -29,30 +29,46 @@ struct HeadLayout {
 };
 
 // Blocks of one sequence, seen from one KV head.
-struct HeadBlocks {
-  const char* first;  // this head's part of block 0
-  const int32_t* table;
-  int64_t block_stride;  // bytes
-  int block_bits;        // log2 of block_size
-  HeadLayout layout;
+class HeadBlocks {
+ public:
+  // first: this head's part of block 0; block_stride: bytes.
+  HeadBlocks(const char* first, const int32_t* table, int64_t block_stride, HeadLayout layout)
+      : first_(first),
+        table_(table),
+        block_stride_(block_stride),
+        block_bits_(__builtin_ctz(layout.block_size)),
+        layout_(layout) {}
 
-  int block_size() const { return layout.block_size; }
-  int offset(int token) const { return token & (layout.block_size - 1); }
+  int block_size() const { return layout_.block_size; }
+  int offset(int token) const { return token & (layout_.block_size - 1); }
 
   const KV* block(int token) const {
-    return reinterpret_cast<const KV*>(first + table[token >> block_bits] * block_stride);
+    return reinterpret_cast<const KV*>(first_ + table_[token >> block_bits_] * block_stride_);
   }
 
   // Of values; the rest of the block's follow.
-  const KV* row(int token) const { return block(token) + offset(token) * layout.head_dim; }
+  const KV* row(int token) const { return block(token) + offset(token) * layout_.head_dim; }
 
   // Of keys: kLanes tokens (of one block, from a multiple of kLanes on) in their dimension 0; see load_key_pair.
   const KV* columns(int token) const { return block(token) + offset(token) * kKeyGroup; }
 
-  // From the token's on, for the rest of its block.
-  const float* scales(int token) const {
-    return reinterpret_cast<const float*>(block(token) + layout.elements()) + offset(token);
+  // What loaded elements are to be multiplied by: of a token, and of kLanes tokens of one block from it on.
+  float factor(int token) const { return kIsScaled ? *scales(token) * kUnit : 1.0f; }
+  Floats factors(int token) const {
+    if constexpr (kIsScaled) return pagoda::load(scales(token)) * kUnit;
+    return broadcast(1.0f);
   }
+
+ private:
+  const float* scales(int token) const {
+    return reinterpret_cast<const float*>(block(token) + layout_.elements()) + offset(token);
+  }
+
+  const char* first_;
+  const int32_t* table_;
+  int64_t block_stride_;
+  int block_bits_;
+  HeadLayout layout_;
 };
 
 // The part of a sequence's KV that is attended to.

@@ -26,7 +26,7 @@ class DecodeTile {
   // queries: [num_rows], each [head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
   DecodeTile(const Element* const* queries, int num_rows, int head_dim, float scale)
       : head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
-    const float factor = scale * kLog2E * kUnit;
+    const float factor = scale * kLog2E;
     for (int row = 0; row < kRows; ++row) {
       std::fill(query_[row], query_[row] + padded_dim_, 0.0f);
       std::fill(sums_[row], sums_[row] + padded_dim_, 0.0f);
@@ -93,10 +93,9 @@ class DecodeTile {
         products[row].second += key.second * query_[row][d + 1];
       }
     }
-    Floats scale = broadcast(1.0f);
-    if constexpr (kIsScaled) scale = load(keys.scales(token));
+    const Floats factors = keys.factors(token);
     for (int row = 0; row < kRows; ++row) {
-      store(scores_[row] + column, (products[row].first + products[row].second) * scale);
+      store(scores_[row] + column, (products[row].first + products[row].second) * factors);
     }
   }
 
@@ -114,10 +113,10 @@ class DecodeTile {
   // Weights times the scales of the values that they are for; those of hidden tokens are never read.
   void scale_weights(const HeadBlocks& values, int chunk, int last) {
     for (int token = chunk; token < last; token += kLanes) {
-      const Floats scales = load(values.scales(token)) * kUnit;
+      const Floats factors = values.factors(token);
       for (int row = 0; row < kRows; ++row) {
         float* weights = scores_[row] + token - chunk;
-        store(weights, load(weights) * scales);
+        store(weights, load(weights) * factors);
       }
     }
   }

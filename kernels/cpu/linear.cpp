@@ -141,18 +141,6 @@ class Product {
     store_columns(to, x, count);
   }
 
-  // In their order.
-  static FloatPair load_columns(const Element* from, int count) {
-    return {load_some(from, std::min(count, kLanes)),
-            count > kLanes ? load_some(from + kLanes, count - kLanes) : Floats{}};
-  }
-
-  template <class To>
-  static void store_columns(To* to, FloatPair x, int count) {
-    store_some(to, x.first, std::min(count, kLanes));
-    if (count > kLanes) store_some(to + kLanes, x.second, count - kLanes);
-  }
-
   const Linear& linear_;
   const LinearCall& call_;
   int num_panels_;

@@ -102,11 +102,11 @@ class PrefillTile {
       const int column = token - span;
       float* panel = keys_ + column / kPanel * kPanel * head_dim_ + column % kPanel;
       const KV* columns = keys.columns(token);
-      const Floats factor = factors(keys, token);
+      const Floats factors = keys.factors(token);
       const bool is_visible = first <= token && token + kLanes <= last;
       for (int d = 0; d < head_dim_; d += 2, columns += 2 * keys.block_size()) {
         FloatPair x = load_key_pair(columns, keys.block_size());
-        if constexpr (kIsScaled) x = {x.first * factor, x.second * factor};
+        if constexpr (kIsScaled) x = {x.first * factors, x.second * factors};
         if (!is_visible) x = {hide(x.first, first - token, last - token), hide(x.second, first - token, last - token)};
         store(panel + d * kPanel, x.first);
         store(panel + (d + 1) * kPanel, x.second);
@@ -114,12 +114,6 @@ class PrefillTile {
     }
     const int written = (last - span + kLanes - 1) / kLanes * kLanes;
     if (written % kPanel) zero_half_panel(keys_ + written / kPanel * kPanel * head_dim_);
-  }
-
-  // What the elements of kLanes tokens are to be multiplied by.
-  static Floats factors(const HeadBlocks& blocks, int token) {
-    if constexpr (kIsScaled) return load(blocks.scales(token)) * kUnit;
-    return broadcast(1.0f);
   }
 
   // Zeros but for lanes first to last.
@@ -140,7 +134,7 @@ class PrefillTile {
   void unpack_values(const HeadBlocks& values, int span, int first, int last) {
     for (int token = span; token < last; ++token) {
       const KV* value = token < first ? nullptr : values.row(token);
-      const float factor = value && kIsScaled ? *values.scales(token) * kUnit : 1.0f;
+      const float factor = value ? values.factor(token) : 1.0f;
       for (int d = 0; d < value_dim_; d += kLanes) {
         const int count = std::min(kLanes, head_dim_ - d);
         Floats x = value && count > 0 ? load_some(value + d, count) : Floats{};

@@ -4,7 +4,7 @@
 // has to be divided. What top_k and top_p keep is found in a histogram over the shares' leading bits: only the bucket
 // in which a border lies is sorted.
 #include <algorithm>
-#include <cmath>
+#include <functional>
 #include <vector>
 
 #include "blocks.h"
@@ -109,7 +109,8 @@ class Row {
     vocab_size_ = vocab_size;
     const int64_t num_chunks = (vocab_size + kChunkTokens - 1) / kChunkTokens;
     sums_.resize(num_chunks);
-    shares_.assign(num_chunks * kChunkTokens, 0.0f);
+    shares_.resize(num_chunks * kChunkTokens);
+    std::fill(shares_.begin() + vocab_size, shares_.end(), 0.0f);
     Floats tops = broadcast(kHidden);
     for_vectors(vocab_size, [&](int i, int count) {
       tops = max(count == kLanes ? load(logits + i) : select_first(load_first(logits + i, count), count), tops);

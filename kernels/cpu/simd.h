@@ -1,7 +1,7 @@
 // Vectors of floats, and the element types that memory holds.
 //
-// Owns what differs between instruction sets and element types. The lane count follows the compiler's target and arithmetic is the
-// compiler's vector extension, so the rest of the code is written once.
+// Owns what differs between instruction sets and element types. The lane count follows the compiler's target and
+// arithmetic is the compiler's vector extension, so the rest of the code is written once.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +24,7 @@ constexpr int kLanes = 4;
 #endif
 constexpr int kAlignment = 64;  // bytes
 constexpr float kLog2E = 1.44269504f;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
 
 template <class T>
 struct VectorOf {
@@ -116,7 +117,8 @@ inline Floats load(const Int8* from) {
 
 inline Floats load(const Float8* from) {
 #if defined(__AVX512F__)
-  const auto extended = reinterpret_cast<Halves>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const auto extended = reinterpret_cast<Halves>(_mm256_cvtepi8_epi16(bytes));
 #elif defined(__AVX2__)
   const auto extended = reinterpret_cast<Halves>(_mm_cvtepi8_epi16(_mm_loadu_si64(from)));
 #else
@@ -165,20 +167,20 @@ inline void store(Float16* to, Floats x) {
 
 // x: at most 127 in size.
 inline void store(Int8* to, Floats x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const auto bytes = __builtin_convertvector(reinterpret_cast<Words>(x + kRounder), VectorOf<uint8_t>::type);
   std::memcpy(to, &bytes, sizeof bytes);
 }
 
 // x: at most 448 in size.
 inline void store(Float8* to, Floats x) {
-  constexpr float kRounder = 16384.0f;        // its lowest bit is that of the subnormals, 2^-9
-  constexpr float kSmallestNormal = 0.015625f;  // 2^-6
+  constexpr float kSubnormalRounder = 0x1p14f;  // its lowest bit is that of the subnormals, 2^-9
+  constexpr float kSmallestNormal = 0x1p-6f;
   constexpr uint32_t kRebias = (127 - 7) << 3;
   const Words bits = reinterpret_cast<Words>(x), magnitude = bits & 0x7fffffff;
   const Floats size = reinterpret_cast<Floats>(magnitude);
   const Words normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - kRebias;
-  const Words subnormal = reinterpret_cast<Words>(size + kRounder) - reinterpret_cast<Words>(broadcast(kRounder));
+  const Words zero = reinterpret_cast<Words>(broadcast(kSubnormalRounder));
+  const Words subnormal = reinterpret_cast<Words>(size + kSubnormalRounder) - zero;
   const Words rounded = (size < kSmallestNormal ? subnormal : normal) | ((bits >> 24) & 0x80);
   const auto bytes = __builtin_convertvector(rounded, VectorOf<uint8_t>::type);
   std::memcpy(to, &bytes, sizeof bytes);
@@ -250,23 +252,6 @@ inline void store_pair(float* to, FloatPair x) {
   store(to + kLanes, x.second);
 }
 
-inline void store_pair(Float16* to, FloatPair x) {
-  store(to, x.first);
-  store(to + kLanes, x.second);
-}
-
-inline void store_pair(BFloat16* to, FloatPair x) {
-  const Words words = (rounded_bits(x.first) >> 16) | (rounded_bits(x.second) & 0xffff0000);
-  std::memcpy(to, &words, sizeof words);
-}
-
-template <class Element>
-inline void store_pair_first(Element* to, FloatPair x, int count) {
-  Element padded[kPair];
-  store_pair(padded, x);
-  std::memcpy(to, padded, count * sizeof(Element));
-}
-
 // --- Across lanes.
 
 // Picks lane lane_of(i) of a and b side by side.
@@ -321,7 +306,6 @@ inline FloatPair to_order(FloatPair x) {
 // 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity.
 inline Floats exp2(Floats x) {
   constexpr float kLowest = -125.0f;
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
   const Floats clamped = max(x, broadcast(kLowest));
   const Floats shifted = clamped + kRounder;
   const Floats f = clamped - (shifted - kRounder);

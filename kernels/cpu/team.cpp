@@ -10,7 +10,8 @@
 namespace pagoda {
 namespace {
 
-// Looks at a variable before a thread sleeps: some twenty microseconds, longer than from one loop of a step to the next.
+// Looks at a variable before a thread sleeps: some twenty microseconds, longer than from one loop of a step to the
+// next.
 constexpr int kLooks = 600;
 
 void pause() {
@@ -84,9 +85,8 @@ class Team {
       const RunUnit run = loop.run.load(std::memory_order_relaxed);
       const void* const context = loop.context.load(std::memory_order_relaxed);
       const uint32_t unit = static_cast<uint32_t>(next);
-      if (unit >= loop.count.load(std::memory_order_relaxed) || id >= loop.num_threads.load(std::memory_order_relaxed)) {
-        break;
-      }
+      const bool is_left = unit < loop.count.load(std::memory_order_relaxed);
+      if (!is_left || id >= loop.num_threads.load(std::memory_order_relaxed)) break;
       // Only where `next` is still of the loop whose fields were read: those of the one after lie elsewhere, and those
       // of the second after are written when `next` has moved on.
       if (next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) {

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from kernels import Angles, AttentionMetadata, AttentionShape, AttentionStep, HeadNorms, Kernels, LayerKV
-from kernels.kv_format import KVFormat
+from kernels.kv_format import NAN_BYTE, KVFormat
 from kernels.reference import ReferenceKernels
 
 
@@ -69,7 +69,7 @@ class Step:
     def lay_out(self, kv_format: KVFormat, device: str = "cpu") -> LayerKV:
         """A pool of NaN in which only what came before the step is written."""
         shape = (2, self.num_blocks, kv_format.num_kv_heads, kv_format.head_bytes)
-        pool = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
+        pool = torch.full(shape, NAN_BYTE, dtype=torch.uint8, device=device)
         for (before, _), table, keys, values in zip(self.case.lens, self.tables, self.keys, self.values, strict=True):
             places = kv_format.places(torch.tensor(self._slots(table, 0, before), dtype=torch.int64, device=device))
             kv_format.write_keys(pool[0], places, keys[:before].to(device))

@@ -54,6 +54,19 @@ class Product:
         return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated]
 
 
+def check_what_is_not_finite(kernels: Kernels) -> None:
+    """It stays visible, in its own row and in no other. kernels: of bfloat16."""
+    product = Product(3, 40, 20, torch.bfloat16, seed=1)
+    product.gate_up[0, 3], product.gate_up[1, 45] = float("nan"), float("inf")
+    product.rows[2, 1] = float("nan")
+    normed, logits, added, gated = product.found(kernels, has_bias=True)
+    for outputs in (normed, logits, added):
+        assert outputs[2].isnan().all()
+        assert outputs[:2].isfinite().all()
+    assert not gated[:2].isfinite().any()
+    assert gated[2].isfinite().all()
+
+
 @st.composite
 def greedy_cases(draw: st.DrawFn) -> tuple[torch.Tensor, set[int]]:
     """Logits [num_rows, vocab_size], few values, so that many are equal; and the rows with one that is not finite."""

@@ -17,7 +17,7 @@ from kernels.cpu import CpuKernels
 from kernels.cpu.targets import AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.guarded import guarded
-from tests.kernels.products import EPSILON, Product, check_choices, greedy_cases
+from tests.kernels.products import EPSILON, Product, check_choices, check_what_is_not_finite, greedy_cases
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -84,15 +84,7 @@ def test_bf16_units_are_used_where_there_are_any(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_stays_visible() -> None:
-    product = Product(3, 40, 20, torch.bfloat16, seed=1)
-    product.gate_up[0, 3], product.gate_up[1, 45] = float("nan"), float("inf")
-    product.rows[2, 1] = float("nan")
-    normed, logits, added, gated = product.found(multiplying(torch.bfloat16), has_bias=True)
-    for outputs in (normed, logits, added):
-        assert outputs[2].isnan().all()
-        assert outputs[:2].isfinite().all()
-    assert not gated[:2].isfinite().any()
-    assert gated[2].isfinite().all()
+    check_what_is_not_finite(multiplying(torch.bfloat16))
 
 
 @pytest.mark.parametrize("gate", [-100.0, -20.0, 0.0, 20.0, 100.0])

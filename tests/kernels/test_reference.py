@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import kernels.reference
 from kernels import AttentionShape, BlockCopy, select_kernels
+from kernels.kv_format import NAN_BYTE
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, cases
 
@@ -105,7 +106,7 @@ def test_copies_run_in_order_and_copy_no_more_than_asked(kv_dtype: torch.dtype, 
         torch.device("cpu"), AttentionShape(1, 1, 4, 16, 0.5, torch.float32, kv_dtype), key_group
     )
     kv_format = kernels_.kv_format
-    pool = torch.full((2, 2, 5, 1, kv_format.head_bytes), 0xFF, dtype=torch.uint8)
+    pool = torch.full((2, 2, 5, 1, kv_format.head_bytes), NAN_BYTE, dtype=torch.uint8)
     for layer in pool:
         kv_format.write_keys(layer[0, 1], (), torch.randn(1, 16, 4))
         kv_format.write_values(layer[1, 1], (), torch.randn(1, 16, 4))

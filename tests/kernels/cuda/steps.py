@@ -17,7 +17,7 @@ from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import Variant, emulated_library
-from kernels.kv_format import KVFormat
+from kernels.kv_format import NAN_BYTE, KVFormat
 from tests.kernels.cases import as_held, write_plain
 from tests.kernels.guarded import guarded
 
@@ -153,7 +153,7 @@ class Step:
         block_counts = [-(-(before + new) // block_size) for before, new in case.lens]
         num_blocks = sum(block_counts) + 1
         order = (torch.randperm(num_blocks - 1, generator=rng) + 1).tolist()
-        plane = torch.full((num_blocks, num_kv_heads, case.kv_format.head_bytes), 0xFF, dtype=torch.uint8)
+        plane = torch.full((num_blocks, num_kv_heads, case.kv_format.head_bytes), NAN_BYTE, dtype=torch.uint8)
         self.layer = LayerKV(place(plane), place(plane))
         self.sequences: list[Sequence] = []
         prefix_blocks = case.prefix_blocks or (0,) * len(case.lens)

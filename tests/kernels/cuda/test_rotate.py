@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import Angles, AttentionMetadata, HeadNorms, LayerKV
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
-from kernels.kv_format import LARGEST
+from kernels.kv_format import LARGEST, NAN_BYTE
 from tests.kernels.cases import as_held, relative_error, turned, write_plain
 from tests.kernels.cuda.steps import kernels_for
 from tests.kernels.guarded import guarded
@@ -57,7 +57,7 @@ class Step:
     def blank(self) -> torch.Tensor:
         """Keys or values of the pool, nothing of them written."""
         shape = (NUM_BLOCKS, self.kv_format.num_kv_heads, self.kv_format.head_bytes)
-        return torch.full(shape, 0xFF, dtype=torch.uint8)
+        return torch.full(shape, NAN_BYTE, dtype=torch.uint8)
 
     def keys(self, keys: torch.Tensor) -> torch.Tensor:
         """What the pool holds where `keys`, [num_tokens, num_kv_heads, head_dim], alone were written."""

@@ -21,7 +21,7 @@ RUN_MAX_TOKENS = 160
 _SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos", "stop"
 )  # fmt: skip
-_REQUEST_FLAGS = ("prompt", "chat", "request_id", "priority", "tenant", "cache_salt", "resume_wait_s")
+_REQUEST_FLAGS = ("prompt", "chat", "request_id", "n", "priority", "tenant", "cache_salt", "resume_wait_s")
 
 app = typer.Typer(
     help="Serves large language models, and loses nothing when a process dies.",
@@ -129,6 +129,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; repeatable.")] = None,
     stop_token_ids: Annotated[str | None, typer.Option(help="Ids that end the output, as in 1,2.")] = None,
     request_id: Annotated[str | None, typer.Option(help="The request's name. Unset: drawn at random.")] = None,
+    n: Annotated[int | None, typer.Option(help="Choices to generate, each with a seed of its own.")] = None,
     priority: Annotated[int | None, typer.Option(help="Lower runs first.")] = None,
     tenant: Annotated[str | None, typer.Option(help="Whose request it is.")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="Share cached prefixes only under the same salt.")] = None,

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
@@ -22,10 +22,9 @@ _CANCEL_TIMEOUT_S = 2.0
 
 
 @dataclass(slots=True)
-class Outcome:
-    """What has come of a request."""
+class ChoiceOutcome:
+    """What has come of one choice."""
 
-    request_id: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
@@ -40,10 +39,38 @@ class Outcome:
             usage = delta.usage
             self.usage = {field.name: getattr(usage, field.name) for field in usage.DESCRIPTOR.fields}
 
+
+class Outcome:
+    """What has come of a request; writes each choice's text as it comes, but only when those before it are whole."""
+
+    def __init__(self, request: pb.GenerateRequest, write: Callable[[str], object]) -> None:
+        self.request_id = request.request_id
+        self.choices = [ChoiceOutcome() for _ in range(max(1, request.n))]
+        self._write = write
+        self._shown = 0
+        self._title()
+
+    def add(self, delta: pb.Delta) -> None:
+        """Takes in the next piece."""
+        self.choices[delta.choice].add(delta)
+        if delta.choice != self._shown:
+            return
+        self._write(delta.text)
+        while self.choices[self._shown].finish_reason and self._shown + 1 < len(self.choices):
+            self._shown += 1
+            self._write("\n")
+            self._title()
+            self._write(self.choices[self._shown].text)
+
+    def _title(self) -> None:
+        if len(self.choices) > 1:
+            self._write(f"--- choice {self._shown}\n")
+
     def to_json(self) -> str:
-        """One object on one line."""
-        fields = ("request_id", "text", "token_ids", "finish_reason", "usage")
-        return json.dumps({name: getattr(self, name) for name in fields}, ensure_ascii=False)
+        """One object on one line; where there are several choices they are a list in it."""
+        choices = [asdict(choice) for choice in self.choices]
+        body = choices[0] if len(choices) == 1 else {"choices": choices}
+        return json.dumps({"request_id": self.request_id, **body}, ensure_ascii=False)
 
 
 def build_request(fields: Mapping[str, object], sampling: Mapping[str, object]) -> pb.GenerateRequest:
@@ -69,11 +96,10 @@ async def stream(client: PagodaClient, request: pb.GenerateRequest, write: Calla
 
     Raises DeployError for whatever the service or the way to it says.
     """
-    outcome = Outcome(request.request_id)
+    outcome = Outcome(request, write)
     try:
         async for delta in client.generate(request):
             outcome.add(delta)
-            write(delta.text)
     except (asyncio.CancelledError, BrokenPipeError):
         with suppress(grpc.aio.AioRpcError):
             await client.cancel(request.request_id, timeout_s=_CANCEL_TIMEOUT_S)
@@ -82,8 +108,9 @@ async def stream(client: PagodaClient, request: pb.GenerateRequest, write: Calla
         raise explain(error) from None
     except StreamError as error:
         raise DeployError(f"the service broke off: {error}") from None
-    if outcome.finish_reason in ("abort", "error"):
-        raise DeployError(f"request {outcome.request_id} ended with {outcome.finish_reason}")
+    for choice in outcome.choices:
+        if choice.finish_reason in ("abort", "error"):
+            raise DeployError(f"request {outcome.request_id} ended with {choice.finish_reason}")
     return outcome
 
 
@@ -110,7 +137,7 @@ async def show_run(address: str, request: pb.GenerateRequest, began_s: float) ->
     async with PagodaClient(address) as client:
         outcome = await stream(client, request, show)
     write_out("\n")
-    num_tokens, first_s = len(outcome.token_ids), first_s or time.monotonic()
+    num_tokens, first_s = len(outcome.choices[0].token_ids), first_s or time.monotonic()
     rate = (num_tokens - 1) / max(time.monotonic() - first_s, 1e-9)
     waited = f"the first {first_s - began_s:.1f} s after the start, then {rate:.0f} a second"
     sys.stderr.write(f"[{num_tokens} tokens, {waited}]\n")

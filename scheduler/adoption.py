@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pagoda.v1 import worker_pb2 as pb
 
-from scheduler.block_manager import BlockManager, PoolImage
+from scheduler.block_manager import BlockCopy, BlockManager, PoolImage
 from scheduler.committer import CommitEvents, Committer
 from scheduler.compatibility import RefusedError
 from scheduler.config import SchedulerConfig
@@ -16,7 +16,7 @@ from scheduler.engine import Engine, EngineParts, Link
 from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
 from scheduler.planner import Planner, PlannerLimits
-from scheduler.recovery import Reviver, RowState, restore_running
+from scheduler.recovery import Reviver, restore_running
 from scheduler.redis_pipe import RedisPipe
 from scheduler.request_store import RequestStore
 from scheduler.step_clock import StepClock
@@ -68,6 +68,7 @@ class Adoption:
 
         events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
         committer = Committer(register.worker_name, store, self._requests, events)
+        committer.acked_copies = [BlockCopy(source, copy, tokens) for copy, (source, tokens) in pool.copies.items()]
         limits = PlannerLimits(
             self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
         )
@@ -79,26 +80,23 @@ class Adoption:
 
     async def _take_over(self, worker: str, engine: Engine, image: WorkerImage) -> None:
         """Every sequence under the worker's tag is the new engine's: with its blocks, or queued again."""
-        changes = engine.committer.changes
         for revived in await self._reviver.revive(worker, image):
-            table = image.tables.get(revived.seq_id)
+            tables = {seq_id: image.tables[seq_id] for seq_id in revived.rows if seq_id in image.tables}
             live = revived.live
             if live is None:
-                if table:
-                    engine.planner.blocks.release(revived.seq_id, table)
-                if revived.state is RowState.OVER:
-                    changes.close_row(revived.seq_id, revived.first_index)
-                else:
-                    changes.forget.append(revived.seq_id)
+                for seq_id, table in tables.items():
+                    engine.planner.blocks.release(seq_id, table)
+                revived.drop_from(engine.committer.changes)
                 continue
-            first_index = live.sequence.num_output_tokens
+            first_indexes = live.num_output_tokens
             if revived.recorded_worker != worker:
-                live.sequence.segment_first_index = first_index
+                live.begin_segments(first_indexes)
             owner = engine.committer.owner
-            await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
-            if table:
-                restore_running(live.sequence, image, self._config.block_size)
+            await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_indexes)
+            if tables:
+                for choice in live.choices:
+                    if choice.sequence.seq_id in tables:
+                        restore_running(choice.sequence, image, self._config.block_size)
                 engine.hold(live)
-                engine.planner.adopt_running(live.sequence)
             else:
                 engine.open(live)

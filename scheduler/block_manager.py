@@ -11,8 +11,17 @@ never loses a block that a longer one still needs.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.changes import Changes
+
+
+class BlockCopy(NamedTuple):
+    """The first tokens of one block into another."""
+
+    source: int
+    destination: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 
 @dataclass(slots=True)
 class Changes:
-    """Rows per verb. A script applies append, computed, publish, fork, release, describe, reserve, close."""
+    """Rows per verb. Within a script releases come before forks and these before reservations: each may take what the
+    ones before it freed, and nobody may fork from a sequence that the same script releases."""
 
     append: list[tuple[int, int, list[int]]] = field(default_factory=list)
     """(seq_id, offset in the segment's log in tokens, token ids)."""
@@ -16,16 +17,16 @@ class Changes:
     """(seq_id, num_computed_tokens, or -1 once it has caught up)."""
     publish: list[tuple[int, bytes]] = field(default_factory=list)
     """(block_id, block_hash)."""
-    fork: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
-    """(parent seq_id, child seq_id, blocks shared, copy source, copy destination, tokens to copy); 0: no copy."""
+    copied: list[int] = field(default_factory=list)
+    """Copy destinations whose copy has run: the source is no longer held by it."""
     release: list[int] = field(default_factory=list)
     """seq_ids whose whole table is given back."""
+    fork: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    """(parent seq_id, child seq_id, blocks shared, copy source, copy destination, tokens to copy); 0: no copy."""
     describe: list[tuple[int, bytes]] = field(default_factory=list)
     """(seq_id, its packed row): written at arrival, rewritten with each attempt."""
     reserve: list[tuple[int, list[tuple[int, bytes]], list[int]]] = field(default_factory=list)
     """(seq_id, shared (block_id, expected hash), new block_ids), appended to the table in this order."""
-    copied: list[int] = field(default_factory=list)
-    """Copy destinations whose copy has run: the source is no longer held by it."""
     close: list[int] = field(default_factory=list)
     """seq_ids that are ended and recorded as such: the row goes, the log stays until it expires."""
     forget: list[int] = field(default_factory=list)

@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from scheduler.block_manager import BlockCopy
 from scheduler.changes import Changes
-from scheduler.live_request import EndState, LiveRequest
+from scheduler.live_request import EndState, LiveChoice, LiveRequest, pack_ends, unpack_ends
 from scheduler.request_store import OwnershipLostError, RequestStore
-from scheduler.sequence import Sequence
+from scheduler.sequence import FinishReason, Sequence
 from scheduler.store import SequenceRow, WorkerStore
 
 MAX_COMMITS_IN_FLIGHT = 64
@@ -24,10 +25,11 @@ class _Commit:
     """What is true once a script is acknowledged."""
 
     step_id: int = 0
-    logged: list[tuple[LiveRequest, int]] = field(default_factory=list)
+    logged: list[tuple[LiveChoice, int]] = field(default_factory=list)
     reserved: list[tuple[Sequence, int, int]] = field(default_factory=list)
     accepted: list[tuple[LiveRequest, "asyncio.Future[None]"]] = field(default_factory=list)
-    ended: list[LiveRequest] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    ended: list[LiveChoice] = field(default_factory=list)
     reply: "asyncio.Future[object] | None" = None
 
 
@@ -52,6 +54,8 @@ class Committer:
         self.committed_step_id = 0
         """Highest step whose result is in Redis."""
         self.num_commits = 0
+        self.acked_copies: list[BlockCopy] = []
+        """Copies that a plan may make; whoever plans takes them."""
         self._worker = worker
         self._store = store
         self._requests = requests
@@ -72,13 +76,13 @@ class Committer:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def log_tokens(self, live: LiveRequest, first_index: int, token_ids: list[int]) -> None:
+    def log_tokens(self, choice: LiveChoice, first_index: int, token_ids: list[int]) -> None:
         """Appends output tokens; the streams see them once they are acknowledged."""
-        sequence = live.sequence
+        sequence = choice.sequence
         if sequence.segment_first_index:
             self.changes.segments[sequence.seq_id] = sequence.segment_first_index
         self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, token_ids))
-        self._next.logged.append((live, first_index + len(token_ids)))
+        self._next.logged.append((choice, first_index + len(token_ids)))
 
     def note_computed(self, sequence: Sequence, has_caught_up: bool) -> None:
         """Records how far a sequence is; one that has caught up needs no record, its log tells."""
@@ -96,16 +100,21 @@ class Committer:
         """The block manager has reserved for it; plans may name the blocks once that is acknowledged."""
         self._next.reserved.append((sequence, sequence.attempt, len(sequence.block_ids)))
 
+    def note_copy(self, copy: BlockCopy) -> None:
+        """The block manager has forked; a plan may make the copy once that is acknowledged."""
+        self._next.copies.append(copy)
+
     def accept(self, live: LiveRequest) -> "asyncio.Future[None]":
-        """Writes a request's row; the future is done once it is durable."""
-        self.describe(live.sequence)
+        """Writes a request's rows; the future is done once it is durable."""
+        for choice in live.choices:
+            self.describe(choice.sequence)
         accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._next.accepted.append((live, accepted))
         return accepted
 
-    def end(self, live: LiveRequest) -> None:
-        """Records `live.ending` once the log is whole; after that the row goes."""
-        self._next.ended.append(live)
+    def end(self, choice: LiveChoice) -> None:
+        """Records `choice.ending` once the logs of all choices are whole; after that their rows go."""
+        self._next.ended.append(choice)
 
     # -- scripts ------------------------------------------------------------------------------------------------------
 
@@ -146,31 +155,48 @@ class Committer:
             live.notify()
             if not accepted.done():
                 accepted.set_result(None)
-        for live, num_tokens in commit.logged:
-            live.sequence.num_logged_tokens = num_tokens
-            live.notify()
-        for live in commit.ended:
-            task = asyncio.get_running_loop().create_task(self._record_end(live))
-            self._recordings.add(task)
-            task.add_done_callback(self._recordings.discard)
+        for choice, num_tokens in commit.logged:
+            choice.sequence.num_logged_tokens = num_tokens
+            choice.request.notify()
+        for choice in commit.ended:
+            self._end_choice(choice)
+        self.acked_copies += commit.copies
         if commit.reserved or was_full:
             self._events.progress()
         return None
 
-    async def _record_end(self, live: LiveRequest) -> None:
-        """The log is whole in Redis: now the record says so, then the client, and then the row may go."""
-        sequence, ending = live.sequence, live.ending
+    def _end_choice(self, choice: LiveChoice) -> None:
+        """The choice's log is whole in Redis: its end is the request's, or, where others run on, may be told now."""
+        choice.is_logged = True
+        live, ending = choice.request, choice.ending
         assert ending is not None
-        end = EndState(ending.reason, sequence.num_cached_tokens or 0, ending.status, ending.error)
+        if all(other.is_logged for other in live.choices):
+            task = asyncio.get_running_loop().create_task(self._record_end(live))
+            self._recordings.add(task)
+            task.add_done_callback(self._recordings.discard)
+        elif ending.reason in (FinishReason.STOP, FinishReason.LENGTH):  # the log's tail shows it to whoever comes next
+            choice.end = _end_state(choice)
+            live.notify()
+
+    async def _record_end(self, live: LiveRequest) -> None:
+        """The logs are whole in Redis: now the record says so, then the client, and then the rows may go."""
+        ends = pack_ends([_end_state(choice) for choice in live.choices])
         try:
-            held = await self._requests.end(sequence.request_id, self.owner, end.pack())
+            held = await self._requests.end(live.body.request_id, self.owner, ends)
         except OwnershipLostError as error:
             return self._lose_ownership(error)
-        live.end = EndState.unpack(held)
-        self.changes.close_row(sequence.seq_id, sequence.segment_first_index)
+        for choice, end in zip(live.choices, unpack_ends(held), strict=True):
+            choice.end = end
+            self.changes.close_row(choice.sequence.seq_id, choice.sequence.segment_first_index)
         self._events.ended(live)
         return None
 
     def _lose_ownership(self, error: BaseException) -> None:
         self.has_lost_ownership = True
         self._events.lost(f"ownership: {error}")
+
+
+def _end_state(choice: LiveChoice) -> EndState:
+    ending = choice.ending
+    assert ending is not None
+    return EndState(ending.reason, choice.sequence.num_cached_tokens or 0, ending.status, ending.error)

@@ -5,14 +5,14 @@ A stream holds nothing but its place: what a slow client has not read stays in t
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
 
 from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.detokenizer import Piece, TextStream
 from scheduler.errors import InternalError, InvalidArgumentError, RequestError, UnavailableError
-from scheduler.live_request import EndState, LiveRequest
+from scheduler.live_request import EndState, LiveChoice, LiveRequest
 from scheduler.sequence import FinishReason
 from scheduler.tokenizer import Tokenizer
 
@@ -68,14 +68,75 @@ class DeliveryGate:
             self._arm()
 
 
-def num_ready_tokens(live: LiveRequest) -> int:
+def num_ready_tokens(choice: LiveChoice) -> int:
     """Logged tokens that may be delivered: an end token waits for the recorded end, for its text never leaves."""
-    sequence = live.sequence
+    sequence = choice.sequence
     num_logged = sequence.num_logged_tokens
-    if live.end is None and num_logged:
+    if choice.end is None and num_logged:
         last_token_id = sequence.token_ids[sequence.num_prompt_tokens + num_logged - 1]
         return num_logged - (last_token_id in sequence.limits.end_token_ids)
     return num_logged
+
+
+class _ChoiceStream:
+    """One stream's place in one choice."""
+
+    def __init__(self, choice: LiveChoice, text: TextStream, next_index: int, interval: int) -> None:
+        self.is_done = False
+        self._choice = choice
+        self._text = text
+        self._index = next_index
+        self._interval = max(1, interval)
+        self._num_pushed = 0
+        self._num_due = 1
+        self._is_first = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there is enough for another delta, or the choice has ended."""
+        choice = self._choice
+        return not self.is_done and (choice.end is not None or num_ready_tokens(choice) >= self._num_due)
+
+    def take(self) -> pb.Delta | None:
+        """What is there; None where it is nothing, or all was taken. Raises the request's own error where it failed."""
+        if self.is_done:
+            return None
+        choice, end = self._choice, self._choice.end
+        sequence, num_ready = choice.sequence, num_ready_tokens(choice)
+        first = sequence.num_prompt_tokens
+        self._text.push(sequence.token_ids[first + self._num_pushed : first + num_ready])
+        self._num_pushed = num_ready
+        if end is not None:
+            self.is_done = True
+            return self._last(end)
+        piece = self._text.take()
+        if piece.token_ids:
+            self._is_first = False
+        self._num_due = num_ready + (1 if self._is_first else self._interval)
+        if not piece.token_ids:
+            return None
+        delta = pb.Delta(choice=sequence.choice, index=self._index, token_ids=piece.token_ids, text=piece.text)
+        self._index += len(piece.token_ids)
+        return delta
+
+    def _last(self, end: EndState) -> pb.Delta:
+        if end.reason is FinishReason.ERROR:
+            raise _ERRORS[end.status](end.error)
+        sequence = self._choice.sequence
+        ends_by_id = end.reason is FinishReason.STOP and not self._text.stopped
+        piece: Piece = self._text.finish(drop_last_text=ends_by_id)
+        return pb.Delta(
+            choice=sequence.choice,
+            index=self._index,
+            token_ids=piece.token_ids,
+            text=piece.text,
+            finish_reason=_REASONS[end.reason],
+            usage=pb.Usage(
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_cached_tokens=end.num_cached_tokens,
+                num_output_tokens=sequence.num_logged_tokens,
+            ),
+        )
 
 
 class Delivery:
@@ -85,62 +146,48 @@ class Delivery:
         self._tokenizer = tokenizer
         self.gate = DeliveryGate()
 
-    async def deltas(self, live: LiveRequest, next_index: int, stream_interval: int) -> AsyncIterator[pb.Delta]:
-        """Choice 0's deltas from output index `next_index` on, to the end; `stream_interval` as in the contract.
+    async def deltas(
+        self, live: LiveRequest, next_indexes: Sequence[int], stream_interval: int
+    ) -> AsyncIterator[pb.Delta]:
+        """Deltas of all choices, each from its output index on (0 where none is given), to the end of the request.
 
-        Raises InvalidArgumentError for an index past what is logged, the request's own error where it failed, and
-        UnavailableError where another scheduler has it now.
+        `stream_interval` as in the contract. Raises InvalidArgumentError for an index past what is logged, the
+        request's own error where it failed, and UnavailableError where another scheduler has it now.
         """
-        if next_index > live.sequence.num_logged_tokens:
-            raise InvalidArgumentError(
-                "next_index", f"{next_index} is past the {live.sequence.num_logged_tokens} tokens"
-            )
-        text = TextStream(self._tokenizer, live.body.sampling.stop, first=next_index)
-        num_pushed, index, num_interruptions = 0, next_index, live.num_interruptions
+        streams = self._streams(live, next_indexes, stream_interval)
+        num_interruptions = live.num_interruptions
         while True:
             await self.gate.turn()
-            started = perf_counter()
-            sequence, end = live.sequence, live.end
-            is_interrupted = live.is_orphaned or live.num_interruptions != num_interruptions
-            if is_interrupted and end is None:
+            if not live.is_over and (live.is_orphaned or live.num_interruptions != num_interruptions):
                 raise UnavailableError("the request can't be served from here now; resume it")
-            num_ready = num_ready_tokens(live)
-            first = sequence.num_prompt_tokens
-            text.push(sequence.token_ids[first + num_pushed : first + num_ready])
-            num_pushed = num_ready
-            if end is not None:
-                yield self._last(live, end, text, index)
-                return
-            piece = text.take()
-            if piece.token_ids:
-                delta = pb.Delta(index=index, token_ids=piece.token_ids, text=piece.text)
-                index += len(piece.token_ids)
+            for stream in streams:
+                started = perf_counter()
+                delta = stream.take()
                 self.gate.busy_s += perf_counter() - started
-                yield delta
-            num_due = num_pushed + (max(1, stream_interval) if index > next_index else 1)
+                if delta is not None:
+                    yield delta
+            if all(stream.is_done for stream in streams):
+                return
             while not (
-                num_ready_tokens(live) >= num_due
-                or live.end is not None
+                any(stream.is_due for stream in streams)
                 or live.is_orphaned
                 or live.num_interruptions != num_interruptions
             ):
                 await live.changed()
 
-    def _last(self, live: LiveRequest, end: EndState, text: TextStream, index: int) -> pb.Delta:
-        if end.reason is FinishReason.ERROR:
-            raise _ERRORS[end.status](end.error)
-        sequence = live.sequence
-        num_output = sequence.num_logged_tokens
-        ends_by_id = end.reason is FinishReason.STOP and not text.stopped
-        piece: Piece = text.finish(drop_last_text=ends_by_id)
-        return pb.Delta(
-            index=index,
-            token_ids=piece.token_ids,
-            text=piece.text,
-            finish_reason=_REASONS[end.reason],
-            usage=pb.Usage(
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_cached_tokens=end.num_cached_tokens,
-                num_output_tokens=num_output,
-            ),
-        )
+    def _streams(self, live: LiveRequest, next_indexes: Sequence[int], stream_interval: int) -> list[_ChoiceStream]:
+        num_choices = len(live.choices)
+        if len(next_indexes) > num_choices:
+            plural = "s" * (num_choices > 1)
+            raise InvalidArgumentError(
+                "next_index", f"has {len(next_indexes)} entries for {num_choices} choice{plural}"
+            )
+        firsts = [*next_indexes, *[0] * (num_choices - len(next_indexes))]
+        streams = []
+        for choice, first in zip(live.choices, firsts, strict=True):
+            num_logged = choice.sequence.num_logged_tokens
+            if first > num_logged:
+                raise InvalidArgumentError("next_index", f"{first} is past the {num_logged} tokens")
+            text = TextStream(self._tokenizer, live.body.sampling.stop, first=first)
+            streams.append(_ChoiceStream(choice, text, first, stream_interval))
+        return streams

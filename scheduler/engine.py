@@ -17,12 +17,12 @@ from typing import Protocol
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.committer import Committer
-from scheduler.live_request import LiveRequest
+from scheduler.live_request import LiveChoice, LiveRequest
 from scheduler.planner import Planner
 from scheduler.results import ProtocolError, Results, Step
 from scheduler.sequence import SequenceStatus
 from scheduler.step_clock import StepClock
-from scheduler.wire import StepNumbers, build_plan, sampler_params
+from scheduler.wire import StepNumbers, StepWork, build_plan, sampler_params
 
 log = logging.getLogger("pagoda.engine")
 
@@ -55,7 +55,7 @@ class Engine:
         self.planner = parts.planner
         self.committer = parts.committer
         self.clock = parts.clock
-        self.live: dict[int, LiveRequest] = {}
+        self.live: dict[int, LiveChoice] = {}
         self.results = Results(parts.planner, parts.committer, self.live)
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.num_steps = 0
@@ -66,12 +66,13 @@ class Engine:
         self._redis_round_trip_s = parts.redis_round_trip_s
         self._samplers: dict[int, pb.SamplerParams] = {}
         self._arrived: deque[pb.StepResult] = deque()
-        self._endings: list[LiveRequest] = []
+        self._endings: list[LiveChoice] = []
         self._in_flight: deque[Step] = deque()
         self._resent: set[int] = set()
         self._next_step_id = next_step_id
         self._applied_step_id = self.committer.committed_step_id = next_step_id - 1
         self._must_reserve = True
+        self._is_settled = False
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
@@ -100,26 +101,34 @@ class Engine:
     def open(self, live: LiveRequest) -> "asyncio.Future[None]":
         """Takes a new or a moved request; it is durable under this worker's tag once the future is done."""
         self.hold(live)
-        self.planner.enqueue(live.sequence)
-        self._must_reserve = True
-        self._wake.set()
         return self.committer.accept(live)
 
     def hold(self, live: LiveRequest) -> None:
-        """Makes a request this engine's, without queueing it."""
-        self.live[live.sequence.seq_id] = live
-        self._samplers[live.sequence.seq_id] = sampler_params(live.sequence, live.body.sampling)
-        if live.ending is not None:
-            self._endings.append(live)
+        """Takes a request whose rows are under this worker's tag; its running choices have their blocks there."""
+        leader = live.choices[0].sequence
+        for choice in live.choices:
+            sequence = choice.sequence
+            self.live[sequence.seq_id] = choice
+            self._samplers[sequence.seq_id] = sampler_params(sequence, live.body.sampling)
+            if sequence.status is SequenceStatus.RUNNING:
+                self.planner.adopt_running(sequence)
+            else:
+                is_new = sequence is not leader and not sequence.num_output_tokens
+                self.planner.enqueue(sequence, leader if is_new else None)
+            if choice.ending is not None:
+                self._endings.append(choice)
+        self._must_reserve = True
+        self._wake.set()
 
     def end(self, live: LiveRequest) -> None:
-        """Carries out `live.ending` at the next step."""
-        self._endings.append(live)
+        """Carries out the endings that its choices were given at the next step."""
+        self._endings += [choice for choice in live.choices if choice.ending is not None]
         self._wake.set()
 
     def drop(self, live: LiveRequest) -> None:
         """Its end is recorded: nothing of it is needed here any more."""
-        del self.live[live.sequence.seq_id], self._samplers[live.sequence.seq_id]
+        for choice in live.choices:
+            del self.live[choice.sequence.seq_id], self._samplers[choice.sequence.seq_id]
         self._wake.set()
 
     def on_result(self, result: pb.StepResult) -> None:
@@ -185,28 +194,33 @@ class Engine:
 
     def _apply_endings(self) -> None:
         endings, self._endings = self._endings, []
-        for live in endings:
-            if live.sequence.seq_id in self.live and live.sequence.status is not SequenceStatus.FINISHED:
-                assert live.ending is not None
+        for choice in endings:
+            if choice.sequence.seq_id in self.live and choice.sequence.status is not SequenceStatus.FINISHED:
+                assert choice.ending is not None
                 self._must_reserve = True
-                self.results.finish(live, live.ending)
+                self.results.finish(choice, choice.ending)
 
     def _plan_ahead(self) -> list[pb.StepPlan]:
         plans: list[pb.StepPlan] = []
         if self._resent or self.committer.is_full or self.is_lost:
             return plans
+        if not self._is_settled:
+            self._is_settled = True
+            self.planner.settle()
         while len(self._in_flight) <= self.clock.num_plans_ahead:
             rows = self.planner.schedule()
-            if not rows:
+            copies, self.committer.acked_copies = self.committer.acked_copies, []
+            if not rows and not copies:
                 break
             numbers = StepNumbers(self.epoch, self._next_step_id, self.committer.committed_step_id)
-            plan = build_plan(numbers, rows, self.planner.removed, self._samplers)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), self._samplers)
             self.planner.removed.clear()
             if self.poisons_freed_blocks:
                 plan.freed_block_ids.extend(self.planner.blocks.freed_block_ids)
             self.planner.blocks.freed_block_ids.clear()
             num_tokens = sum([row.num_tokens for row in rows])
-            self._in_flight.append(Step(self._next_step_id, rows, num_tokens))
+            copied = [copy.destination for copy in copies]
+            self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied))
             self.clock.on_plan(num_tokens)
             self._next_step_id += 1
             self._must_reserve = True
@@ -224,8 +238,11 @@ class Engine:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:
             self.committer.describe(sequence)
+        for copy in self.planner.forks.copies:
+            self.committer.note_copy(copy)
         self.planner.reserved.clear()
         self.planner.redescribed.clear()
+        self.planner.forks.copies.clear()
 
     def _count_phases(self, *times: float) -> None:
         applied, planned, sent, reserved, committed = (b - a for a, b in itertools.pairwise(times))

@@ -121,12 +121,12 @@ class Fleet:
 
     def choose(self, live: LiveRequest) -> Engine | None:
         """The live worker with the least work: uncached prefill of this request, queued prefill, sequences."""
-        sequence = live.sequence
+        leader = live.choices[0].sequence
 
         def cost(engine: Engine) -> int:
             planner = engine.planner
-            uncached = planner.num_uncached_tokens(sequence.block_hashes, len(sequence.token_ids))
-            num_sequences = len(planner.running) + len(planner.waiting)
+            uncached = planner.num_uncached_tokens(leader.block_hashes, len(leader.token_ids))
+            num_sequences = len(planner.running) + planner.num_waiting
             return uncached + planner.num_queued_prefill_tokens + SEQUENCE_COST_TOKENS * num_sequences
 
         return min(self.engines, key=cost, default=None)
@@ -139,17 +139,17 @@ class Fleet:
     def engine_of(self, live: LiveRequest) -> Engine | None:
         """The engine that holds a request now."""
         for engine in self.engines:
-            if live.sequence.seq_id in engine.live:
+            if live.choices[0].sequence.seq_id in engine.live:
                 return engine
         return None
 
     def end(self, live: LiveRequest, ending: Ending) -> None:
         """Ends a request wherever it is; without a worker, as soon as one takes it or it is given up."""
-        if live.ending is None:
-            live.ending = ending
-            engine = self.engine_of(live)
-            if engine is not None:
-                engine.end(live)
+        for choice in live.choices:
+            choice.ending = choice.ending or ending
+        engine = self.engine_of(live)
+        if engine is not None:
+            engine.end(live)
 
     # -- a worker comes -----------------------------------------------------------------------------------------------
 
@@ -212,9 +212,9 @@ class Fleet:
         slot.lost_since = monotonic()
         await engine.retire()
         if engine.committer.has_lost_ownership:
-            for live in engine.live.values():
-                live.is_orphaned = True
-                live.notify()
+            for choice in engine.live.values():
+                choice.request.is_orphaned = True
+                choice.request.notify()
             return  # whoever owns it now, or our next seizure, finds everything in Redis
         await reclaim(slot.store, await slot.store.load(0), "", 0)
         slot.is_fenced = True
@@ -271,7 +271,7 @@ class Fleet:
         live.notify()
         if live.num_streams == 0:
             self._live_requests.discard(live)
-        if live.sequence.segment_first_index > 0:
+        if any(choice.sequence.segment_first_index for choice in live.choices):
             self._spawn(self._expire_logs(live))
 
     async def _expire_logs(self, live: LiveRequest) -> None:

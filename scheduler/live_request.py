@@ -1,8 +1,8 @@
-"""Requests while this scheduler owns them: body, sequence, and who waits for their tokens."""
+"""Requests while this scheduler owns them: body, choices, and who waits for their tokens."""
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from scheduler.detokenizer import TextStream
@@ -12,7 +12,7 @@ from scheduler.sequence import FinishReason, Sequence
 
 @dataclass(frozen=True, slots=True)
 class EndState:
-    """How a request ended, as its record keeps it."""
+    """How a choice ended, as its request's record keeps it."""
 
     reason: FinishReason
     num_cached_tokens: int
@@ -21,15 +21,15 @@ class EndState:
     error: str = ""
     """With FinishReason.ERROR: one line that says why."""
 
-    def pack(self) -> bytes:
-        """One line of JSON."""
-        return json.dumps([self.reason.value, self.num_cached_tokens, self.status, self.error]).encode()
 
-    @classmethod
-    def unpack(cls, data: bytes) -> "EndState":
-        """The inverse of pack."""
-        reason, num_cached_tokens, status, error = json.loads(data)
-        return cls(FinishReason(reason), num_cached_tokens, status, error)
+def pack_ends(ends: Iterable[EndState]) -> bytes:
+    """How all choices of a request ended: one line of JSON."""
+    return json.dumps([[end.reason.value, end.num_cached_tokens, end.status, end.error] for end in ends]).encode()
+
+
+def unpack_ends(data: bytes) -> list[EndState]:
+    """The inverse of pack_ends."""
+    return [EndState(FinishReason(reason), *rest) for reason, *rest in json.loads(data)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,28 @@ class Ending:
 
 
 @dataclass(slots=True, eq=False)
-class LiveRequest:
-    """Mutable, and shared by the engine that runs it and the streams that read it."""
+class LiveChoice:
+    """One choice of a live request. A recovery gives it a new sequence; its streams stay."""
 
-    body: RequestBody
+    request: "LiveRequest"
     sequence: Sequence
     stop_text: TextStream | None = None
     """Watches for stop texts, ahead of the log; None where the request has none."""
     ending: Ending | None = None
     """Decided by whoever; the engine that holds it carries it out."""
+    is_logged: bool = False
+    """Whether it has ended and its log is whole in Redis."""
     end: EndState | None = None
-    """Set once the end is recorded; the last thing that happens to it."""
+    """Set once the end is recorded, or sure to be found again in the log; the last thing that happens to it."""
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """Mutable, and shared by the engine that runs it and the streams that read it."""
+
+    body: RequestBody
+    choices: list[LiveChoice] = field(default_factory=list)
+    """All of them, from the moment that the request is made; their seq_ids follow each other."""
     is_accepted: bool = False
     """Whether Redis has acknowledged its row: it is durable."""
     is_orphaned: bool = False
@@ -63,8 +74,23 @@ class LiveRequest:
     abandon_timer: asyncio.TimerHandle | None = None
     _waiters: list["asyncio.Future[None]"] = field(default_factory=list)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has ended, for good."""
+        return all(choice.end is not None for choice in self.choices)
+
+    @property
+    def num_output_tokens(self) -> list[int]:
+        """Tokens generated so far, of each choice."""
+        return [choice.sequence.num_output_tokens for choice in self.choices]
+
+    def begin_segments(self, first_indexes: list[int]) -> None:
+        """Another worker logs each choice from its index on."""
+        for choice, first_index in zip(self.choices, first_indexes, strict=True):
+            choice.sequence.segment_first_index = first_index
+
     def notify(self) -> None:
-        """Wakes every stream: tokens were logged, it was accepted, it has ended, or it is orphaned."""
+        """Wakes every stream: tokens were logged, it was accepted, a choice has ended, or it is orphaned."""
         if not self._waiters:
             return
         waiters, self._waiters = self._waiters, []
@@ -132,7 +158,7 @@ class LiveRequests:
 
     def expect_client(self, live: LiveRequest) -> None:
         """Where nobody reads it: a resumable request waits for its client, another one is abandoned at once."""
-        if live.end is not None or live.is_orphaned:
+        if live.is_over or live.is_orphaned:
             if live.num_streams == 0:
                 self.discard(live)
         elif live.num_streams == 0 and live.body.resumable:

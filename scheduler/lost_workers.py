@@ -11,8 +11,8 @@ from dataclasses import replace
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
 from scheduler.engine import Engine
-from scheduler.live_request import EndState, LiveRequest
-from scheduler.recovery import Reviver, RowState, lose_worker
+from scheduler.live_request import EndState, LiveRequest, pack_ends, unpack_ends
+from scheduler.recovery import Reviver, lose_worker
 from scheduler.request_store import RequestStore
 from scheduler.sequence import FinishReason
 from scheduler.store import WorkerImage, WorkerStore
@@ -50,10 +50,10 @@ class LostWorkers:
         """Moves the requests to live workers: the record first, then the new row, then the old row goes."""
         gone = Changes()
         for revived in await self._reviver.revive(worker, await store.load(0)):
-            if revived.state is RowState.OVER:
-                gone.close_row(revived.seq_id, revived.first_index)
-            elif revived.live is None or await self._move(revived.live, revived.recorded_worker):
-                gone.forget.append(revived.seq_id)
+            if revived.live is None:
+                revived.drop_from(gone)
+            elif await self._move(revived.live, revived.recorded_worker):
+                gone.forget += revived.rows
         if gone:
             await store.commit(gone, 0)
 
@@ -62,13 +62,10 @@ class LostWorkers:
         owner = (worker, store.epoch)
         gone = Changes()
         for revived in await self._reviver.revive(worker, await store.load(0)):
-            gone.close_row(revived.seq_id, revived.first_index)
-            live = revived.live
-            if live is not None:
-                first_index = live.sequence.num_output_tokens
-                await self._requests.own(live.body.request_id, owner, revived.recorded_worker, first_index)
-                live.end = EndState.unpack(await self._requests.end(live.body.request_id, owner, GIVEN_UP.pack()))
-                self._on_end(live)
+            for seq_id, row in revived.rows.items():
+                gone.close_row(seq_id, row.first_index)
+            if revived.live is not None:
+                await self._end(revived.live, owner, revived.recorded_worker)
         if gone:
             await store.commit(gone, 0)
 
@@ -77,8 +74,17 @@ class LostWorkers:
         engine = self._choose(live)
         if engine is None:
             return False
-        first_index = live.sequence.segment_first_index = live.sequence.num_output_tokens
-        await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_index)
+        first_indexes = live.num_output_tokens
+        live.begin_segments(first_indexes)
+        await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_indexes)
         accepted = engine.open(live)
         await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
         return accepted.done()
+
+    async def _end(self, live: LiveRequest, owner: tuple[str, int], recorded_worker: str) -> None:
+        request_id = live.body.request_id
+        await self._requests.own(request_id, owner, recorded_worker, live.num_output_tokens)
+        held = await self._requests.end(request_id, owner, pack_ends([GIVEN_UP] * len(live.choices)))
+        for choice, end in zip(live.choices, unpack_ends(held), strict=True):
+            choice.end = end
+        self._on_end(live)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from scheduler.admission import OutputLengths, peak_blocks
 from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
+from scheduler.forks import Forks
 from scheduler.sequence import Sequence, SequenceStatus
 from scheduler.waiting_queue import WaitingQueue
 
@@ -29,7 +30,7 @@ class PlannerLimits:
 
 
 class ScheduledRow(NamedTuple):
-    """One sequence's part in a step."""
+    """One sequence's part in a step. num_tokens: 0 where it samples from what the row before it has run."""
 
     sequence: Sequence
     attempt: int
@@ -63,29 +64,54 @@ class Planner:
         """Sequences whose row in Redis is to be written anew: admitted for the first time, or preempted."""
         self.reserved: list[Sequence] = []
         """Sequences that got blocks; plans may not name these before Redis has acknowledged them."""
+        self.forks = Forks(blocks, limits.block_size)
+        self._unsettled: list[Sequence] = []  # of an earlier owner, with blocks of which nothing may be computed yet
         self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
         self._num_free_at_refusal: int | None = None
 
     # -- what happens to sequences ------------------------------------------------------------------------------------
 
-    def enqueue(self, sequence: Sequence) -> None:
-        """A sequence wants to run."""
-        self.waiting.push(sequence)
+    def enqueue(self, sequence: Sequence, leader: Sequence | None = None) -> None:
+        """A sequence wants to run; with a leader, one of the same prompt, as soon as that has computed it."""
+        if leader is not None and leader.status is not SequenceStatus.FINISHED and not leader.num_output_tokens:
+            self.forks.follow(leader, sequence)
+        else:
+            self.waiting.push(sequence)
         self._num_free_at_refusal = None
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
         self.running.append(sequence)
         self._claim_prefix(sequence)
+        if not sequence.num_computed_tokens:
+            self._unsettled.append(sequence)
+
+    def settle(self) -> None:
+        """All plans of an earlier owner have reported: now it is known who of its sequences has to begin anew.
+
+        The blocks of a fork whose first token has not come may be those of a prompt that was never finished.
+        """
+        for sequence in self._unsettled:
+            if sequence.status is SequenceStatus.RUNNING and not sequence.num_computed_tokens:
+                self.running.remove(sequence)
+                self._set_back(sequence)
+        self._unsettled.clear()
+        for follower in self.forks.past_prompt():
+            self.waiting.push(follower)
 
     def finish(self, sequence: Sequence) -> None:
         """A sequence has ended, wherever it stands; its blocks are free from the next plan on."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)
+        elif sequence.leader is not None:
+            self.forks.leave(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
             self.waiting.remove(sequence)
             self._num_free_at_refusal = None  # what was refused may be gone
+        for follower in self.forks.followers_of(sequence):
+            self.forks.leave(follower)
+            self.waiting.push(follower)
         sequence.status = SequenceStatus.FINISHED
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
 
@@ -108,7 +134,15 @@ class Planner:
 
     def grow_and_admit(self, lookahead: int) -> None:
         """Reserves blocks for what runs during the next `lookahead` plans, then admits what fits beside it."""
-        if self._grow_running(lookahead):
+        has_room = self._grow_running(lookahead)
+        for child, is_forked in self.forks.carry_out():
+            if is_forked:
+                self.running.append(child)
+                self.reserved.append(child)
+                self.redescribed.append(child)
+            else:
+                self._set_back(child)
+        if has_room:
             self._admit_waiting(lookahead)
 
     def schedule(self) -> list[ScheduledRow]:
@@ -116,7 +150,7 @@ class Planner:
         budget = self.limits.max_num_batched_tokens
         rows: list[ScheduledRow] = []
         prefills: list[tuple[Sequence, int]] = []
-        block_size = self.limits.block_size
+        block_size, leaders = self.limits.block_size, self.forks.leaders
         for sequence in self.running:
             num_tokens = sequence.num_unplanned_tokens
             if num_tokens <= 0:
@@ -133,13 +167,27 @@ class Planner:
                 sequence.num_planned_samples += 1
                 rows.append(ScheduledRow(sequence, sequence.attempt, 1, True))
                 budget -= 1
+                if leaders and sequence.seq_id in leaders:
+                    rows += self._begin_forks(sequence)
         for sequence, capacity in prefills:
             if budget <= 0:
                 break
-            num_tokens = min(sequence.num_unplanned_tokens, capacity, budget)
-            rows.append(self._row(sequence, num_tokens))
-            budget -= num_tokens
+            row = self._row(sequence, min(sequence.num_unplanned_tokens, capacity, budget))
+            rows.append(row)
+            budget -= row.num_tokens
+            if row.samples:
+                rows += self._begin_forks(sequence)
         return rows
+
+    @property
+    def num_running_requests(self) -> int:
+        """Requests of which some choice runs."""
+        return len({sequence.request_id for sequence in self.running})
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for admission, or for the prompt of another."""
+        return len(self.waiting) + self.forks.num_waiting
 
     @property
     def num_queued_prefill_tokens(self) -> int:
@@ -164,6 +212,20 @@ class Planner:
         if samples:
             sequence.num_planned_samples += 1
         return ScheduledRow(sequence, sequence.attempt, num_tokens, samples)
+
+    def _begin_forks(self, leader: Sequence) -> list[ScheduledRow]:
+        """The followers of a leader whose prompt this plan ends sample with it; those without room are queued."""
+        rows: list[ScheduledRow] = []
+        for follower in self.forks.followers_of(leader):
+            num_begun = self.forks.num_begun
+            has_room = num_begun < min(self.limits.max_num_seqs - len(self.running), self.blocks.num_available_blocks)
+            if has_room and not leader.num_output_tokens:
+                self.forks.begin(leader, follower)
+                rows.append(ScheduledRow(follower, follower.attempt, 0, True))
+            else:
+                self.forks.leave(follower)
+                self.waiting.push(follower)
+        return rows
 
     def _grow_running(self, lookahead: int) -> bool:
         """Returns whether there was no shortage: admitting into a shortage would undo a preemption."""
@@ -198,11 +260,14 @@ class Planner:
     def _preempt(self, sequence: Sequence) -> None:
         """Recompute: the sequence waits again, its blocks are free (published ones stay as hits while they last)."""
         self.running.remove(sequence)
+        self._set_back(sequence)
+        sequence.num_preemptions += 1
+        self.counters.num_preemptions += 1
+
+    def _set_back(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.forget_progress()
-        sequence.num_preemptions += 1
         sequence.status = SequenceStatus.PREEMPTED
-        self.counters.num_preemptions += 1
         self.redescribed.append(sequence)
         self.waiting.push(sequence)
 
@@ -262,7 +327,8 @@ class Planner:
         if self.running:
             num_private = sum(len(s.block_ids) - s.num_shared_blocks for s in self.running)
             num_shared = self.blocks.num_referenced_blocks - num_private + self.blocks.num_cached_among(shared)
-            peak = num_shared + peak_blocks([*self.running, sequence], self.lengths, block_size)
+            followers = [f for s in (*self.running, sequence) for f in self.forks.followers_of(s)]
+            peak = num_shared + peak_blocks([*self.running, sequence, *followers], self.lengths, block_size)
             if peak > self.limits.overcommit * self.blocks.num_blocks:
                 sequence.num_shared_blocks = 0
                 return False

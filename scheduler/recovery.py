@@ -9,8 +9,9 @@ from enum import Enum
 
 from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import PoolImage
+from scheduler.changes import Changes
 from scheduler.detokenizer import TextStream
-from scheduler.live_request import Ending, EndState, LiveRequest, LiveRequests
+from scheduler.live_request import Ending, LiveChoice, LiveRequest, LiveRequests, unpack_ends
 from scheduler.request import RequestBody
 from scheduler.request_store import RequestRecord, RequestStore
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
@@ -31,25 +32,32 @@ class ModelIdentity:
 
 
 class RowState(Enum):
-    """What a row under a worker's tag turns out to be."""
+    """What a request's rows under a worker's tag turn out to be."""
 
     LIVE = "live"
     OVER = "over"
-    """Its request has ended, or its record has expired: the row goes."""
+    """The request has ended, or its record has expired: the rows go."""
     MOVED = "moved"
-    """Its request runs on under another worker's tag, and a cut-short move has left the row behind: it goes too."""
+    """The request runs on under another worker's tag, and a cut-short move has left the rows behind: they go too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Revived:
-    """A sequence's row and what it is; of a LIVE one the request, and the worker that its record names."""
+    """A request's rows and what they are; of LIVE ones the request, and the worker that its record names."""
 
-    seq_id: int
     state: RowState
-    first_index: int
-    """Output index at which the log under the worker's tag begins."""
+    rows: dict[int, SequenceRow]
+    """By seq_id, choice by choice."""
     live: LiveRequest | None = None
     recorded_worker: str = ""
+
+    def drop_from(self, changes: Changes) -> None:
+        """Lets its rows go: to expire where the request is over, to live on elsewhere where it is not."""
+        for seq_id, row in self.rows.items():
+            if self.state is RowState.OVER:
+                changes.close_row(seq_id, row.first_index)
+            else:
+                changes.forget.append(seq_id)
 
 
 class Reviver:
@@ -63,85 +71,103 @@ class Reviver:
         """Known once a worker has registered."""
 
     def create(self, body: RequestBody, seq_id: int) -> LiveRequest:
-        """A request that has generated nothing yet."""
-        return LiveRequest(body, self._sequence(body, seq_id, []), self._stop_text(body))
+        """A request that has generated nothing yet; `seq_id` is that of choice 0."""
+        live = LiveRequest(body)
+        for sequence in self._sequences(body, seq_id, [[]] * body.n):
+            live.choices.append(LiveChoice(live, sequence, self._stop_text(body)))
+        return live
 
-    def ended(self, record: RequestRecord, output: list[int]) -> LiveRequest:
+    def ended(self, record: RequestRecord, outputs: list[list[int]]) -> LiveRequest:
         """A request that is over, for streams that read it once more."""
         body = RequestBody.from_bytes(record.body, record.digest)
-        live = LiveRequest(body, self._sequence(body, record.seq_id, output), is_accepted=True)
-        live.end = EndState.unpack(record.end)
+        live = LiveRequest(body, is_accepted=True)
+        sequences = self._sequences(body, record.seq_id, outputs)
+        for sequence, end in zip(sequences, unpack_ends(record.end), strict=True):
+            live.choices.append(LiveChoice(live, sequence, is_logged=True, end=end))
         return live
 
     async def revive(self, worker: str, image: WorkerImage) -> list[Revived]:
-        """All sequences that a worker has a row of, by arrival."""
-        revived = await asyncio.gather(*(self._revive(worker, seq_id, row) for seq_id, row in image.rows.items()))
-        return sorted(revived, key=lambda r: r.seq_id)
+        """All requests that a worker has rows of, by arrival."""
+        requests: dict[tuple[int, str], dict[int, SequenceRow]] = {}
+        for seq_id, row in sorted(image.rows.items()):
+            requests.setdefault((seq_id - row.choice, row.request_id), {})[seq_id] = row
+        return await asyncio.gather(*(self._revive(worker, *key, rows) for key, rows in sorted(requests.items())))
 
-    async def _revive(self, worker: str, seq_id: int, row: SequenceRow) -> Revived:
-        record = await self._requests.load(row.request_id)
+    async def _revive(self, worker: str, seq_id: int, request_id: str, rows: dict[int, SequenceRow]) -> Revived:
+        record = await self._requests.load(request_id)
         if record is None or record.end or record.seq_id != seq_id:
-            return Revived(seq_id, RowState.OVER, row.first_index)
+            return Revived(RowState.OVER, rows)
         if record.worker != worker and await self._requests.is_enrolled(record.worker, seq_id):
-            return Revived(seq_id, RowState.MOVED, row.first_index)
+            return Revived(RowState.MOVED, rows)
         body = RequestBody.from_bytes(record.body, record.digest)
-        output = await self._requests.load_output(record)
-        sequence = self._sequence(body, seq_id, output)
-        sequence.attempt = row.attempt
-        sequence.num_losses = row.num_losses
-        sequence.segment_first_index = row.first_index
-        sequence.num_cached_tokens = None if row.num_cached_tokens < 0 else row.num_cached_tokens
-        live = self._live_requests.get(row.request_id)
+        sequences = self._sequences(body, seq_id, await self._requests.load_outputs(record))
+        live = self._live_requests.get(request_id)
         if live is None or live.is_orphaned:
-            live = LiveRequest(body, sequence)
+            live = LiveRequest(body)
+            live.choices = [LiveChoice(live, sequence) for sequence in sequences]
             self._live_requests.add(live)
             self._live_requests.expect_client(live)
-        live.sequence = sequence
         live.is_accepted = True
-        live.stop_text = self._stop_text(body)
-        live.ending = live.ending or self._tail_ending(live) or self._loss_ending(sequence)
-        return Revived(seq_id, RowState.LIVE, row.first_index, live, record.worker)
+        for choice, sequence, row in zip(live.choices, sequences, rows.values(), strict=True):
+            _restore_row(sequence, row)
+            choice.sequence = sequence
+            choice.is_logged = False
+            choice.stop_text = self._stop_text(body)
+            choice.ending = choice.ending or self._tail_ending(choice) or self._loss_ending(sequence)
+        return Revived(RowState.LIVE, rows, live, record.worker)
 
-    def _tail_ending(self, live: LiveRequest) -> Ending | None:
+    def _tail_ending(self, choice: LiveChoice) -> Ending | None:
         """The end that the log's tail shows, where its owner died before it recorded it."""
-        output = live.sequence.output_token_ids
-        if live.stop_text is not None:
-            live.stop_text.push(output)
-            live.stop_text.take()
-            if live.stop_text.stopped:
+        output = choice.sequence.output_token_ids
+        if choice.stop_text is not None:
+            choice.stop_text.push(output)
+            choice.stop_text.take()
+            if choice.stop_text.stopped:
                 return Ending(FinishReason.STOP)
-        if output and output[-1] in live.sequence.limits.end_token_ids:
+        if output and output[-1] in choice.sequence.limits.end_token_ids:
             return Ending(FinishReason.STOP)
-        if len(output) >= live.sequence.limits.max_output_tokens:
+        if len(output) >= choice.sequence.limits.max_output_tokens:
             return Ending(FinishReason.LENGTH)
         return None
 
     def _loss_ending(self, sequence: Sequence) -> Ending | None:
         return LOST_TOO_OFTEN if sequence.num_losses >= MAX_LOSSES else None
 
-    def _sequence(self, body: RequestBody, seq_id: int, output: list[int]) -> Sequence:
+    def _sequences(self, body: RequestBody, seq_id: int, outputs: list[list[int]]) -> list[Sequence]:
+        """A sequence for each choice, from `seq_id` on, with what it has generated."""
         s = body.sampling
         eos = () if s.ignore_eos else self._tokenizer.eos_token_ids
         limits = SequenceLimits(s.max_tokens, frozenset((*eos, *s.stop_token_ids)), s.ignore_eos)
-        sequence = Sequence(
-            seq_id=seq_id,
-            request_id=body.request_id,
-            choice=0,
-            token_ids=[*body.prompt_token_ids, *output],
-            num_prompt_tokens=len(body.prompt_token_ids),
-            limits=limits,
-            root_hash=b"",
-            priority=body.priority,
-            tenant=body.tenant,
-            num_logged_tokens=len(output),
-        )
+        root, hashes = b"", list[bytes]()
         if self.model is not None:  # else nothing runs: no worker has come yet, and each one's coming revives anew
-            sequence.root_hash = root_hash(self.model.fingerprint, self.model.kv_dtype, "", body.cache_salt)
-            extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self.model.block_size)
-        return sequence
+            root = root_hash(self.model.fingerprint, self.model.kv_dtype, "", body.cache_salt)
+            extend_chain(root, hashes, body.prompt_token_ids, self.model.block_size)
+        return [
+            Sequence(
+                seq_id=seq_id + choice,
+                request_id=body.request_id,
+                choice=choice,
+                token_ids=[*body.prompt_token_ids, *output],
+                num_prompt_tokens=len(body.prompt_token_ids),
+                limits=limits,
+                root_hash=root,
+                priority=body.priority,
+                tenant=body.tenant,
+                block_hashes=list(hashes),
+                num_logged_tokens=len(output),
+            )
+            for choice, output in enumerate(outputs)
+        ]
 
     def _stop_text(self, body: RequestBody) -> TextStream | None:
         return TextStream(self._tokenizer, body.sampling.stop) if body.sampling.stop else None
+
+
+def _restore_row(sequence: Sequence, row: SequenceRow) -> None:
+    sequence.attempt = row.attempt
+    sequence.num_losses = row.num_losses
+    sequence.segment_first_index = row.first_index
+    sequence.num_cached_tokens = None if row.num_cached_tokens < 0 else row.num_cached_tokens
 
 
 def restore_running(sequence: Sequence, image: WorkerImage, block_size: int) -> None:

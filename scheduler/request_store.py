@@ -1,6 +1,7 @@
 """Requests' records in Redis, the registry of workers, and the source of seq_ids. Decides nothing."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redis.exceptions import ResponseError
@@ -22,11 +23,17 @@ class RequestRecord:
     body: bytes
     digest: bytes
     seq_id: int
+    """Of choice 0; those of the others follow."""
     worker: str
     epoch: int
-    placements: tuple[tuple[str, int], ...]
-    """(worker, output index from which it logs), in order."""
+    placements: tuple[tuple[str, tuple[int, ...]], ...]
+    """(worker, output index of each choice from which it logs), in order."""
     end: bytes
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of the request."""
+        return len(self.placements[0][1])
 
 
 class RequestStore:
@@ -54,18 +61,22 @@ class RequestStore:
         return sorted(bytes(name).decode() for name in reply)
 
     async def create(
-        self, request_id: str, digest: bytes, body: bytes, owner: tuple[str, int], seq_id: int
+        self, request_id: str, digest: bytes, body: bytes, owner: tuple[str, int], seq_ids: range
     ) -> tuple[bool, bytes, int]:
-        """Writes a record. Returns (whether it is ours, digest, seq_id) of the one that now exists."""
-        args = (digest, body, *owner, seq_id, self._request_ttl_s)
+        """Writes a record. Returns (whether it is ours, digest, seq_id of choice 0) of the one that now exists."""
+        seq_id = seq_ids.start
+        args = (digest, body, *owner, seq_id, self._request_ttl_s, _indexes([0] * len(seq_ids)))
         reply = await self._pipe.call(REQUEST_CREATE, [request_key(request_id)], args)
         assert isinstance(reply, list)
         held_seq_id = int(reply[2])
         return (bool(reply[0]) or held_seq_id == seq_id, bytes(reply[1]), held_seq_id)
 
-    async def own(self, request_id: str, owner: tuple[str, int], old_worker: str, first_index: int) -> bool:
-        """Makes `owner` = (worker, epoch) the request's; False where it is gone or ended."""
-        args = (*owner, old_worker, first_index, self._request_ttl_s)
+    async def own(self, request_id: str, owner: tuple[str, int], old_worker: str, first_indexes: Sequence[int]) -> bool:
+        """Makes `owner` = (worker, epoch) the request's, which logs each choice from there on where it is a new worker.
+
+        False where the request is gone or ended.
+        """
+        args = (*owner, old_worker, _indexes(first_indexes), self._request_ttl_s)
         try:
             return bool(await self._pipe.call(REQUEST_OWN, [request_key(request_id)], args))
         except ResponseError as error:
@@ -87,8 +98,11 @@ class RequestStore:
 
     async def expire_logs(self, record: RequestRecord) -> None:
         """Lets the segments that an ended request left behind expire."""
-        for worker, first_index in record.placements:
-            await self._pipe.send("EXPIRE", log_key(worker, record.seq_id, first_index), self._record_ttl_s)
+        for worker, first_indexes in record.placements:
+            for choice, first_index in enumerate(first_indexes):
+                await self._pipe.send(
+                    "EXPIRE", log_key(worker, record.seq_id + choice, first_index), self._record_ttl_s
+                )
 
     async def load(self, request_id: str) -> RequestRecord | None:
         """A record, or None where there is none."""
@@ -102,16 +116,29 @@ class RequestStore:
             int(record[b"seq_id"]),
             record[b"worker"].decode(),
             int(record[b"epoch"]),
-            tuple((line.rsplit(" ", 1)[0], int(line.rsplit(" ", 1)[1])) for line in lines),
+            tuple(_placement(line) for line in lines),
             record.get(b"end", b""),
         )
 
-    async def load_output(self, record: RequestRecord) -> list[int]:
-        """All logged output token ids, over all workers that it was placed with."""
-        segments = [(worker, record.seq_id, first_index) for worker, first_index in record.placements]
-        logs = await asyncio.gather(*(load_log(self._pipe, *segment) for segment in segments))
+    async def load_outputs(self, record: RequestRecord) -> list[list[int]]:
+        """All logged output token ids of each choice, over all workers that the request was placed with."""
+        return await asyncio.gather(*(self._load_output(record, choice) for choice in range(record.num_choices)))
+
+    async def _load_output(self, record: RequestRecord, choice: int) -> list[int]:
+        segments = [(worker, first_indexes[choice]) for worker, first_indexes in record.placements]
+        seq_id = record.seq_id + choice
+        logs = await asyncio.gather(*(load_log(self._pipe, worker, seq_id, first) for worker, first in segments))
         output: list[int] = []
-        for (_, first_index), tokens in zip(record.placements, logs, strict=True):
+        for (_, first_index), tokens in zip(segments, logs, strict=True):
             del output[first_index:]
             output += tokens
         return output
+
+
+def _indexes(first_indexes: Sequence[int]) -> str:
+    return ",".join(map(str, first_indexes))
+
+
+def _placement(line: str) -> tuple[str, tuple[int, ...]]:
+    worker, first_indexes = line.rsplit(" ", 1)
+    return worker, tuple(map(int, first_indexes.split(",")))

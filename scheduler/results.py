@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.committer import Committer
-from scheduler.live_request import Ending, LiveRequest
+from scheduler.live_request import Ending, LiveChoice
 from scheduler.planner import Planner, ScheduledRow
 from scheduler.sequence import FinishReason, Sequence, SequenceStatus
 from scheduler.wire import result_rows
@@ -19,17 +19,18 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan in flight."""
+    """A plan in flight. copied_block_ids: destinations of the copies that it makes."""
 
     step_id: int
     rows: list[ScheduledRow]
     num_tokens: int
+    copied_block_ids: list[int]
 
 
 class Results:
-    """Of one engine. `live` maps seq_id to the request, and is the engine's."""
+    """Of one engine. `live` maps seq_id to the choice, and is the engine's."""
 
-    def __init__(self, planner: Planner, committer: Committer, live: dict[int, LiveRequest]) -> None:
+    def __init__(self, planner: Planner, committer: Committer, live: dict[int, LiveChoice]) -> None:
         self._planner = planner
         self._committer = committer
         self._live = live
@@ -38,6 +39,8 @@ class Results:
     def apply(self, step: Step, result: pb.StepResult) -> None:
         """A result of a plan of ours, whose rows it follows. Raises ProtocolError where it does not."""
         _check_shape(result, len(step.rows))
+        if step.copied_block_ids:
+            self._planner.blocks.finish_copies(step.copied_block_ids)
         token_ids = list(result.token_ids)
         failed = set(result.failed_seq_ids)
         at = 0
@@ -63,12 +66,12 @@ class Results:
         _check_shape(result, len(result.seq_ids))
         failed = set(result.failed_seq_ids)
         for row in result_rows(result):
-            live = self._live.get(row.seq_id)
-            if live is None or live.sequence.status is SequenceStatus.FINISHED:
+            choice = self._live.get(row.seq_id)
+            if choice is None or choice.sequence.status is SequenceStatus.FINISHED:
                 continue
-            sequence = live.sequence
+            sequence = choice.sequence
             if row.seq_id in failed:
-                self.finish(live, NOT_FINITE)
+                self.finish(choice, NOT_FINITE)
                 continue
             if sequence.attempt == row.attempt and row.num_computed_tokens > sequence.num_computed_tokens:
                 sequence.num_computed_tokens = sequence.num_planned_tokens = row.num_computed_tokens
@@ -79,13 +82,20 @@ class Results:
             elif sequence.status is SequenceStatus.RUNNING:
                 self._planner.publish_computed(sequence)
 
-    def finish(self, live: LiveRequest, ending: Ending) -> None:
-        """A request is over: its blocks are free at once, its end is recorded behind its last tokens."""
-        self._planner.finish(live.sequence)
+    def finish(self, choice: LiveChoice, ending: Ending) -> None:
+        """A choice is over: its blocks are free at once, its end is recorded behind its last tokens.
+
+        An error ends the whole request.
+        """
+        self._planner.finish(choice.sequence)
         if ending.reason is FinishReason.STOP:
-            self._planner.lengths.add(live.sequence.num_output_tokens)
-        live.ending = ending
-        self._committer.end(live)
+            self._planner.lengths.add(choice.sequence.num_output_tokens)
+        choice.ending = ending
+        self._committer.end(choice)
+        if ending.reason is FinishReason.ERROR:
+            for other in choice.request.choices:
+                if other.sequence.status is not SequenceStatus.FINISHED:
+                    self.finish(other, ending)
 
     def _advance(self, row: ScheduledRow, num_computed: int) -> None:
         """Confirmed progress of the present attempt; what the worker ran less than planned is planned again."""
@@ -106,7 +116,7 @@ class Results:
 
     def _append(self, sequence: Sequence, first_index: int, tokens: list[int]) -> None:
         """Logs new tokens, as far as the sequence's end lets them survive."""
-        live = self._live[sequence.seq_id]
+        choice = self._live[sequence.seq_id]
         num_outputs = len(sequence.token_ids) - sequence.num_prompt_tokens
         if first_index != num_outputs:
             raise ProtocolError(f"tokens from {first_index} for a sequence that has {num_outputs}")
@@ -114,15 +124,15 @@ class Results:
         for token in tokens:
             sequence.token_ids.append(token)
             num_outputs += 1
-            reason = stop_reason(live, token, num_outputs)
+            reason = stop_reason(choice, token, num_outputs)
             if reason is not None:
                 tokens = tokens[: num_outputs - first_index]
                 break
         self.num_output_tokens += len(tokens)
-        self._committer.log_tokens(live, first_index, tokens)
+        self._committer.log_tokens(choice, first_index, tokens)
         self._planner.publish_computed(sequence)
         if reason is not None:
-            self.finish(live, Ending(reason))
+            self.finish(choice, Ending(reason))
 
 
 def _check_shape(result: pb.StepResult, num_rows: int) -> None:
@@ -137,15 +147,15 @@ def _check_shape(result: pb.StepResult, num_rows: int) -> None:
         )
 
 
-def stop_reason(live: LiveRequest, token: int, num_output_tokens: int) -> FinishReason | None:
+def stop_reason(choice: LiveChoice, token: int, num_output_tokens: int) -> FinishReason | None:
     """Whether the token that was just appended, the last of so many, ends the sequence, and why."""
-    limits = live.sequence.limits
+    limits = choice.sequence.limits
     if token in limits.end_token_ids:
         return FinishReason.STOP
-    if live.stop_text is not None:
-        live.stop_text.push((token,))
-        live.stop_text.take()
-        if live.stop_text.stopped:
+    if choice.stop_text is not None:
+        choice.stop_text.push((token,))
+        choice.stop_text.take()
+        if choice.stop_text.stopped:
             return FinishReason.STOP
     if num_output_tokens >= limits.max_output_tokens:
         return FinishReason.LENGTH

@@ -53,6 +53,8 @@ class Sequence:
     tenant: str = ""
 
     status: SequenceStatus = SequenceStatus.WAITING
+    leader: "Sequence | None" = None
+    """Whose prompt, the same as this one's, it waits for, to fork from it."""
     attempt: int = 0
     num_losses: int = 0
     num_preemptions: int = 0
@@ -65,14 +67,14 @@ class Sequence:
     num_published_blocks: int = 0
     """Blocks from the front that are shared, published, or known to be some other block's duplicate."""
     num_shared_blocks: int = 0
-    """Blocks from the front that were found in the prefix index at admission."""
+    """Blocks from the front that were found in the prefix index at admission, or shared in a fork."""
     num_acked_blocks: int = 0
     """Blocks whose reservation Redis has acknowledged: only these may be named in a plan."""
     num_sent_blocks: int = 0
     """Blocks that the worker has been told of."""
 
     num_cached_tokens: int | None = None
-    """Prompt tokens found in the prefix index at the first admission."""
+    """Prompt tokens found in the prefix index at the first admission; all of them where it was forked."""
     num_computed_tokens: int = 0
     num_planned_tokens: int = 0
     num_planned_samples: int = 0

@@ -1,7 +1,6 @@
 """The gRPC face towards clients: accepts requests, attaches streams, answers questions. No decisions about steps."""
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +12,7 @@ from pagoda.v1 import generation_pb2_grpc
 
 from scheduler.delivery import Delivery
 from scheduler.engine import Engine
-from scheduler.errors import AlreadyExistsError, InvalidArgumentError, NotFoundError, QueueFullError, UnavailableError
+from scheduler.errors import AlreadyExistsError, NotFoundError, QueueFullError, UnavailableError
 from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.recovery import Reviver
@@ -44,12 +43,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._reviver = reviver
         self._live_requests = live_requests
         self._delivery = Delivery(model.tokenizer)
-        self._seq_ids: itertools.count[int] | None = None
+        self._next_seq_id = 0
         self._accepting: dict[str, _Acceptance] = {}
 
     async def start(self) -> None:
         """Draws the prefix of this scheduler's seq_ids."""
-        self._seq_ids = itertools.count(await self._requests.next_seq_id_prefix() << 32)
+        self._next_seq_id = await self._requests.next_seq_id_prefix() << 32
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -63,25 +62,22 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if live.body.digest != body.digest:
             raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
         async with _Attached(self._live_requests, live):
-            while not (live.is_accepted or live.end is not None or live.is_orphaned):
+            while not (live.is_accepted or live.is_over or live.is_orphaned):
                 await live.changed()
             yield pb.GenerateResponse(request_id=body.request_id)
-            async for delta in self._delivery.deltas(live, 0, request.stream_interval):
+            async for delta in self._delivery.deltas(live, (), request.stream_interval):
                 yield pb.GenerateResponse(request_id=body.request_id, delta=delta)
 
     async def Attach(  # noqa: N802
         self, request: pb.AttachRequest, context: Context
     ) -> AsyncIterator[pb.AttachResponse]:
         """Goes on with a stream."""
-        if len(request.next_index) > 1:
-            raise InvalidArgumentError("next_index", "the request has one choice")
         live = await self._find(request.request_id)
         if live is None:
             raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
-        next_index = request.next_index[0] if request.next_index else 0
         async with _Attached(self._live_requests, live):
             yield pb.AttachResponse(request_id=request.request_id)
-            async for delta in self._delivery.deltas(live, next_index, request.stream_interval):
+            async for delta in self._delivery.deltas(live, request.next_index, request.stream_interval):
                 yield pb.AttachResponse(request_id=request.request_id, delta=delta)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
@@ -89,7 +85,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         live = await self._find(request.request_id)
         if live is None:
             raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
-        if live.end is not None or live.ending is not None:
+        if all(choice.end is not None or choice.ending is not None for choice in live.choices):
             return pb.CancelResponse(cancelled=False)
         self._fleet.end(live, Ending(FinishReason.ABORT))
         return pb.CancelResponse(cancelled=True)
@@ -111,7 +107,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if record is None:
             return None
         if record.end:
-            return self._reviver.ended(record, await _in_time(self._requests.load_output(record)))
+            return self._reviver.ended(record, await _in_time(self._requests.load_outputs(record)))
         await self._fleet.wait_until_resolved(record.worker)
         live = self._live_requests.get(request_id)
         if live is None:
@@ -124,7 +120,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if record is None:
             return None
         if record.end:
-            return self._reviver.ended(record, await _in_time(self._requests.load_output(record)))
+            return self._reviver.ended(record, await _in_time(self._requests.load_outputs(record)))
         if await _in_time(self._requests.is_enrolled(record.worker, record.seq_id)):
             raise UnavailableError("the request's worker is being taken over; resume it in a moment")
         live = self._live_requests.get(request_id)
@@ -151,7 +147,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     def _begin_accepting(self, body: RequestBody) -> "_Acceptance":
         num_waiting = len(self._accepting) + len(self._live_requests)
-        num_waiting -= sum(len(engine.planner.running) for engine in self._fleet.engines)
+        num_waiting -= sum(engine.planner.num_running_requests for engine in self._fleet.engines)
         if num_waiting >= self._model.max_waiting:
             raise QueueFullError(f"{num_waiting} requests are waiting already; try again later")
         acceptance = self._accepting[body.request_id] = _Acceptance(asyncio.create_task(self._create(body)))
@@ -165,14 +161,15 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     async def _create(self, body: RequestBody) -> LiveRequest:
         """Makes a request ours and durable, and gives it to a worker."""
-        assert self._seq_ids is not None
-        live = self._reviver.create(body, next(self._seq_ids))
+        seq_ids = range(self._next_seq_id, self._next_seq_id + body.n)
+        self._next_seq_id = seq_ids.stop
+        live = self._reviver.create(body, seq_ids.start)
         engine = self._fleet.choose(live)
         if engine is None:
             raise UnavailableError("the last worker was lost just now; try again")
-        owner, seq_id = engine.committer.owner, live.sequence.seq_id
+        owner = engine.committer.owner
         is_ours, held_digest, _ = await _in_time(
-            self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_id)
+            self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_ids)
         )
         if not is_ours:
             if held_digest != body.digest:
@@ -202,7 +199,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             owner = engine.committer.owner
             if owner == recorded_owner:
                 return engine
-            await _in_time(self._requests.own(live.body.request_id, owner, recorded_owner[0], 0))
+            await _in_time(self._requests.own(live.body.request_id, owner, recorded_owner[0], [0] * live.body.n))
             recorded_owner = owner
             if not engine.is_lost:
                 return engine

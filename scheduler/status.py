@@ -65,7 +65,7 @@ def _engine(engine: Engine, redis_round_trip_s: float) -> pb.WorkerStatus:
         state=pb.WORKER_STATE_LOST if engine.is_lost else pb.WORKER_STATE_LIVE,
         epoch=engine.epoch,
         num_running=len(planner.running),
-        num_waiting=len(planner.waiting),
+        num_waiting=planner.num_waiting,
         num_blocks=planner.blocks.num_blocks,
         num_free_blocks=planner.blocks.num_free_blocks,
         num_referenced_blocks=planner.blocks.num_referenced_blocks,

@@ -45,6 +45,7 @@ class Limits:
     max_stop_chars: int = 256
     max_num_stop_token_ids: int = 256
     max_name_chars: int = 256  # of tenant and cache_salt
+    max_num_choices: int = 64
 
 
 def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> RequestBody:
@@ -63,7 +64,7 @@ def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) 
         request_id=request.request_id or uuid.uuid4().hex,
         prompt_token_ids=tuple(prompt),
         sampling=_sampling(request.sampling, tokenizer, limits, room),
-        n=1,
+        n=_num_choices(request, limits),
         resumable=request.resumable,
         resume_wait_s=resume_wait_s,
         tenant=request.tenant,
@@ -128,8 +129,6 @@ def _too_long(num_prompt_tokens: int, limits: Limits) -> str:
 
 
 def _refuse_unserved(request: pb.GenerateRequest) -> None:
-    if request.n > 1:
-        raise UnsupportedError("n > 1")
     if request.adapter:
         raise UnsupportedError("adapter")
     for field, _ in request.sampling.ListFields():
@@ -143,6 +142,12 @@ def _check_names(request: pb.GenerateRequest, limits: Limits) -> None:
     for field, value in (("tenant", request.tenant), ("cache_salt", request.cache_salt)):
         if len(value) > limits.max_name_chars:
             raise InvalidArgumentError(field, f"has {len(value)} characters, at most {limits.max_name_chars}")
+
+
+def _num_choices(request: pb.GenerateRequest, limits: Limits) -> int:
+    if request.n > limits.max_num_choices:
+        raise InvalidArgumentError("n", f"is {request.n}, at most {limits.max_num_choices}")
+    return max(1, request.n)
 
 
 def _resume_wait_s(request: pb.GenerateRequest, limits: Limits) -> float:

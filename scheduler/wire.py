@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pagoda.v1 import worker_pb2 as pb
 
+from scheduler.block_manager import BlockCopy
 from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence
@@ -30,10 +31,17 @@ class ResultRow:
     token_ids: list[int]
 
 
-def build_plan(
-    numbers: StepNumbers, rows: Seq[ScheduledRow], removed: Seq[int], samplers: dict[int, pb.SamplerParams]
-) -> pb.StepPlan:
-    """The plan that runs `rows`; notes in each sequence what its worker knows from now on.
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a plan does: what it runs, what it copies before, whom it forgets before that."""
+
+    rows: Seq[ScheduledRow]
+    copies: Seq[BlockCopy] = ()
+    removed: Seq[int] = ()
+
+
+def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.SamplerParams]) -> pb.StepPlan:
+    """The plan that does `work`; notes in each sequence what its worker knows from now on.
 
     `samplers` holds the parameters of every sequence that may have to be added.
     """
@@ -41,11 +49,14 @@ def build_plan(
         epoch=numbers.epoch,
         step_id=numbers.step_id,
         committed_step_id=numbers.committed_step_id,
-        removed_seq_ids=removed,
-        scheduled_seq_ids=[row.sequence.seq_id for row in rows],
-        num_scheduled_tokens=[row.num_tokens for row in rows],
+        removed_seq_ids=work.removed,
+        copy_src_block_ids=[copy.source for copy in work.copies],
+        copy_dst_block_ids=[copy.destination for copy in work.copies],
+        copy_num_tokens=[copy.num_tokens for copy in work.copies],
+        scheduled_seq_ids=[row.sequence.seq_id for row in work.rows],
+        num_scheduled_tokens=[row.num_tokens for row in work.rows],
     )
-    for row in rows:
+    for row in work.rows:
         sequence = row.sequence
         if sequence.num_sent_blocks == sequence.num_acked_blocks and sequence.is_on_worker:
             continue

@@ -243,6 +243,18 @@ class Received:
             await asyncio.wait_for(self._changed.wait_for(lambda: self.count >= num_tokens), 60.0)
 
 
+async def collect_choices(
+    client: PagodaClient, request: pb.GenerateRequest, received: Received | None = None
+) -> dict[int, list[pb.Delta]]:
+    """All deltas of each choice; the client itself raises StreamError where an index is missing or comes twice."""
+    deltas: dict[int, list[pb.Delta]] = {}
+    async for delta in client.generate(request):
+        deltas.setdefault(delta.choice, []).append(delta)
+        if received is not None:
+            await received.add(len(delta.token_ids))
+    return deltas
+
+
 async def collect(
     client: PagodaClient, request: pb.GenerateRequest, received: Received | None = None
 ) -> tuple[list[int], str, pb.Delta]:

@@ -157,13 +157,14 @@ class Batch:
         num_run = np.minimum(plan.num_scheduled_tokens, known - computed)
         context_lens = computed + num_run
         num_tokens = self._check(plan, num_run, context_lens, before)
-        sampling = np.flatnonzero((context_lens == known) & (num_run > 0) & (known < self._limits.max_model_len))
+        samples = (num_run > 0) | self._forks(plan, known, context_lens)
+        sampling = np.flatnonzero(samples & (context_lens == known) & (known < self._limits.max_model_len))
         scheduled = self._scheduled(rows, before, context_lens, sampling)
         if num_tokens == len(rows) and num_run.all():  # one token each: nothing is ragged
             token_rows, positions, logit_rows = rows, computed, sampling
             cu_seqlens_q = self._one_each[: num_tokens + 1]
         else:
-            logit_rows = np.cumsum(num_run)[sampling] - 1
+            logit_rows = np.cumsum(num_run)[sampling] - 1  # a fork has no tokens here: its row is the one before it
             if not num_run.all():
                 active = np.flatnonzero(num_run)
                 rows, computed, num_run, context_lens = (c[active] for c in (rows, computed, num_run, context_lens))
@@ -188,6 +189,20 @@ class Batch:
             sampled=self._sampled_rows(scheduled),
             scheduled=scheduled,
         )
+
+    def _forks(
+        self, plan: Plan, known: NDArray[np.int64], context_lens: NDArray[np.int64]
+    ) -> NDArray[np.bool_] | np.bool_:
+        """Which of the plan's sequences sample from what the one before them runs. Raises ProtocolError."""
+        is_fork: NDArray[np.bool_] = plan.num_scheduled_tokens == 0
+        if not is_fork.any():
+            return np.False_
+        parents = np.maximum.accumulate(np.where(is_fork, -1, np.arange(len(is_fork))))
+        is_bad = is_fork & ((parents < 0) | (known != known[parents]) | (context_lens != context_lens[parents]))
+        if is_bad.any():
+            seq_id = plan.scheduled_seq_ids[int(is_bad.argmax())]
+            raise ProtocolError(f"plan {plan.step_id} forks sequence {seq_id} from one that does not end its prompt")
+        return is_fork
 
     def _scheduled(
         self,
@@ -219,7 +234,7 @@ class Batch:
                 f"plan {plan.step_id} runs {num_tokens} tokens of {len(num_run)} sequences: the limits are "
                 f"{limits.max_num_batched_tokens} and {limits.max_num_seqs}"
             )
-        is_short = context_lens > before["num_blocks"] * limits.block_size
+        is_short = (context_lens > before["num_blocks"] * limits.block_size) & (num_run > 0)
         if is_short.any():
             entry = int(is_short.argmax())
             raise ProtocolError(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from kernels import BlockCopy, Kernels
@@ -90,17 +91,32 @@ class PoisoningRunner:
     def __init__(self, runner: ModelRunner, pool: KVPool) -> None:
         self._runner = runner
         self._pool = pool
+        self._joined: dict[int, tuple[int, int]] = {}  # seq_id -> blocks it has, tokens computed when it joined
         pool.poison()
 
     def prepare(self, plan: Plan) -> None:
         """Poison freed blocks and the unwritten slots of new ones, then copy the plan's blocks."""
-        for block_id in (*plan.freed_block_ids, *plan.appended_block_ids.tolist()):
+        for block_id in plan.freed_block_ids:
             self._pool.poison_block(block_id, 0)
+        for seq_id in plan.removed_seq_ids:
+            self._joined.pop(seq_id, None)
         for added in plan.added:
-            full, offset = divmod(added.num_computed_tokens, self._pool.kv_format.block_size)
-            for i, block_id in enumerate(added.block_ids[full:].tolist()):
-                self._pool.poison_block(block_id, offset if i == 0 else 0)
+            self._joined[added.seq_id] = (0, added.num_computed_tokens)
+            self._poison_new(added.seq_id, added.block_ids.tolist())
+        ends = np.cumsum(plan.appended_num_blocks)
+        for seq_id, block_ids in zip(plan.appended_seq_ids, np.split(plan.appended_block_ids, ends), strict=False):
+            self._poison_new(seq_id, block_ids.tolist())
         self._runner.prepare(plan)
+
+    def _poison_new(self, seq_id: int, block_ids: list[int]) -> None:
+        """Blocks at the end of a table; a fork's first ones hold what its parent has computed."""
+        num_blocks, num_computed = self._joined[seq_id]
+        block_size = self._pool.kv_format.block_size
+        for i, block_id in enumerate(block_ids, start=num_blocks):
+            num_written = num_computed - i * block_size
+            if num_written < block_size:
+                self._pool.poison_block(block_id, max(0, num_written))
+        self._joined[seq_id] = (num_blocks + len(block_ids), num_computed)
 
     def look_ahead(self, inputs: StepInputs) -> None:
         """See Runner."""

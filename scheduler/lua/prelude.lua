@@ -2,7 +2,7 @@
 -- KEYS  1 meta (hash), 2 pool (string), 3 index (hash), 4 tables (hash), 5 seqs (hash), 6 computed (hash),
 --       7 copies (hash), 8.. logs of the sequences that are appended to or closed
 -- ARGV  1 epoch, 2 n, 3 committed step_id, 4 seconds that a closed log is kept, 5.. one packed string per verb,
---       in the order append, computed, publish, copied, fork, release, describe, reserve, close, forget
+--       in the order append, computed, publish, copied, release, fork, describe, reserve, close, forget
 -- returns "ok", and what the fence answers; error: REFUSED (a block or sequence is not in the expected state)
 -- pool: per block id 20 bytes: ref_count (u32), block_hash (16 bytes, zeros: none). Integers are little-endian.
 local BLOCK_BYTES = 20

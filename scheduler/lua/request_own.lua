@@ -1,6 +1,7 @@
 -- request_own: a new owner, or a new worker, of a live request.
 -- KEYS  1 the record (hash)
--- ARGV  1 worker and 2 epoch of the new owner, 3 worker of the old one, 4 output index from which the new worker logs,
+-- ARGV  1 worker and 2 epoch of the new owner, 3 worker of the old one, 4 output index of each choice from
+--       which the new worker logs, with commas between,
 --       5 seconds that a request may live at most
 -- returns 1, or 0 where the record is gone or has ended; error STALE where another owner is newer.
 -- Invariant: of one worker the epoch only grows; a worker follows only the one that held the request.

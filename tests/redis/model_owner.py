@@ -160,8 +160,8 @@ class Owner:
         num_full, num_tail = divmod(parent.num_computed, BLOCK_SIZE)
         if num_tail and not self.blocks.num_available_blocks:
             return False
-        if self.blocks.changes.release or self.blocks.changes.reserve:
-            self.commit()  # forks are applied before releases and reservations
+        if self.blocks.changes.reserve:
+            self.commit()  # forks are applied before reservations
         child = self.open(Story(child_id, parent.story.salt, parent.story.tokens(parent.num_tokens)))
         tail = (parent.table[num_full], num_tail) if num_tail else None
         child.table = self.blocks.fork(parent.seq_id, child_id, parent.table[:num_full], tail)
@@ -170,8 +170,10 @@ class Owner:
         return True
 
     def _release(self, sequence: Tracked) -> None:
-        if any(row[0] == sequence.seq_id for row in self.blocks.changes.reserve):
-            self.commit()  # releases are applied before reservations
+        changes = self.blocks.changes
+        forked = {seq_id for row in changes.fork for seq_id in row[:2]}
+        if sequence.seq_id in forked or any(row[0] == sequence.seq_id for row in changes.reserve):
+            self.commit()  # releases are applied before forks and reservations
         if sequence.table:
             self.blocks.release(sequence.seq_id, sequence.table)
         sequence.table = []

@@ -22,7 +22,7 @@ async def test_a_step_is_one_script_and_nothing_scans_the_keys(server: RedisServ
     await store.reclaim("incarnation-1", 64)
     with server.client() as client:
         client.config_resetstat()
-        await requests.create("r", b"digest", b"body", ("worker-0", 1), 1)
+        await requests.create("r", b"digest", b"body", ("worker-0", 1), range(1, 2))
         await store.commit(Changes(describe=[(1, ROW)], reserve=[(1, [], [1, 2])]), 0)
         for i in range(20):
             await store.commit(Changes(append=[(1, i, [i])], publish=[(1, b"\x01" * 16)] if i == 0 else []), i)

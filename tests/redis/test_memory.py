@@ -49,7 +49,7 @@ async def test_nothing_is_left_behind_but_what_is_documented(
     await store.reclaim("incarnation-1", 64)
     ids = range(1, 21)
     for i in ids:
-        await requests.create(f"r{i}", b"digest", b"body", (WORKER, store.epoch), i)
+        await requests.create(f"r{i}", b"digest", b"body", (WORKER, store.epoch), range(i, i + 1))
     await store.commit(Changes(reserve=[(i, [], [i, 20 + i]) for i in ids], describe=[(i, ROW) for i in ids]), 0)
     await store.commit(Changes(append=[(i, 0, [1, 2]) for i in ids], computed=[(i, 16) for i in ids]), 1)
     forks = [(i, 100 + i, 1, 20 + i, 40 + i, 3) for i in ids]

@@ -79,7 +79,6 @@ BAD: dict[str, tuple[pb.GenerateRequest, str]] = {
     "cache_salt too long": (request(cache_salt="t" * 257), "cache_salt: "),
 }
 UNSERVED: dict[str, pb.GenerateRequest] = {
-    "n > 1": request(n=2),
     "adapter": request(adapter="mine"),
     "sampling.presence_penalty": request(presence_penalty=0.1),
     "sampling.frequency_penalty": request(frequency_penalty=0.1),

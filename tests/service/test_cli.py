@@ -142,6 +142,19 @@ def test_text_and_json_say_the_same(up):
     assert answer["usage"]["num_prompt_tokens"] > 0
 
 
+def test_choices_are_written_one_after_the_other(up):
+    flags = ("--prompt", "the quick brown fox", "--max-tokens", 12, "--seed", 5, "--ignore-eos", "--n", 3)
+    answer = json.loads(up.generate(*flags, "--json").stdout)
+    assert list(answer) == ["request_id", "choices"]
+    assert [len(choice["token_ids"]) for choice in answer["choices"]] == [12] * 3
+    assert len({choice["text"] for choice in answer["choices"]}) == 3
+    text = up.generate(*flags)
+    assert (text.returncode, text.stderr) == (0, "")
+    assert text.stdout == "".join(f"--- choice {i}\n{c['text']}\n" for i, c in enumerate(answer["choices"]))
+    one = json.loads(up.generate(*flags[:-2], "--json").stdout)
+    assert one["token_ids"] == answer["choices"][0]["token_ids"]
+
+
 def test_every_form_of_prompt_and_of_stop(up):
     common = ("--max-tokens", 8, "--temperature", 0, "--ignore-eos", "--json")
     by_ids = json.loads(up.generate("--token-ids", "5,6,7", *common).stdout)

@@ -5,23 +5,25 @@ worker a physical pool in which every slot says what is written in it. A round i
 and what the worker does meanwhile: one plan. Every round asserts what must always hold.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import cast
 
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.block_hash import root_hash
-from scheduler.block_manager import BlockManager
+from scheduler.block_manager import BlockCopy, BlockManager
 from scheduler.changes import Changes
 from scheduler.committer import Committer
-from scheduler.live_request import Ending, LiveRequest
+from scheduler.live_request import Ending, LiveChoice, LiveRequest
 from scheduler.planner import Planner, PlannerLimits, ScheduledRow
 from scheduler.request import RequestBody
 from scheduler.results import Results, Step
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
-from scheduler.wire import StepNumbers, build_plan
+from scheduler.wire import StepNumbers, StepWork, build_plan
 
 END = 0
 """The end-of-sequence token; no prompt holds it."""
@@ -42,6 +44,7 @@ class Arrival:
     tenant: str = ""
     salt: str = ""
     ignores_eos: bool = False
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +109,25 @@ class SimWorker:
         for seq_id, count in zip(plan.appended_seq_ids, plan.appended_num_blocks, strict=True):
             self.held[seq_id].block_ids += plan.appended_block_ids[at : at + count]
             at += count
+        copies = (plan.copy_src_block_ids, plan.copy_dst_block_ids, plan.copy_num_tokens)
+        for source, copy, count in zip(*copies, strict=True):
+            self.pool[copy] = [*self.pool[source][:count], *[None] * (self.block_size - count)]
         result = pb.StepResult(epoch=plan.epoch, step_id=plan.step_id)
+        parent = 0
         for seq_id, count in zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True):
-            self._run_row(seq_id, count, result)
+            if count:
+                parent = seq_id
+                self._run_row(seq_id, count, result)
+            else:
+                self._fork_row(parent, seq_id, result)
         return result
+
+    def _fork_row(self, parent_id: int, seq_id: int, result: pb.StepResult) -> None:
+        parent, held = self.held[parent_id], self.held[seq_id]
+        assert held.tokens == parent.tokens[:-1], "a fork of another prompt, or of one that is not done"
+        assert held.num_computed == len(held.tokens)
+        assert not held.block_ids
+        self._report(seq_id, held, held.num_computed, result)
 
     def _run_row(self, seq_id: int, count: int, result: pb.StepResult) -> None:
         held = self.held[seq_id]
@@ -125,6 +143,9 @@ class SimWorker:
                 slots[position % self.block_size] = content
             assert slots[position % self.block_size] == content, f"{seq_id} reads what is not its own at {position}"
         held.num_computed = end
+        self._report(seq_id, held, end, result)
+
+    def _report(self, seq_id: int, held: _Held, end: int, result: pb.StepResult) -> None:
         output_index = len(held.tokens) - held.num_prompt_tokens
         samples = end == len(held.tokens)
         if samples:
@@ -143,10 +164,11 @@ class SimCommitter:
     def __init__(self, changes: Changes) -> None:
         self.changes = changes
         self.logs: dict[int, list[int]] = {}
-        self.ended: list[LiveRequest] = []
-        self._in_flight: deque[tuple[int, list[tuple[Sequence, int, int]]]] = deque()
+        self.ended: list[LiveChoice] = []
+        self.acked_copies: list[BlockCopy] = []
+        self._in_flight: deque[tuple[int, list[tuple[Sequence, int, int]], list[BlockCopy]]] = deque()
 
-    def log_tokens(self, live: LiveRequest, first_index: int, token_ids: list[int]) -> None:
+    def log_tokens(self, live: LiveChoice, first_index: int, token_ids: list[int]) -> None:
         """Appends to the log, which is contiguous."""
         log = self.logs.setdefault(live.sequence.seq_id, [])
         assert first_index == len(log)
@@ -157,19 +179,22 @@ class SimCommitter:
         """As the real one."""
         sequence.has_computed_record = not has_caught_up
 
-    def end(self, live: LiveRequest) -> None:
+    def end(self, live: LiveChoice) -> None:
         """A sequence is over."""
         self.ended.append(live)
 
-    def send(self, reserved: Iterable[Sequence], answer_round: int) -> Changes:
+    def send(self, reserved: Iterable[Sequence], copies: Iterable[BlockCopy], answer_round: int) -> Changes:
         """The next script."""
-        self._in_flight.append((answer_round, [(s, s.attempt, len(s.block_ids)) for s in reserved]))
+        named = [(s, s.attempt, len(s.block_ids)) for s in reserved]
+        self._in_flight.append((answer_round, named, list(copies)))
         return self.changes.take()
 
     def answer(self, now: int) -> None:
         """Everything whose answer is due."""
         while self._in_flight and self._in_flight[0][0] <= now:
-            for sequence, attempt, num_blocks in self._in_flight.popleft()[1]:
+            _, named, copies = self._in_flight.popleft()
+            self.acked_copies += copies
+            for sequence, attempt, num_blocks in named:
                 if sequence.attempt == attempt:
                     sequence.num_acked_blocks = num_blocks
 
@@ -195,9 +220,12 @@ class Simulation:
         )
         self.planner = Planner(planner_limits, self.blocks)
         self.committer = SimCommitter(self.blocks.changes)
-        self.live: dict[int, LiveRequest] = {}
+        self.live: dict[int, LiveChoice] = {}
         self.results = Results(self.planner, cast(Committer, self.committer), self.live)
         self.arrivals = list(arrivals)
+        firsts = accumulate((arrival.n for arrival in self.arrivals), initial=1)
+        self.first_seq_ids = list(firsts)
+        """Of each arrival; in the end, the one after the last."""
         self.worker = SimWorker(limits.block_size, self.next_token)
         self.round_number = 0
         self.rounds: list[Round] = []
@@ -213,25 +241,29 @@ class Simulation:
 
     def next_token(self, seq_id: int, output_index: int) -> int:
         """What the model says."""
-        return END if output_index >= self.arrivals[seq_id - 1].stops_after else 1 + (seq_id * 7 + output_index) % 5
+        return END if output_index >= self.arrival_of(seq_id).stops_after else 1 + (seq_id * 7 + output_index) % 5
+
+    def arrival_of(self, seq_id: int) -> Arrival:
+        """The request that a sequence is a choice of."""
+        return self.arrivals[bisect_right(self.first_seq_ids, seq_id) - 1]
 
     def expected_output(self, seq_id: int) -> list[int]:
         """What a client gets that stays to the end; the END token is part of it."""
-        arrival = self.arrivals[seq_id - 1]
+        arrival = self.arrival_of(seq_id)
         output = [self.next_token(seq_id, i) for i in range(arrival.max_tokens)]
         if END in output and not arrival.ignores_eos:
             del output[output.index(END) + 1 :]
         return output
 
     def sequence(self, seq_id: int) -> Sequence:
-        """By its number: arrivals count from 1."""
+        """By its number: choices of all arrivals count from 1."""
         return self.live[seq_id].sequence
 
     # -- rounds -------------------------------------------------------------------------------------------------------
 
     def run(self, max_rounds: int = 5000) -> "Simulation":
         """Until everything has ended; asserts that it does, and that every client got exactly its tokens."""
-        while len(self.committer.ended) < len(self.arrivals):
+        while len(self.committer.ended) < self.first_seq_ids[-1] - 1:
             assert self.round_number < max_rounds, f"stuck: {self.describe()}"
             self.step()
         for _ in range(self.limits.plans_ahead + 2):
@@ -271,8 +303,10 @@ class Simulation:
         self.planner.grow_and_admit(self.limits.lookahead)
         self.admitted_order += [s.seq_id for s in self.planner.running if s.seq_id not in running_before]
         self.planner.redescribed.clear()
-        changes = self.committer.send(self.planner.reserved, self.round_number + self.limits.ack_rounds)
+        forks = self.planner.forks
+        changes = self.committer.send(self.planner.reserved, forks.copies, self.round_number + self.limits.ack_rounds)
         self.planner.reserved.clear()
+        forks.copies.clear()
         if not self.limits.ack_rounds:
             self.committer.answer(self.round_number)
         self._check()
@@ -283,12 +317,12 @@ class Simulation:
         return self.rounds[-1]
 
     def _arrive_and_cancel(self) -> None:
-        for seq_id, arrival in enumerate(self.arrivals, start=1):
+        for first, arrival in zip(self.first_seq_ids, self.arrivals, strict=False):
             if arrival.round == self.round_number:
-                self._open(seq_id, arrival)
-            live = self.live.get(seq_id)
-            if arrival.cancel_round == self.round_number and live is not None:
-                self.cancel(seq_id)
+                self._open(first, arrival)
+            if arrival.cancel_round == self.round_number and first in self.live:
+                for choice in range(arrival.n):
+                    self.cancel(first + choice)
 
     def cancel(self, seq_id: int) -> None:
         """A client goes."""
@@ -296,24 +330,27 @@ class Simulation:
         if live.sequence.status is not SequenceStatus.FINISHED:
             self.results.finish(live, CANCELLED)
 
-    def _open(self, seq_id: int, arrival: Arrival) -> None:
+    def _open(self, first_seq_id: int, arrival: Arrival) -> None:
         limits = SequenceLimits(arrival.max_tokens, frozenset((END,)), arrival.ignores_eos)
         if arrival.ignores_eos:
             limits = SequenceLimits(arrival.max_tokens, frozenset(), ignores_eos=True)
-        sequence = Sequence(
-            seq_id=seq_id,
-            request_id=f"r{seq_id}",
-            choice=0,
-            token_ids=list(arrival.prompt),
-            num_prompt_tokens=len(arrival.prompt),
-            limits=limits,
-            root_hash=root_hash("model", "float32", "", arrival.salt),
-            priority=arrival.priority,
-            tenant=arrival.tenant,
-        )
-        self.worker.salts[seq_id] = arrival.salt
-        self.live[seq_id] = LiveRequest(cast(RequestBody, None), sequence)
-        self.planner.enqueue(sequence)
+        live = LiveRequest(cast(RequestBody, None))
+        for choice in range(arrival.n):
+            sequence = Sequence(
+                seq_id=first_seq_id + choice,
+                request_id=f"r{first_seq_id}",
+                choice=choice,
+                token_ids=list(arrival.prompt),
+                num_prompt_tokens=len(arrival.prompt),
+                limits=limits,
+                root_hash=root_hash("model", "float32", "", arrival.salt),
+                priority=arrival.priority,
+                tenant=arrival.tenant,
+            )
+            self.worker.salts[sequence.seq_id] = arrival.salt
+            live.choices.append(LiveChoice(live, sequence))
+            self.live[sequence.seq_id] = live.choices[-1]
+            self.planner.enqueue(sequence, live.choices[0].sequence if choice else None)
 
     def _apply_results(self) -> list[tuple[pb.StepResult, Step]]:
         applied = []
@@ -330,15 +367,17 @@ class Simulation:
         while len(self._in_flight) <= self.limits.plans_ahead:
             before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
             rows = self.planner.schedule()
-            if not rows:
+            copies, self.committer.acked_copies = self.committer.acked_copies, []
+            if not rows and not copies:
                 break
             self._check_rows(rows, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
-            plan = build_plan(numbers, rows, self.planner.removed, _NO_SAMPLERS)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), _NO_SAMPLERS)
             self.planner.removed.clear()
             plan.freed_block_ids.extend(self.blocks.freed_block_ids)
             self.blocks.freed_block_ids.clear()
-            self._in_flight.append(Step(self._next_step_id, rows, sum(row.num_tokens for row in rows)))
+            copied = [copy.destination for copy in copies]
+            self._in_flight.append(Step(self._next_step_id, rows, sum(row.num_tokens for row in rows), copied))
             self._plans.append(plan)
             self._next_step_id += 1
             plans.append((plan, rows))
@@ -356,8 +395,10 @@ class Simulation:
         assert len({row.sequence.seq_id for row in rows}) == len(rows), "a sequence twice in a step"
         for row in rows:
             capacity = row.sequence.num_acked_blocks * self.limits.block_size
-            assert row.num_tokens > 0
-            assert row.sequence.num_planned_tokens <= capacity, "a plan needs blocks that Redis has not acknowledged"
+            is_fork = row.num_tokens == 0
+            assert is_fork or row.sequence.num_planned_tokens <= capacity, (
+                "a plan needs blocks that Redis has not acknowledged"
+            )
         if len(self.planner.running) <= self.limits.max_num_batched_tokens:
             planned = {row.sequence.seq_id for row in rows}
             for sequence in self.planner.running:
@@ -366,11 +407,15 @@ class Simulation:
                 is_decode = unplanned_before[sequence.seq_id] == 1 and has_room
                 assert not is_decode or sequence.seq_id in planned, "a decode starves beside prefills"
 
+        for parent, row in pairwise(rows):
+            is_child = row.num_tokens == 0 and parent.num_tokens > 0
+            assert not is_child or row.sequence.request_id == parent.sequence.request_id, "a fork behind a stranger"
+
     def _check(self) -> None:
         assert len(self.planner.running) <= self.limits.max_num_seqs
         sequences = [live.sequence for live in self.live.values()]
         self.blocks.check(s.block_ids for s in sequences)
-        waiting = {s.seq_id for s in self.planner.waiting}
+        waiting = {s.seq_id for s in (*self.planner.waiting, *self._followers())}
         running = {s.seq_id for s in self.planner.running}
         assert not waiting & running
         for sequence in sequences:
@@ -387,6 +432,9 @@ class Simulation:
             assert content is not None, "published before it was written"
             assert None not in slots, "published before it was written"
             assert self._contents.setdefault(hash_, content) == content, "one hash, two contents"
+
+    def _followers(self) -> list[Sequence]:
+        return [s for s in (live.sequence for live in self.live.values()) if s.leader is not None]
 
 
 class _NoSamplers(dict[int, pb.SamplerParams]):

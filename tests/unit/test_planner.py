@@ -35,6 +35,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                 tenant=draw(st.sampled_from(["", "a", "b"])),
                 salt=draw(st.sampled_from(["", "", "", "s"])),
                 ignores_eos=draw(st.booleans()),
+                n=draw(st.sampled_from([1, 1, 1, 2, 3, 6])),
             )
         )
     return found
@@ -68,9 +69,13 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
         counters = simulation.run().planner.counters
         met["preemptions"] += counters.num_preemptions
         met["hits"] += counters.num_prefix_hit_tokens > 0
+        met["copies"] += sum(len(plan.copy_src_block_ids) for round_ in simulation.rounds for plan, _ in round_.plans)
+        met["forks"] += sum(len(round_.changes.fork) for round_ in simulation.rounds)
         met["runs"] += 1
 
     runs()
-    print(f"\n{met['runs']} runs, {met['hits']} with hits, {met['preemptions']} preemptions")
+    runs_, others = met["runs"], ", ".join(f"{met[what]} {what}" for what in ("preemptions", "forks", "copies"))
+    print(f"\n{runs_} runs, {met['hits']} with hits, {others}")
     assert met["hits"] > met["runs"] // 10
     assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"
+    assert met["forks"] > met["copies"] > met["runs"] // 4, "a case that no run met is not tested"

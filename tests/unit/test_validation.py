@@ -83,9 +83,9 @@ BAD = {
     "resume_wait_s NaN": (request(resumable=True, resume_wait_s=math.nan), "resume_wait_s: must be 0 to 60"),
     "resume_wait_s negative": (request(resumable=True, resume_wait_s=-1), "resume_wait_s: must be 0 to 60"),
     "resume_wait_s too large": (request(resumable=True, resume_wait_s=61), "resume_wait_s: must be 0 to 60"),
+    "too many choices": (request(n=65), "n: is 65, at most 64"),
 }
 UNSERVED = {
-    "n > 1": {"n": 2},
     "adapter": {"adapter": "mine"},
     "sampling.presence_penalty": {"presence_penalty": 0},
     "sampling.frequency_penalty": {"frequency_penalty": 0.5},

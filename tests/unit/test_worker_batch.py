@@ -248,6 +248,26 @@ def plan(**columns: object) -> pb.StepPlan:
             {"added": [added(8, naive(tokens=[1] * 20))], "scheduled_seq_ids": [8], "num_scheduled_tokens": [20]},
             "runs sequence 8 up to token 20: it has 1 blocks of 16",
         ),
+        (
+            {"added": [added(8, naive(num_computed=3))], "scheduled_seq_ids": [8, 7], "num_scheduled_tokens": [0, 3]},
+            "forks sequence 8 from one that does not end its prompt",
+        ),
+        (
+            {"added": [added(8, naive(num_computed=3))], "scheduled_seq_ids": [7, 8], "num_scheduled_tokens": [2, 0]},
+            "forks sequence 8",
+        ),
+        (
+            {"added": [added(8, naive(num_computed=2))], "scheduled_seq_ids": [7, 8], "num_scheduled_tokens": [3, 0]},
+            "forks sequence 8",
+        ),
+        (
+            {
+                "added": [added(8, naive(tokens=[1] * 4, num_computed=4))],
+                "scheduled_seq_ids": [7, 8],
+                "num_scheduled_tokens": [3, 0],
+            },
+            "forks sequence 8",
+        ),
     ],
 )
 def test_refuses(columns: dict[str, object], message: str) -> None:
@@ -255,6 +275,31 @@ def test_refuses(columns: dict[str, object], message: str) -> None:
     batch.apply(decode_plan(plan(added=[added(7, naive())])))
     with pytest.raises(ProtocolError, match=message):
         batch.apply(decode_plan(plan(**columns)))
+
+
+def test_a_fork_samples_from_its_parents_logits_and_gets_its_blocks_later() -> None:
+    batch = Batch(LIMITS)
+    prompt = list(range(20))
+    parent = naive(tokens=prompt, num_prompt=20, num_computed=4, blocks=[1, 2], seed=70)
+    forks = [naive(tokens=prompt, num_prompt=20, num_computed=20, blocks=[], seed=seed) for seed in (80, 90)]
+    other = naive(tokens=[5, 6], num_prompt=2, num_computed=1, blocks=[3], seed=60)
+    sequences = (*enumerate((parent, *forks), start=7), (6, other))
+    scheduled = {"scheduled_seq_ids": [7, 8, 9, 6], "num_scheduled_tokens": [16, 0, 0, 1]}
+    inputs, progress = run(batch, plan(added=[added(*s) for s in sequences], **scheduled), [101, 102, 103, 104])
+    assert inputs.input_ids.tolist() == [*prompt[4:], 6]
+    assert inputs.query_lens.tolist() == [16, 1]
+    assert inputs.logit_rows.tolist() == [15, 15, 15, 16]
+    assert inputs.sampled.seeds.tolist() == [70, 80, 90, 60]
+    assert inputs.sampled.output_indexes.tolist() == [0, 0, 0, 0]
+    assert progress.num_computed_tokens.tolist() == [20, 20, 20, 2]
+    assert progress.token_ids.tolist() == [101, 102, 103, 104]
+    appended = {"appended_seq_ids": [9], "appended_num_blocks": [2], "appended_block_ids": [1, 4]}
+    decode = {"scheduled_seq_ids": [7, 9], "num_scheduled_tokens": [1, 1]}
+    inputs, progress = run(batch, plan(**appended, **decode), [105, 106])
+    assert inputs.input_ids.tolist() == [101, 103]
+    assert inputs.slot_mapping.tolist() == [2 * 16 + 4, 4 * 16 + 4]
+    assert inputs.block_tables.tolist() == [[1, 2], [1, 4]]
+    assert progress.first_output_indexes.tolist() == [1, 1]
 
 
 def test_a_full_sequence_samples_no_more() -> None:

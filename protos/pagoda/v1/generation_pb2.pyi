@@ -315,7 +315,9 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Text, encoded with the model's tokenizer."""
     n: _builtins.int
-    """Choices to generate; 0 and 1 mean one. More than one is not served yet (UNIMPLEMENTED)."""
+    """Choices to generate from the one prompt, at most 64; 0 and 1 mean one. Each samples with a seed of its own, ends by
+    itself, and is told apart in the deltas by its number.
+    """
     resumable: _builtins.bool
     """The request outlives its stream: it runs on, and Attach or the same Generate takes it up again."""
     resume_wait_s: _builtins.float
@@ -383,7 +385,7 @@ class Usage(_message.Message):
     num_prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     num_cached_tokens: _builtins.int
-    """Prompt tokens whose KV was taken from the prefix cache when the choice was first admitted."""
+    """Prompt tokens whose KV was taken from the prefix cache, or from another choice, when this one was first admitted."""
     num_output_tokens: _builtins.int
     """Tokens generated for this choice."""
     def __init__(

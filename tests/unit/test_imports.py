@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"scheduler", "worker", "kernels", "deploy", "pagoda", "tests"}
-PURE = ("planner", "forks", "sequence", "block_hash", "block_manager", "waiting_queue", "admission", "changes")
+PURE = (
+    "planner",
+    "beam_search",
+    "forks",
+    "sequence",
+    "block_hash",
+    "block_manager",
+    "waiting_queue",
+    "admission",
+    "changes",
+)
 
 
 def sources(package: str) -> list[Path]:

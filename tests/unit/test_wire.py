@@ -3,10 +3,11 @@
 import pytest
 from pagoda.v1 import worker_pb2 as pb
 
+from scheduler.block_manager import BlockCopy
 from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence, SequenceLimits
-from scheduler.wire import ResultRow, StepNumbers, build_plan, choice_seed, result_rows, sampler_params
+from scheduler.wire import ResultRow, StepNumbers, StepWork, build_plan, choice_seed, result_rows, sampler_params
 
 NUMBERS = StepNumbers(epoch=3, step_id=7, committed_step_id=5)
 
@@ -31,9 +32,10 @@ SAMPLERS = {i: pb.SamplerParams(seed=i) for i in range(10)}
 def test_a_sequence_is_added_once_with_all_that_the_worker_needs() -> None:
     sequence = running(4, 20, 16, ([5, 6, 7], 2))
     sequence.attempt, sequence.num_computed_tokens = 2, 8
-    plan = build_plan(NUMBERS, [row(sequence, 8)], [9, 11], SAMPLERS)
+    plan = build_plan(NUMBERS, StepWork([row(sequence, 8)], [BlockCopy(3, 4, 5)], [9, 11]), SAMPLERS)
     assert (plan.epoch, plan.step_id, plan.committed_step_id) == (3, 7, 5)
     assert list(plan.removed_seq_ids) == [9, 11]
+    assert (plan.copy_src_block_ids, plan.copy_dst_block_ids, plan.copy_num_tokens) == ([3], [4], [5])
     assert list(plan.scheduled_seq_ids) == [4]
     assert list(plan.num_scheduled_tokens) == [8]
     (added,) = plan.added
@@ -48,25 +50,27 @@ def test_a_sequence_is_added_once_with_all_that_the_worker_needs() -> None:
 
 def test_later_plans_carry_only_what_changed() -> None:
     same, grown = running(1, 20, 20, ([1, 2], 2)), running(2, 20, 20, ([3, 4], 2))
-    build_plan(NUMBERS, [row(same, 1), row(grown, 1)], [], SAMPLERS)
+    build_plan(NUMBERS, StepWork([row(same, 1), row(grown, 1)]), SAMPLERS)
     grown.block_ids, grown.num_acked_blocks = [3, 4, 5, 6, 7], 4
-    plan = build_plan(NUMBERS, [row(same, 1), row(grown, 1)], [], SAMPLERS)
+    plan = build_plan(NUMBERS, StepWork([row(same, 1), row(grown, 1)]), SAMPLERS)
     assert list(plan.added) == []
     assert list(plan.appended_seq_ids) == [2]
     assert list(plan.appended_num_blocks) == [2]
     assert list(plan.appended_block_ids) == [5, 6]
-    again = build_plan(NUMBERS, [row(same, 1), row(grown, 1)], [], SAMPLERS)
+    again = build_plan(NUMBERS, StepWork([row(same, 1), row(grown, 1)]), SAMPLERS)
     assert list(again.appended_seq_ids) == []
     assert list(again.scheduled_seq_ids) == [1, 2]
 
 
 def test_columns_of_several_sequences_stay_apart() -> None:
     sequences = [running(i, 16, 16, ([10 * i], 1)) for i in range(1, 5)]
-    build_plan(NUMBERS, [row(s, 1) for s in sequences], [], SAMPLERS)
+    build_plan(NUMBERS, StepWork([row(s, 1) for s in sequences]), SAMPLERS)
     for sequence in sequences[1:]:
         sequence.block_ids = [10 * sequence.seq_id + i for i in range(sequence.seq_id)]
         sequence.num_acked_blocks = sequence.seq_id
-    plan = pb.StepPlan.FromString(build_plan(NUMBERS, [row(s, 1) for s in sequences], [], SAMPLERS).SerializeToString())
+    plan = pb.StepPlan.FromString(
+        build_plan(NUMBERS, StepWork([row(s, 1) for s in sequences]), SAMPLERS).SerializeToString()
+    )
     assert list(plan.appended_seq_ids) == [2, 3, 4]
     assert list(plan.appended_num_blocks) == [1, 2, 3]
     assert list(plan.appended_block_ids) == [21, 31, 32, 41, 42, 43]

@@ -126,7 +126,8 @@ def _redis_cpu_s(fleet: Fleet) -> float:
 
 def _script_stats(fleet: Fleet) -> tuple[int, float, dict[str, float]]:
     """(calls, mean microseconds, percentiles of the node whose median is highest)."""
-    calls, usec, percentiles = 0, 0, [{}]
+    calls, usec = 0, 0
+    percentiles: list[dict[str, float]] = []
     for node in fleet.nodes:
         with node.client() as client:
             stats = client.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "usec": 0})
@@ -160,7 +161,7 @@ def show(case: CaseFigures) -> Iterator[str]:
     for s in case.scripts:
         in_redis = [s.in_redis_us, s.in_redis_p50_us, s.in_redis_p99_us]
         cells = [
-            f"{case.num_workers:,} x {case.num_blocks:,}{case.label}",
+            f"{case.num_workers:,} x {case.num_blocks:,}" + (f", {case.label}" if case.label else ""),
             str(case.num_nodes),
             f"{case.bytes_per_block:.0f}",
             f"{case.bytes_per_worker / 1e6:.2f}",
@@ -225,11 +226,11 @@ async def bench(flags: argparse.Namespace) -> list[CaseFigures]:
         await fleet.fill(1)
         cases.append(await measure_case("", fleet, flags))
     async with one_node(flags, MANY_BLOCKS) as fleet:
-        await fleet.fill(1)
+        await fleet.fill(max(1, flags.workers // 10))
         cases.append(many_blocks := await measure_case("", fleet, flags))
     async with one_node(flags, NUM_BLOCKS, *APPEND_ONLY) as fleet:
         await fleet.fill(flags.workers)
-        cases.append(await measure_case(", append-only", fleet, flags))
+        cases.append(await measure_case("append-only", fleet, flags))
     async with three_nodes(flags) as fleet:
         await fleet.fill(flags.workers)
         cases.append(await measure_case("", fleet, flags))
@@ -240,6 +241,13 @@ async def bench(flags: argparse.Namespace) -> list[CaseFigures]:
         cases.append(many_workers := await measure_case("", fleet, flags))
     print(arithmetic(many_blocks, many_workers))
     return cases
+
+
+def print_machine() -> str:
+    """How fast the machine is now, and how much else it does."""
+    line = f"{machine_line()}; load average {os.getloadavg()[0]:.1f}"
+    print(line, flush=True)
+    return line
 
 
 def main() -> None:
@@ -253,14 +261,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the servers end too
-    machine = [machine_line()]
-    print(machine[0], flush=True)
+    before = print_machine()
     cases = asyncio.run(bench(flags))
-    machine.append(machine_line())
-    print(machine[1])
+    after = print_machine()
     if flags.json:
-        about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "load": os.getloadavg()}
-        figures = {"server": flags.server, "before_and_after": machine, "cases": [asdict(case) for case in cases]}
+        about = {"date": time.strftime("%Y-%m-%d"), "machine": platform.machine(), "before": before, "after": after}
+        figures = {"server": flags.server, "cases": [asdict(case) for case in cases]}
         flags.json.write_text(json.dumps(about | figures, indent=1) + "\n")
 
 

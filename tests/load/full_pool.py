@@ -22,7 +22,7 @@ OUTPUT_TOKENS = 256
 MAX_BLOCKS = -(-(PROMPT_TOKENS + OUTPUT_TOKENS - 1) // BLOCK_SIZE)
 LOOKAHEAD = 2
 """Plans for which blocks are reserved ahead, as with one plan ahead and Redis within a step."""
-MAX_ENDED_AT_ONCE = 200
+MAX_ENDED_AT_ONCE = 50
 """Ended sequences per script that fills a pool: no reply may take as long as a pipe waits for one."""
 ROOT = root_hash("model", "bfloat16", "", "")
 LIMITS = SequenceLimits(OUTPUT_TOKENS, frozenset(), ignores_eos=True)

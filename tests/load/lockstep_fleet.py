@@ -143,7 +143,7 @@ async def _play(
 
     async def answer() -> None:
         began, reply = unanswered.popleft()
-        assert await reply == b"ok"
+        assert await reply in (b"ok", b"done")  # done: it was slow, the pipe sent it again
         waits_s.append(perf_counter() - began)
 
     for store, changes in scripts:

@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step bench-worker bench-engines kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-kernels: setup ## CPU kernels against a streaming read of memory and again
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
+
+bench-redis: setup ## Bytes per block and time per script: one worker, 100, 4 GiB of them, a cluster of three nodes
+	@$(BIN)/python -m tests.load.bench_redis
 
 bench-worker: setup ## Where a CPU worker's step goes: products, attention, sampling, all else
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_worker

@@ -88,7 +88,7 @@ class Adoption:
                     engine.planner.blocks.release(seq_id, table)
                 revived.drop_from(engine.committer.changes)
                 continue
-            first_indexes = live.num_output_tokens
+            first_indexes = live.log_lengths
             if revived.recorded_worker != worker:
                 live.begin_segments(first_indexes)
             owner = engine.committer.owner

@@ -84,6 +84,19 @@ class Committer:
         self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, token_ids))
         self._next.logged.append((choice, first_index + len(token_ids)))
 
+    def log_search(self, live: LiveRequest, words: list[int]) -> None:
+        """Appends a step of a beam search, which is in its state already, to the log of the first beam."""
+        assert live.search is not None
+        sequence = live.choices[0].sequence
+        if sequence.segment_first_index:
+            self.changes.segments[sequence.seq_id] = sequence.segment_first_index
+        offset = live.search.num_words - len(words) - sequence.segment_first_index
+        self.changes.append.append((sequence.seq_id, offset, words))
+
+    def deliver(self, choice: LiveChoice) -> None:
+        """A hypothesis is whole: its tokens may be delivered once the log that it comes from is acknowledged."""
+        self._next.logged.append((choice, choice.sequence.num_output_tokens))
+
     def note_computed(self, sequence: Sequence, has_caught_up: bool) -> None:
         """Records how far a sequence is; one that has caught up needs no record, its log tells."""
         if not has_caught_up:
@@ -174,7 +187,10 @@ class Committer:
             task = asyncio.get_running_loop().create_task(self._record_end(live))
             self._recordings.add(task)
             task.add_done_callback(self._recordings.discard)
-        elif ending.reason in (FinishReason.STOP, FinishReason.LENGTH):  # the log's tail shows it to whoever comes next
+        elif live.search is None and ending.reason in (
+            FinishReason.STOP,
+            FinishReason.LENGTH,
+        ):  # the log's tail shows it to whoever comes next
             choice.end = _end_state(choice)
             live.notify()
 

@@ -136,6 +136,7 @@ class _ChoiceStream:
                 num_cached_tokens=end.num_cached_tokens,
                 num_output_tokens=sequence.num_logged_tokens,
             ),
+            score=self._choice.score,
         )
 
 
@@ -176,7 +177,7 @@ class Delivery:
                 await live.changed()
 
     def _streams(self, live: LiveRequest, next_indexes: Sequence[int], stream_interval: int) -> list[_ChoiceStream]:
-        num_choices = len(live.choices)
+        num_choices = live.body.n
         if len(next_indexes) > num_choices:
             plural = "s" * (num_choices > 1)
             raise InvalidArgumentError(
@@ -184,7 +185,7 @@ class Delivery:
             )
         firsts = [*next_indexes, *[0] * (num_choices - len(next_indexes))]
         streams = []
-        for choice, first in zip(live.choices, firsts, strict=True):
+        for choice, first in zip(live.choices, firsts, strict=False):  # beams may be more than choices
             num_logged = choice.sequence.num_logged_tokens
             if first > num_logged:
                 raise InvalidArgumentError("next_index", f"{first} is past the {num_logged} tokens")

@@ -1,7 +1,8 @@
-"""Choices of one request: the first computes the prompt, the others follow it and fork from it when it is done. Pure.
+"""Sequences of one request: the first computes the prompt, the others follow it and fork from it. Pure.
 
-The step that ends the leader's prompt samples the first token of every follower too, from the same logits; a moment
-later each follower gets a table of its own, which shares the prompt's full blocks and has a copy of its partial one.
+Of choices that sample, the step that ends the leader's prompt samples the first token of every follower too, from the
+same logits; beams fork whenever the search chooses so. A moment later each child gets a table of its own, which shares
+its parent's full blocks and has a copy of the partial one.
 """
 
 from collections.abc import Iterator
@@ -63,36 +64,45 @@ class Forks:
     def begin(self, leader: Sequence, child: Sequence) -> None:
         """The plan being made ends the leader's prompt; the child samples in it."""
         self.leave(child)
-        child.num_computed_tokens = child.num_planned_tokens = leader.num_prompt_tokens
         child.num_planned_samples = 1
         child.num_plans_in_flight += 1
-        child.status = SequenceStatus.RUNNING
-        self._begun.append((leader, leader.attempt, child))
+        self.go_on(leader, child, leader.num_prompt_tokens)
 
-    def carry_out(self) -> Iterator[tuple[Sequence, bool]]:
-        """Gives the children that have begun their blocks: (child, whether there were any to give)."""
+    def go_on(self, parent: Sequence, child: Sequence, num_computed_tokens: int) -> None:
+        """The child has nothing, and is to stand where its parent does."""
+        child.num_computed_tokens = child.num_planned_tokens = num_computed_tokens
+        child.status = SequenceStatus.RUNNING
+        self._begun.append((parent, parent.attempt, child))
+
+    def carry_out(self, running: list[Sequence], max_num_seqs: int) -> Iterator[tuple[Sequence, bool]]:
+        """Gives the children that have begun their blocks: (child, whether there was room for it).
+
+        The caller makes a child one of `running` before it asks for the next.
+        """
         begun, self._begun = self._begun, []
-        for leader, attempt, child in begun:
-            can_fork = leader.attempt == attempt and self._blocks.num_available_blocks > 0
+        for parent, attempt, child in begun:
+            is_there = parent.status is SequenceStatus.RUNNING and parent.attempt == attempt
+            can_fork = is_there and self._blocks.num_available_blocks > 0 and len(running) < max_num_seqs
             if can_fork:
-                self._fork(leader, child)
+                self._fork(parent, child)
             yield child, can_fork
 
-    def _fork(self, leader: Sequence, child: Sequence) -> None:
-        num_full, num_rest = divmod(leader.num_prompt_tokens, self._block_size)
-        shared = leader.block_ids[:num_full]
-        if child.limits.max_output_tokens == 1:  # the token that is being sampled is its last: it writes nothing
-            child.block_ids = self._blocks.fork(leader.seq_id, child.seq_id, shared, None)
+    def _fork(self, parent: Sequence, child: Sequence) -> None:
+        num_full, num_rest = divmod(child.num_computed_tokens, self._block_size)
+        shared = parent.block_ids[:num_full]
+        if child.num_computed_tokens >= child.max_num_tokens:  # what is being sampled is its last: it writes nothing
+            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, None)
         elif num_rest:
-            source = leader.block_ids[num_full]
-            child.block_ids = self._blocks.fork(leader.seq_id, child.seq_id, shared, (source, num_rest))
+            source = parent.block_ids[num_full]
+            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, (source, num_rest))
             self.copies.append(BlockCopy(source, child.block_ids[-1], num_rest))
         else:
-            child.block_ids = self._blocks.fork(leader.seq_id, child.seq_id, shared, None)
+            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, None)
             child.block_ids += self._blocks.reserve(child.seq_id, (), 1)
         child.num_shared_blocks = child.num_published_blocks = num_full
         if child.num_cached_tokens is None:
-            child.num_cached_tokens = leader.num_prompt_tokens
-        # Until its first token is logged: an owner that finds this record knows that the prompt may not be computed.
-        self._blocks.changes.computed.append((child.seq_id, 0))
-        child.has_computed_record = True
+            child.num_cached_tokens = parent.num_prompt_tokens
+        if not child.num_output_tokens:
+            # Until its first token is logged: who finds this record knows that the prompt may not be computed.
+            self._blocks.changes.computed.append((child.seq_id, 0))
+            child.has_computed_record = True

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from scheduler.beam_search import BeamSearch
 from scheduler.detokenizer import TextStream
 from scheduler.request import RequestBody
 from scheduler.sequence import FinishReason, Sequence
@@ -55,6 +56,8 @@ class LiveChoice:
     """Whether it has ended and its log is whole in Redis."""
     end: EndState | None = None
     """Set once the end is recorded, or sure to be found again in the log; the last thing that happens to it."""
+    score: float | None = None
+    """Of a hypothesis: what it was ranked by."""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +66,11 @@ class LiveRequest:
 
     body: RequestBody
     choices: list[LiveChoice] = field(default_factory=list)
-    """All of them, from the moment that the request is made; their seq_ids follow each other."""
+    """All of them, from the moment that the request is made; their seq_ids follow each other. Of a beam search one per
+    beam, of which the first `body.n` become the best hypotheses when it ends."""
+    search: BeamSearch | None = None
+    candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """Of the beams that have reported them for the search's next step, by slot: (token id, log probability)."""
     is_accepted: bool = False
     """Whether Redis has acknowledged its row: it is durable."""
     is_orphaned: bool = False
@@ -80,9 +87,21 @@ class LiveRequest:
         return all(choice.end is not None for choice in self.choices)
 
     @property
-    def num_output_tokens(self) -> list[int]:
-        """Tokens generated so far, of each choice."""
+    def log_lengths(self) -> list[int]:
+        """Entries of each choice's log: its tokens. A search logs words, all in the first one's."""
+        if self.search is not None:
+            return [self.search.num_words, *[0] * (len(self.choices) - 1)]
         return [choice.sequence.num_output_tokens for choice in self.choices]
+
+    def take_hypotheses(self) -> list[LiveChoice]:
+        """The search is done: its best are the choices' outputs from now on; these choices."""
+        assert self.search is not None
+        ranked = list(zip(self.choices, self.search.hypotheses, strict=True))[: self.body.n]
+        for choice, hypothesis in ranked:
+            sequence = choice.sequence
+            sequence.token_ids = [*sequence.token_ids[: sequence.num_prompt_tokens], *hypothesis.token_ids]
+            choice.score = hypothesis.score
+        return [choice for choice, _ in ranked]
 
     def begin_segments(self, first_indexes: list[int]) -> None:
         """Another worker logs each choice from its index on."""

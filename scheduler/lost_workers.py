@@ -74,7 +74,7 @@ class LostWorkers:
         engine = self._choose(live)
         if engine is None:
             return False
-        first_indexes = live.num_output_tokens
+        first_indexes = live.log_lengths
         live.begin_segments(first_indexes)
         await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_indexes)
         accepted = engine.open(live)
@@ -83,7 +83,7 @@ class LostWorkers:
 
     async def _end(self, live: LiveRequest, owner: tuple[str, int], recorded_worker: str) -> None:
         request_id = live.body.request_id
-        await self._requests.own(request_id, owner, recorded_worker, live.num_output_tokens)
+        await self._requests.own(request_id, owner, recorded_worker, live.log_lengths)
         held = await self._requests.end(request_id, owner, pack_ends([GIVEN_UP] * len(live.choices)))
         for choice, end in zip(live.choices, unpack_ends(held), strict=True):
             choice.end = end

@@ -99,6 +99,20 @@ class Planner:
         for follower in self.forks.past_prompt():
             self.waiting.push(follower)
 
+    def branch(self, parent: Sequence, child: Sequence, token_ids: list[int]) -> None:
+        """A beam gives up what it has, for `token_ids`: what its parent has computed, and one token more."""
+        if child.leader is not None:
+            self.forks.leave(child)
+        elif child.status is SequenceStatus.RUNNING:
+            self.running.remove(child)
+            self._give_back(child)
+        else:
+            self.waiting.remove(child)
+        child.forget_progress()
+        child.token_ids = token_ids
+        child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.limits.block_size]
+        self.forks.go_on(parent, child, len(token_ids) - 1)
+
     def finish(self, sequence: Sequence) -> None:
         """A sequence has ended, wherever it stands; its blocks are free from the next plan on."""
         if sequence.status is SequenceStatus.RUNNING:
@@ -135,7 +149,7 @@ class Planner:
     def grow_and_admit(self, lookahead: int) -> None:
         """Reserves blocks for what runs during the next `lookahead` plans, then admits what fits beside it."""
         has_room = self._grow_running(lookahead)
-        for child, is_forked in self.forks.carry_out():
+        for child, is_forked in self.forks.carry_out(self.running, self.limits.max_num_seqs):
             if is_forked:
                 self.running.append(child)
                 self.reserved.append(child)
@@ -144,6 +158,9 @@ class Planner:
                 self._set_back(child)
         if has_room:
             self._admit_waiting(lookahead)
+            while self._is_entangled():
+                self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
+                self._admit_waiting(lookahead)
 
     def schedule(self) -> list[ScheduledRow]:
         """The next step: one token of each sequence that decodes, the rest of the budget for prompts."""
@@ -216,6 +233,8 @@ class Planner:
     def _begin_forks(self, leader: Sequence) -> list[ScheduledRow]:
         """The followers of a leader whose prompt this plan ends sample with it; those without room are queued."""
         rows: list[ScheduledRow] = []
+        if leader.num_candidates:
+            return rows  # beams fork when their search has chosen
         for follower in self.forks.followers_of(leader):
             num_begun = self.forks.num_begun
             has_room = num_begun < min(self.limits.max_num_seqs - len(self.running), self.blocks.num_available_blocks)
@@ -264,6 +283,12 @@ class Planner:
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
 
+    def _is_entangled(self) -> bool:
+        """Whether all that run are beams that wait for one that has no room: then the youngest must give up its own."""
+        if not self.waiting or any(s.num_plans_in_flight or s.num_unplanned_tokens > 0 for s in self.running):
+            return False
+        return bool(self.running) and any(not s.awaits_choice for s in self.waiting)
+
     def _set_back(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.forget_progress()
@@ -296,7 +321,7 @@ class Planner:
                 or self._num_free_at_refusal == self.blocks.num_available_blocks
             ):
                 break
-            if sequence.num_plans_in_flight or self._awaits_prefix(sequence):
+            if sequence.num_plans_in_flight or sequence.awaits_choice or self._awaits_prefix(sequence):
                 num_passed_over += 1
                 continue
             if not self._try_admit(sequence, lookahead):

@@ -7,6 +7,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from scheduler.beam_search import BeamParams, BeamSearch
 from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
@@ -14,6 +15,7 @@ from scheduler.detokenizer import TextStream
 from scheduler.live_request import Ending, LiveChoice, LiveRequest, LiveRequests, unpack_ends
 from scheduler.request import RequestBody
 from scheduler.request_store import RequestRecord, RequestStore
+from scheduler.results import hypothesis_reason
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
 from scheduler.store import SequenceRow, WorkerImage
 from scheduler.tokenizer import Tokenizer
@@ -73,17 +75,18 @@ class Reviver:
     def create(self, body: RequestBody, seq_id: int) -> LiveRequest:
         """A request that has generated nothing yet; `seq_id` is that of choice 0."""
         live = LiveRequest(body)
-        for sequence in self._sequences(body, seq_id, [[]] * body.n):
-            live.choices.append(LiveChoice(live, sequence, self._stop_text(body)))
+        self._restore(live, seq_id, [[]] * body.num_sequences)
+        for choice in live.choices:
+            choice.stop_text = self._stop_text(body)
         return live
 
-    def ended(self, record: RequestRecord, outputs: list[list[int]]) -> LiveRequest:
+    def ended(self, record: RequestRecord, logs: list[list[int]]) -> LiveRequest:
         """A request that is over, for streams that read it once more."""
         body = RequestBody.from_bytes(record.body, record.digest)
         live = LiveRequest(body, is_accepted=True)
-        sequences = self._sequences(body, record.seq_id, outputs)
-        for sequence, end in zip(sequences, unpack_ends(record.end), strict=True):
-            live.choices.append(LiveChoice(live, sequence, is_logged=True, end=end))
+        self._restore(live, record.seq_id, logs)
+        for choice, end in zip(live.choices, unpack_ends(record.end), strict=True):
+            choice.is_logged, choice.end = True, end
         return live
 
     async def revive(self, worker: str, image: WorkerImage) -> list[Revived]:
@@ -100,24 +103,46 @@ class Reviver:
         if record.worker != worker and await self._requests.is_enrolled(record.worker, seq_id):
             return Revived(RowState.MOVED, rows)
         body = RequestBody.from_bytes(record.body, record.digest)
-        sequences = self._sequences(body, seq_id, await self._requests.load_outputs(record))
+        logs = await self._requests.load_logs(record)
         live = self._live_requests.get(request_id)
         if live is None or live.is_orphaned:
             live = LiveRequest(body)
-            live.choices = [LiveChoice(live, sequence) for sequence in sequences]
             self._live_requests.add(live)
             self._live_requests.expect_client(live)
         live.is_accepted = True
-        for choice, sequence, row in zip(live.choices, sequences, rows.values(), strict=True):
-            _restore_row(sequence, row)
-            choice.sequence = sequence
+        self._restore(live, seq_id, logs)
+        for choice, row in zip(live.choices, rows.values(), strict=True):
+            _restore_row(choice.sequence, row)
             choice.is_logged = False
             choice.stop_text = self._stop_text(body)
-            choice.ending = choice.ending or self._tail_ending(choice) or self._loss_ending(sequence)
+            choice.ending = choice.ending or self._tail_ending(choice) or self._loss_ending(choice.sequence)
         return Revived(RowState.LIVE, rows, live, record.worker)
+
+    def _restore(self, live: LiveRequest, seq_id: int, logs: list[list[int]]) -> None:
+        """Gives the choices the sequences that their logs tell of; makes the choices where there are none yet."""
+        body, outputs = live.body, logs
+        limits = self._sequence_limits(body)
+        if body.sampling.beam_width:
+            live.search = BeamSearch.replay(_beam_params(body, limits), logs[0])
+            live.candidates.clear()
+            outputs = [beam.token_ids for beam in live.search.beams]
+        sequences = self._sequences(body, limits, seq_id, outputs)
+        live.choices = live.choices or [LiveChoice(live, sequence) for sequence in sequences]
+        for choice, sequence in zip(live.choices, sequences, strict=True):
+            choice.sequence = sequence
+        if live.search is not None:
+            for sequence in sequences:
+                sequence.num_candidates = live.search.params.num_candidates
+                sequence.num_logged_tokens = 0
+            if live.search.is_done:
+                for choice in live.take_hypotheses():
+                    choice.sequence.num_logged_tokens = choice.sequence.num_output_tokens
 
     def _tail_ending(self, choice: LiveChoice) -> Ending | None:
         """The end that the log's tail shows, where its owner died before it recorded it."""
+        search = choice.request.search
+        if search is not None:
+            return Ending(hypothesis_reason(choice)) if search.is_done else None
         output = choice.sequence.output_token_ids
         if choice.stop_text is not None:
             choice.stop_text.push(output)
@@ -133,11 +158,15 @@ class Reviver:
     def _loss_ending(self, sequence: Sequence) -> Ending | None:
         return LOST_TOO_OFTEN if sequence.num_losses >= MAX_LOSSES else None
 
-    def _sequences(self, body: RequestBody, seq_id: int, outputs: list[list[int]]) -> list[Sequence]:
-        """A sequence for each choice, from `seq_id` on, with what it has generated."""
+    def _sequence_limits(self, body: RequestBody) -> SequenceLimits:
         s = body.sampling
         eos = () if s.ignore_eos else self._tokenizer.eos_token_ids
-        limits = SequenceLimits(s.max_tokens, frozenset((*eos, *s.stop_token_ids)), s.ignore_eos)
+        return SequenceLimits(s.max_tokens, frozenset((*eos, *s.stop_token_ids)), s.ignore_eos)
+
+    def _sequences(
+        self, body: RequestBody, limits: SequenceLimits, seq_id: int, outputs: list[list[int]]
+    ) -> list[Sequence]:
+        """A sequence for each choice, from `seq_id` on, with what it has generated."""
         root, hashes = b"", list[bytes]()
         if self.model is not None:  # else nothing runs: no worker has come yet, and each one's coming revives anew
             root = root_hash(self.model.fingerprint, self.model.kv_dtype, "", body.cache_salt)
@@ -161,6 +190,11 @@ class Reviver:
 
     def _stop_text(self, body: RequestBody) -> TextStream | None:
         return TextStream(self._tokenizer, body.sampling.stop) if body.sampling.stop else None
+
+
+def _beam_params(body: RequestBody, limits: SequenceLimits) -> BeamParams:
+    s = body.sampling
+    return BeamParams(s.beam_width, s.length_penalty, s.early_stopping, s.max_tokens, limits.end_token_ids)
 
 
 def _restore_row(sequence: Sequence, row: SequenceRow) -> None:

@@ -4,6 +4,19 @@ from dataclasses import dataclass
 
 from pagoda.v1 import generation_pb2 as pb
 
+from scheduler.beam_search import EarlyStopping
+
+_EARLY_STOPPING = {
+    EarlyStopping.HEURISTIC: pb.EARLY_STOPPING_UNSPECIFIED,
+    EarlyStopping.FULL: pb.EARLY_STOPPING_FULL,
+    EarlyStopping.NEVER: pb.EARLY_STOPPING_NEVER,
+}
+
+
+def early_stopping(sampling: pb.SamplingParams) -> EarlyStopping:
+    """The contract's value. Raises KeyError for one that it does not name."""
+    return {number: value for value, number in _EARLY_STOPPING.items()}[sampling.early_stopping]
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -19,6 +32,10 @@ class SamplingParams:
     ignore_eos: bool
     stop_token_ids: tuple[int, ...]
     stop: tuple[str, ...]
+    beam_width: int = 0
+    """Beams to search with; 0: it samples."""
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +56,11 @@ class RequestBody:
     priority: int
     digest: bytes
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that the request runs: choices, or beams."""
+        return max(self.n, self.sampling.beam_width)
+
     def to_bytes(self) -> bytes:
         """The body as a resolved GenerateRequest; `digest` is stored beside it."""
         s = self.sampling
@@ -56,6 +78,9 @@ class RequestBody:
                 ignore_eos=s.ignore_eos,
                 stop_token_ids=s.stop_token_ids,
                 stop=s.stop,
+                beam_width=s.beam_width or None,
+                length_penalty=s.length_penalty,
+                early_stopping=_EARLY_STOPPING[s.early_stopping],
             ),
             n=self.n,
             resumable=self.resumable,
@@ -82,6 +107,9 @@ class RequestBody:
             ignore_eos=s.ignore_eos,
             stop_token_ids=tuple(s.stop_token_ids),
             stop=tuple(s.stop),
+            beam_width=s.beam_width,
+            length_penalty=s.length_penalty,
+            early_stopping=early_stopping(s),
         )
         return cls(
             request_id=message.request_id,

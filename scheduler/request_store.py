@@ -120,19 +120,19 @@ class RequestStore:
             record.get(b"end", b""),
         )
 
-    async def load_outputs(self, record: RequestRecord) -> list[list[int]]:
-        """All logged output token ids of each choice, over all workers that the request was placed with."""
-        return await asyncio.gather(*(self._load_output(record, choice) for choice in range(record.num_choices)))
+    async def load_logs(self, record: RequestRecord) -> list[list[int]]:
+        """The whole log of each choice, over all workers that the request was placed with."""
+        return await asyncio.gather(*(self._load_log(record, choice) for choice in range(record.num_choices)))
 
-    async def _load_output(self, record: RequestRecord, choice: int) -> list[int]:
+    async def _load_log(self, record: RequestRecord, choice: int) -> list[int]:
         segments = [(worker, first_indexes[choice]) for worker, first_indexes in record.placements]
         seq_id = record.seq_id + choice
         logs = await asyncio.gather(*(load_log(self._pipe, worker, seq_id, first) for worker, first in segments))
-        output: list[int] = []
-        for (_, first_index), tokens in zip(segments, logs, strict=True):
-            del output[first_index:]
-            output += tokens
-        return output
+        whole: list[int] = []
+        for (_, first_index), entries in zip(segments, logs, strict=True):
+            del whole[first_index:]
+            whole += entries
+        return whole
 
 
 def _indexes(first_indexes: Sequence[int]) -> str:

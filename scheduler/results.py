@@ -1,11 +1,12 @@
 """Applies what steps did to the sequences: progress, new tokens, ends. In order, each result once. Does no I/O."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.committer import Committer
-from scheduler.live_request import Ending, LiveChoice
+from scheduler.live_request import Ending, LiveChoice, LiveRequest
 from scheduler.planner import Planner, ScheduledRow
 from scheduler.sequence import FinishReason, Sequence, SequenceStatus
 from scheduler.wire import result_rows
@@ -42,6 +43,7 @@ class Results:
         if step.copied_block_ids:
             self._planner.blocks.finish_copies(step.copied_block_ids)
         token_ids = list(result.token_ids)
+        candidates = zip(result.candidate_token_ids, result.candidate_logprobs, strict=True)
         failed = set(result.failed_seq_ids)
         at = 0
         columns = (result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
@@ -49,6 +51,7 @@ class Results:
             sequence = row.sequence
             tokens = token_ids[at : at + count]
             at += count
+            likeliest = list(islice(candidates, sequence.num_candidates)) if count else []
             sequence.num_plans_in_flight -= 1
             if sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -59,7 +62,10 @@ class Results:
             elif tokens:
                 if not row.samples:
                     raise ProtocolError(f"tokens of a sequence whose prompt is not done in step {step.step_id}")
-                self._append(sequence, first_index, tokens)
+                if not sequence.num_candidates:
+                    self._append(sequence, first_index, tokens)
+                elif sequence.attempt == row.attempt:
+                    self._consider(sequence, likeliest)
 
     def apply_resent(self, result: pb.StepResult) -> None:
         """A result of a step that an earlier owner planned: matched by sequence, attempt and index."""
@@ -70,6 +76,8 @@ class Results:
             if choice is None or choice.sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence = choice.sequence
+            if sequence.num_candidates and row.token_ids:
+                continue  # it is run once more: the search needs all candidates of a step
             if row.seq_id in failed:
                 self.finish(choice, NOT_FINITE)
                 continue
@@ -114,6 +122,42 @@ class Results:
         elif sequence.has_computed_record:
             self._committer.note_computed(sequence, has_caught_up=True)
 
+    def _consider(self, sequence: Sequence, likeliest: list[tuple[int, float]]) -> None:
+        """Candidates of a beam; those of the last one let the search take its next step."""
+        self._planner.publish_computed(sequence)
+        live = self._live[sequence.seq_id].request
+        live.candidates[sequence.choice] = likeliest
+        sequence.awaits_choice = True
+        search = live.search
+        assert search is not None
+        if len(live.candidates) < len(search.open_slots):
+            return
+        step = search.choose(live.candidates)
+        search.apply(step)
+        live.candidates.clear()
+        self.num_output_tokens += len(step.running)
+        self._committer.log_search(live, step.words())
+        if search.is_done:
+            self._conclude(live)
+            return
+        sequences = [choice.sequence for choice in live.choices]
+        for beam in sequences:
+            beam.awaits_choice = False
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        for slot, entry in enumerate(step.running):
+            if entry.parent == slot:
+                sequences[slot].token_ids.append(entry.token_id)
+            else:
+                token_ids = [*prompt, *search.beams[slot].token_ids]
+                self._planner.branch(sequences[entry.parent], sequences[slot], token_ids)
+
+    def _conclude(self, live: LiveRequest) -> None:
+        """The search is over: what it found is what the choices said."""
+        for choice in live.take_hypotheses():
+            self._committer.deliver(choice)
+        for choice in live.choices:
+            self.finish(choice, Ending(hypothesis_reason(choice)))
+
     def _append(self, sequence: Sequence, first_index: int, tokens: list[int]) -> None:
         """Logs new tokens, as far as the sequence's end lets them survive."""
         choice = self._live[sequence.seq_id]
@@ -145,6 +189,12 @@ def _check_shape(result: pb.StepResult, num_rows: int) -> None:
         raise ProtocolError(
             f"result of step {result.step_id} has {len(result.token_ids)} tokens, not what its rows say"
         )
+
+
+def hypothesis_reason(choice: LiveChoice) -> FinishReason:
+    """Why a hypothesis ended."""
+    sequence = choice.sequence
+    return FinishReason.STOP if sequence.token_ids[-1] in sequence.limits.end_token_ids else FinishReason.LENGTH
 
 
 def stop_reason(choice: LiveChoice, token: int, num_output_tokens: int) -> FinishReason | None:

@@ -51,6 +51,10 @@ class Sequence:
     root_hash: bytes
     priority: int = 0
     tenant: str = ""
+    num_candidates: int = 0
+    """Of a beam: likeliest tokens of which the scheduler chooses, before anything more of it can be planned."""
+    awaits_choice: bool = False
+    """Of a beam: it has reported its candidates, and others of its search have not."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     leader: "Sequence | None" = None
@@ -106,7 +110,9 @@ class Sequence:
     @property
     def num_unplanned_tokens(self) -> int:
         """Tokens known, or to be known by then, that no plan covers yet; 0 where the end is planned."""
-        num_tokens = len(self.token_ids) + self.num_planned_samples
+        num_tokens = len(self.token_ids)
+        if not self.num_candidates:
+            num_tokens += self.num_planned_samples
         if num_tokens - self.num_prompt_tokens >= self.limits.max_output_tokens:
             return 0
         return num_tokens - self.num_planned_tokens

@@ -107,7 +107,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if record is None:
             return None
         if record.end:
-            return self._reviver.ended(record, await _in_time(self._requests.load_outputs(record)))
+            return self._reviver.ended(record, await _in_time(self._requests.load_logs(record)))
         await self._fleet.wait_until_resolved(record.worker)
         live = self._live_requests.get(request_id)
         if live is None:
@@ -120,7 +120,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         if record is None:
             return None
         if record.end:
-            return self._reviver.ended(record, await _in_time(self._requests.load_outputs(record)))
+            return self._reviver.ended(record, await _in_time(self._requests.load_logs(record)))
         if await _in_time(self._requests.is_enrolled(record.worker, record.seq_id)):
             raise UnavailableError("the request's worker is being taken over; resume it in a moment")
         live = self._live_requests.get(request_id)
@@ -161,7 +161,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
 
     async def _create(self, body: RequestBody) -> LiveRequest:
         """Makes a request ours and durable, and gives it to a worker."""
-        seq_ids = range(self._next_seq_id, self._next_seq_id + body.n)
+        seq_ids = range(self._next_seq_id, self._next_seq_id + body.num_sequences)
         self._next_seq_id = seq_ids.stop
         live = self._reviver.create(body, seq_ids.start)
         engine = self._fleet.choose(live)
@@ -199,14 +199,17 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             owner = engine.committer.owner
             if owner == recorded_owner:
                 return engine
-            await _in_time(self._requests.own(live.body.request_id, owner, recorded_owner[0], [0] * live.body.n))
+            await _in_time(
+                self._requests.own(live.body.request_id, owner, recorded_owner[0], [0] * live.body.num_sequences)
+            )
             recorded_owner = owner
             if not engine.is_lost:
                 return engine
 
     def _limits(self) -> Limits:
         pools = [e.planner.blocks.num_blocks * e.planner.limits.block_size for e in self._fleet.engines]
-        return Limits(self._model.max_model_len, min(pools, default=self._model.max_model_len))
+        max_pool_tokens = min(pools, default=self._model.max_model_len)
+        return Limits(self._model.max_model_len, max_pool_tokens, block_size=self._model.block_size)
 
     # -- questions ----------------------------------------------------------------------------------------------------
 

@@ -15,11 +15,12 @@ from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.chat_template import ChatTemplateError
 from scheduler.errors import InvalidArgumentError, UnsupportedError
-from scheduler.request import RequestBody, SamplingParams
-from scheduler.tokenizer import Tokenizer
+from scheduler.request import RequestBody, SamplingParams, early_stopping
+from scheduler.tokenizer import SamplingDefaults, Tokenizer
 
 DIGEST_BYTES = 16
 MAX_TEMPERATURE = 100.0
+MAX_LENGTH_PENALTY = 10.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _NOT_SERVED = frozenset(
     (
@@ -28,9 +29,11 @@ _NOT_SERVED = frozenset(
         "repetition_penalty",
         "logprobs",
         "json_schema",
-        "beam_width",
     )
 )
+_SAMPLES = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "stop")
+"""What does not go with beam search."""
+_GREEDY = SamplingDefaults(temperature=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Limits:
     max_num_stop_token_ids: int = 256
     max_name_chars: int = 256  # of tenant and cache_salt
     max_num_choices: int = 64
+    block_size: int = 16
 
 
 def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> RequestBody:
@@ -60,11 +64,14 @@ def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) 
     room = min(limits.max_model_len, limits.max_pool_tokens) - len(prompt)
     if room < 1:
         raise InvalidArgumentError("prompt", _too_long(len(prompt), limits))
+    beam_width = _beam_width(request.sampling, tokenizer, limits)
+    if beam_width:
+        room = min(room, _room_for_beams(len(prompt), beam_width, limits))
     return RequestBody(
         request_id=request.request_id or uuid.uuid4().hex,
         prompt_token_ids=tuple(prompt),
         sampling=_sampling(request.sampling, tokenizer, limits, room),
-        n=_num_choices(request, limits),
+        n=_num_choices(request, beam_width, limits),
         resumable=request.resumable,
         resume_wait_s=resume_wait_s,
         tenant=request.tenant,
@@ -144,10 +151,51 @@ def _check_names(request: pb.GenerateRequest, limits: Limits) -> None:
             raise InvalidArgumentError(field, f"has {len(value)} characters, at most {limits.max_name_chars}")
 
 
-def _num_choices(request: pb.GenerateRequest, limits: Limits) -> int:
-    if request.n > limits.max_num_choices:
-        raise InvalidArgumentError("n", f"is {request.n}, at most {limits.max_num_choices}")
+def _num_choices(request: pb.GenerateRequest, beam_width: int, limits: Limits) -> int:
+    most, what = (beam_width, " beams") if beam_width else (limits.max_num_choices, "")
+    if request.n > most:
+        raise InvalidArgumentError("n", f"is {request.n}, at most {most}{what}")
     return max(1, request.n)
+
+
+def _beam_width(s: pb.SamplingParams, tokenizer: Tokenizer, limits: Limits) -> int:
+    """0 where there is no beam search."""
+    if not s.HasField("beam_width"):
+        for name in ("length_penalty", "early_stopping"):
+            if any(field.name == name for field, _ in s.ListFields()):
+                raise InvalidArgumentError(f"sampling.{name}", "is set, but beam_width is not")
+        return 0
+    if not 2 <= s.beam_width <= limits.max_num_choices:
+        raise InvalidArgumentError("sampling.beam_width", f"must be 2 to {limits.max_num_choices}, is {s.beam_width}")
+    for field, _ in s.ListFields():
+        if field.name in _SAMPLES:
+            raise InvalidArgumentError(f"sampling.{field.name}", "does not go with beam_width")
+    if not math.isfinite(s.length_penalty) or abs(s.length_penalty) > MAX_LENGTH_PENALTY:
+        raise InvalidArgumentError(
+            "sampling.length_penalty", f"must be -{MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}"
+        )
+    if s.early_stopping not in pb.EarlyStopping.values():
+        raise InvalidArgumentError("sampling.early_stopping", f"{s.early_stopping} is not one of the contract's")
+    num_ends = len({*(() if s.ignore_eos else tokenizer.eos_token_ids), *s.stop_token_ids})
+    if max(2, 1 + num_ends) * s.beam_width > tokenizer.vocab_size:
+        raise InvalidArgumentError("sampling.beam_width", f"is too much for {tokenizer.vocab_size} token ids")
+    return s.beam_width
+
+
+def _room_for_beams(num_prompt_tokens: int, beam_width: int, limits: Limits) -> int:
+    """Output tokens with which all beams fit the smallest pool even where they share nothing but the prompt.
+
+    Each may hold one block more: a copy that runs.
+    """
+    num_shared, num_rest = divmod(num_prompt_tokens, limits.block_size)
+    num_each = (limits.max_pool_tokens // limits.block_size - num_shared) // beam_width - 1
+    room = num_each * limits.block_size - num_rest
+    if room < 1:
+        raise InvalidArgumentError(
+            "sampling.beam_width",
+            f"{beam_width} beams of this prompt need more than a pool of {limits.max_pool_tokens} tokens",
+        )
+    return room
 
 
 def _resume_wait_s(request: pb.GenerateRequest, limits: Limits) -> float:
@@ -160,7 +208,7 @@ def _resume_wait_s(request: pb.GenerateRequest, limits: Limits) -> float:
 
 
 def _sampling(s: pb.SamplingParams, tokenizer: Tokenizer, limits: Limits, room: int) -> SamplingParams:
-    defaults = tokenizer.defaults
+    defaults = _GREEDY if s.HasField("beam_width") else tokenizer.defaults
     temperature = s.temperature if s.HasField("temperature") else defaults.temperature
     if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
         raise InvalidArgumentError("sampling.temperature", f"must be 0 to {MAX_TEMPERATURE:g}, is {temperature:g}")
@@ -181,6 +229,9 @@ def _sampling(s: pb.SamplingParams, tokenizer: Tokenizer, limits: Limits, room: 
         ignore_eos=s.ignore_eos,
         stop_token_ids=_stop_token_ids(s, tokenizer, limits),
         stop=_stops(s, limits),
+        beam_width=s.beam_width,
+        length_penalty=s.length_penalty if s.HasField("length_penalty") else 1.0,
+        early_stopping=early_stopping(s),
     )
 
 

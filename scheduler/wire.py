@@ -58,6 +58,9 @@ def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.Samp
     )
     for row in work.rows:
         sequence = row.sequence
+        if sequence.num_candidates and sequence.is_on_worker and sequence.num_output_tokens:
+            plan.replaced_seq_ids.append(sequence.seq_id)
+            plan.replaced_token_ids.append(sequence.token_ids[-1])
         if sequence.num_sent_blocks == sequence.num_acked_blocks and sequence.is_on_worker:
             continue
         if not sequence.is_on_worker:
@@ -97,6 +100,7 @@ def sampler_params(sequence: Sequence, sampling: SamplingParams) -> pb.SamplerPa
         seed=choice_seed(sampling.seed, sequence.choice),
         min_tokens=sampling.min_tokens,
         end_token_ids=sorted(sequence.limits.end_token_ids),
+        num_candidates=sequence.num_candidates,
     )
 
 

@@ -53,6 +53,8 @@ class Batch:
             self._add(added)
         if plan.appended_seq_ids:
             self._append_blocks(plan)
+        if plan.replaced_seq_ids:
+            self._replace_last(plan)
         return self.build(plan)
 
     def read(self, inputs: StepInputs) -> None:
@@ -107,7 +109,8 @@ class Batch:
         self._block_tables[row, :num_blocks] = added.block_ids
         self._sequences[row] = (
             *(num_tokens, added.num_prompt_tokens, added.num_computed_tokens, num_blocks, added.attempt),
-            *(sampler.min_tokens, sampler.seed, sampler.top_k, sampler.temperature, sampler.top_p, sampler.min_p),
+            *(sampler.min_tokens, sampler.seed, sampler.top_k, sampler.num_candidates),
+            *(sampler.temperature, sampler.top_p, sampler.min_p),
         )
         if sampler.min_tokens and sampler.end_token_ids:
             self._end_token_ids[row] = sampler.end_token_ids
@@ -131,6 +134,11 @@ class Batch:
         firsts = np.repeat(before - (np.cumsum(counts) - counts), counts)
         self._block_tables[np.repeat(rows, counts), firsts + np.arange(len(firsts))] = plan.appended_block_ids
         self._sequences["num_blocks"][rows] = after
+
+    def _replace_last(self, plan: Plan) -> None:
+        """The scheduler has chosen other tokens than those that were sampled last."""
+        rows = self._rows(plan.replaced_seq_ids, plan)
+        self._token_ids[rows, self._sequences["num_tokens"][rows] - 1] = plan.replaced_token_ids
 
     def _rows(self, seq_ids: list[int], plan: Plan) -> NDArray[np.int64]:
         """The sequences' rows. Raises ProtocolError for an unknown or repeated one."""
@@ -252,6 +260,7 @@ class Batch:
             rows = scheduled.rows[sampling]
             early = np.flatnonzero(output_indexes < records["min_tokens"])
             forbidden = [(int(i), self._end_token_ids.get(int(rows[i]), ())) for i in early]
+        num_candidates = records["num_candidates"]
         return SampledRows(
             temperatures=records["temperature"],
             top_k=records["top_k"],
@@ -260,4 +269,5 @@ class Batch:
             seeds=records["seed"],
             output_indexes=output_indexes,
             forbidden=tuple(forbidden),
+            num_candidates=num_candidates if num_candidates.any() else None,
         )

@@ -143,4 +143,5 @@ def _output(ran: _Ran) -> StepOutput:
         step_s=ran.step_s,
         gap_s=ran.gap_s,
         back_to_back=ran.back_to_back,
+        candidates=progress.candidates,
     )

@@ -11,7 +11,7 @@ from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
 from worker.runner import RunningStep
-from worker.sampler import choose, to_sampled
+from worker.sampler import Choices, choose, to_sampled
 from worker.step import Sampled, StepInputs, null_inputs
 from worker.wire import Plan
 
@@ -40,10 +40,10 @@ class ModelRunner:
         return EnqueuedStep(self._enqueue(inputs)) if self._is_on_gpu else DeferredStep(self._enqueue, inputs)
 
     @torch.inference_mode()
-    def _enqueue(self, inputs: StepInputs) -> torch.Tensor:
-        """The step's choices, as `choose` returns them; on a GPU they are still being computed."""
+    def _enqueue(self, inputs: StepInputs) -> Choices:
+        """The step's choices; on a GPU they are still being computed."""
         if not len(inputs.input_ids):
-            return torch.zeros((2, 0), dtype=torch.int64)
+            return Choices(torch.zeros((2, 0), dtype=torch.int64))
         logit_rows = torch.from_numpy(inputs.logit_rows).to(self._pool.blocks.device, non_blocking=True)
         hidden = self._forward.hidden(inputs)
         return choose(self._decoder.logits(hidden[logit_rows]), inputs.sampled, self._kernels)
@@ -55,7 +55,7 @@ class EnqueuedStep:
     # Between two looks at the queue: short beside a step, long beside a look.
     LOOK_S = 200e-6
 
-    def __init__(self, choices: torch.Tensor) -> None:
+    def __init__(self, choices: Choices) -> None:
         self._choices = choices
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record()
@@ -72,7 +72,7 @@ class EnqueuedStep:
 class DeferredStep:
     """A step on the CPU: it needs the cores itself, so it runs when it is waited for. See RunningStep."""
 
-    def __init__(self, enqueue: Callable[[StepInputs], torch.Tensor], inputs: StepInputs) -> None:
+    def __init__(self, enqueue: Callable[[StepInputs], Choices], inputs: StepInputs) -> None:
         self._enqueue = enqueue
         self._inputs = inputs
 

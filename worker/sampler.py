@@ -5,24 +5,43 @@ batch. Greedy rows take the lowest id of the highest logit. The others are sampl
 from (seed, output index).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import Draws, Kernels
 from worker.rng import uniforms
-from worker.step import Sampled, SampledRows
+from worker.step import Candidates, Sampled, SampledRows
 
 # Lower temperatures are greedy: nothing but the argmax would have a probability, and quotients might overflow.
 MIN_TEMPERATURE = 1e-5
 
 
-def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.Tensor:
-    """Token ids, and whether the logits were finite (1 or 0): [2, num_rows] int64, on the device of the logits.
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What a step chose, on the device of its logits.
+
+    tokens: [2, num_rows] int64: token ids, and whether the logits were finite (1 or 0). likeliest: of the entries that
+    want candidates, as many as the one that wants most: log probabilities, ids: [num_entries, most], best first.
+    num_candidates: by entry, what each wants.
+    """
+
+    tokens: torch.Tensor
+    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    num_candidates: Mapping[int, int] = field(default_factory=dict)
+
+
+def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices:
+    """Chooses a token for each row, and finds the candidates of those that want any.
 
     logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids.
     """
-    choices = kernels.greedy(logits)
-    token_ids = choices[0]
+    tokens = kernels.greedy(logits)
+    choices = Choices(tokens) if rows.num_candidates is None else _with_candidates(tokens, logits, rows.num_candidates)
+    token_ids = tokens[0]
     for row, forbidden in rows.forbidden:
         logits[row, [token_id for token_id in forbidden if token_id < logits.shape[1]]] = float("-inf")
         token_ids[row] = logits[row].argmax()
@@ -40,7 +59,19 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.T
     return choices
 
 
-def to_sampled(choices: torch.Tensor) -> Sampled:
-    """`choices` of `choose` on the host; waits for them."""
-    token_ids, is_finite = choices.cpu().numpy()
-    return Sampled(token_ids, is_finite.astype(np.bool_))
+def _with_candidates(tokens: torch.Tensor, logits: torch.Tensor, wanted: NDArray[np.int64]) -> Choices:
+    entries = np.flatnonzero(wanted)
+    logprobs = torch.log_softmax(logits[torch.from_numpy(entries).to(logits.device)], dim=-1)
+    values, token_ids = logprobs.topk(min(int(wanted.max()), logits.shape[1]))
+    return Choices(tokens, (values, token_ids), {entry: int(wanted[entry]) for entry in entries.tolist()})
+
+
+def to_sampled(choices: Choices) -> Sampled:
+    """`choices` on the host; waits for them."""
+    token_ids, is_finite = choices.tokens.cpu().numpy()
+    candidates: dict[int, Candidates] = {}
+    if choices.likeliest is not None:
+        logprobs, ids = (part.tolist() for part in choices.likeliest)
+        for i, (entry, count) in enumerate(choices.num_candidates.items()):
+            candidates[entry] = Candidates(ids[i][:count], logprobs[i][:count])
+    return Sampled(token_ids, is_finite.astype(np.bool_), candidates)

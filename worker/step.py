@@ -1,6 +1,7 @@
 """The values that pass between batch, runner and sampler in one step. numpy only: the timer's worker has no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ SEQUENCE = np.dtype(
         ("min_tokens", np.int64),
         ("seed", np.uint64),
         ("top_k", np.int64),
+        ("num_candidates", np.int64),
         ("temperature", np.float32),
         ("top_p", np.float32),
         ("min_p", np.float32),
@@ -36,7 +38,10 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class SampledRows:
-    """Who samples in a step, one entry each. forbidden: (entry, token ids that must not be sampled)."""
+    """Who samples in a step, one entry each. forbidden: (entry, token ids that must not be sampled).
+
+    num_candidates: likeliest tokens to report beside the sampled one; None where no entry wants any.
+    """
 
     temperatures: NDArray[np.float32]
     top_k: NDArray[np.int64]
@@ -45,6 +50,7 @@ class SampledRows:
     seeds: NDArray[np.uint64]
     output_indexes: NDArray[np.int64]
     forbidden: tuple[tuple[int, tuple[int, ...]], ...]
+    num_candidates: NDArray[np.int64] | None = None
 
     def take(self, entries: NDArray[np.int64]) -> "SampledRows":
         """Some of the entries; their forbidden ids are dealt with already."""
@@ -99,11 +105,23 @@ class StepInputs:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest tokens after a sequence, best first, with their log probabilities."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
-    """One entry per row that sampled: its token, and whether its logits were finite (else the token means nothing)."""
+    """One entry per row that sampled: its token, and whether its logits were finite (else the token means nothing).
+
+    candidates: of the entries that wanted any.
+    """
 
     token_ids: NDArray[np.int64]
     is_finite: NDArray[np.bool_]
+    candidates: Mapping[int, Candidates] = field(default_factory=dict)
 
     @property
     def all_finite(self) -> bool:
@@ -121,6 +139,7 @@ class Progress:
     num_tokens: NDArray[np.int64]
     token_ids: NDArray[np.int64]
     failed: NDArray[np.int64]
+    candidates: list[Candidates]
 
     @classmethod
     def of(cls, scheduled: Scheduled, sampled: Sampled) -> "Progress":
@@ -135,6 +154,7 @@ class Progress:
             num_tokens=num_tokens,
             token_ids=sampled.token_ids[is_good],
             failed=scheduled.sampling[~is_good],
+            candidates=[found for entry, found in sorted(sampled.candidates.items()) if is_good[entry]],
         )
 
 

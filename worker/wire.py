@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pagoda.v1 import worker_pb2 as pb
 
 from worker.errors import ProtocolError
+from worker.step import Candidates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,7 @@ class SamplerParams:
     seed: int
     min_tokens: int
     end_token_ids: tuple[int, ...]
+    num_candidates: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Plan:
     scheduled_seq_ids: list[int]
     num_scheduled_tokens: NDArray[np.int64]
     freed_block_ids: list[int]
+    replaced_seq_ids: list[int]
+    replaced_token_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,7 @@ class StepOutput:
     step_s: float
     gap_s: float
     back_to_back: bool
+    candidates: "Sequence[Candidates]"
 
 
 def decode_plan(message: pb.StepPlan) -> Plan:
@@ -95,10 +100,13 @@ def decode_plan(message: pb.StepPlan) -> Plan:
         scheduled_seq_ids=list(message.scheduled_seq_ids),
         num_scheduled_tokens=_int64(message.num_scheduled_tokens),
         freed_block_ids=list(message.freed_block_ids),
+        replaced_seq_ids=list(message.replaced_seq_ids),
+        replaced_token_ids=list(message.replaced_token_ids),
     )
     _require(len(plan.scheduled_seq_ids) == len(plan.num_scheduled_tokens), plan, "scheduled")
     _require(len(plan.appended_seq_ids) == len(plan.appended_num_blocks), plan, "appended")
     _require(int(plan.appended_num_blocks.sum()) == len(plan.appended_block_ids), plan, "appended_block_ids")
+    _require(len(plan.replaced_seq_ids) == len(plan.replaced_token_ids), plan, "replaced")
     lengths = {len(message.copy_src_block_ids), len(message.copy_dst_block_ids), len(message.copy_num_tokens)}
     _require(len(lengths) == 1, plan, "copy")
     return plan
@@ -120,6 +128,9 @@ def encode_result(output: StepOutput) -> pb.ConnectRequest:
     result.step_s = output.step_s
     result.gap_s = output.gap_s
     result.back_to_back = output.back_to_back
+    for candidates in output.candidates:
+        result.candidate_token_ids.extend(candidates.token_ids)
+        result.candidate_logprobs.extend(candidates.logprobs)
     return request
 
 
@@ -145,6 +156,7 @@ def _decode_added(added: pb.AddedSequence) -> AddedSequence:
             seed=sampler.seed,
             min_tokens=sampler.min_tokens,
             end_token_ids=tuple(sampler.end_token_ids),
+            num_candidates=sampler.num_candidates,
         ),
     )
 

@@ -122,7 +122,7 @@ async def test_every_choice_has_its_own_indexes(server: RedisServer, requests: R
         client.set(log_key("worker-0", 9), (30).to_bytes(4, "little"))
         client.set(log_key("worker-1", 8), (20).to_bytes(4, "little"))
         client.set(log_key("worker-1", 9, 1), (31).to_bytes(4, "little"))
-        assert await requests.load_outputs(found) == [[10, 11], [20], [30, 31]]
+        assert await requests.load_logs(found) == [[10, 11], [20], [30, 31]]
         await requests.expire_logs(found)
         for key in (log_key("worker-0", 7), log_key("worker-1", 8), log_key("worker-1", 9, 1)):
             assert 0 < client.ttl(key) <= RECORD_TTL_S
@@ -136,7 +136,7 @@ async def test_output_is_read_over_all_placements(server: RedisServer, requests:
         client.set(log_key("worker-0", 7), b"".join(i.to_bytes(4, "little") for i in (10, 11, 99)))
         client.set(log_key("worker-1", 7, 2), (12).to_bytes(4, "little"))
         client.set(log_key("worker-0", 7, 3), b"".join(i.to_bytes(4, "little") for i in (13, 14)))
-        assert await requests.load_outputs(await record(requests)) == [[10, 11, 12, 13, 14]]
+        assert await requests.load_logs(await record(requests)) == [[10, 11, 12, 13, 14]]
         await requests.expire_logs(await record(requests))
         for worker, first_index in (("worker-0", 0), ("worker-1", 2), ("worker-0", 3)):
             assert 0 < client.ttl(log_key(worker, 7, first_index)) <= RECORD_TTL_S

@@ -75,6 +75,11 @@ BAD: dict[str, tuple[pb.GenerateRequest, str]] = {
     "request_id too long": (request(request_id="a" * 129), "request_id: "),
     "wait without resumable": (request(resume_wait_s=3), "resume_wait_s: "),
     "wait NaN": (request(resumable=True, resume_wait_s=math.nan), "resume_wait_s: "),
+    "beams and temperature": (request(beam_width=2, temperature=0.5), "sampling.temperature: "),
+    "one beam": (request(beam_width=1), "sampling.beam_width: "),
+    "more choices than beams": (request(beam_width=2, n=3), "n: "),
+    "penalty without beams": (request(length_penalty=2), "sampling.length_penalty: "),
+    "too many beams for the pool": (request(beam_width=64, max_tokens=200), "sampling."),
     "tenant too long": (request(tenant="t" * 257), "tenant: "),
     "cache_salt too long": (request(cache_salt="t" * 257), "cache_salt: "),
 }
@@ -85,7 +90,6 @@ UNSERVED: dict[str, pb.GenerateRequest] = {
     "sampling.repetition_penalty": request(repetition_penalty=1.1),
     "sampling.logprobs": request(logprobs=1),
     "sampling.json_schema": request(json_schema="{}"),
-    "sampling.beam_width": request(beam_width=2),
 }
 
 

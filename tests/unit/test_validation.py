@@ -84,6 +84,15 @@ BAD = {
     "resume_wait_s negative": (request(resumable=True, resume_wait_s=-1), "resume_wait_s: must be 0 to 60"),
     "resume_wait_s too large": (request(resumable=True, resume_wait_s=61), "resume_wait_s: must be 0 to 60"),
     "too many choices": (request(n=65), "n: is 65, at most 64"),
+    "one beam": (request(beam_width=1), "sampling.beam_width: must be 2 to 64, is 1"),
+    "more choices than beams": (request(beam_width=3, n=4), "n: is 4, at most 3 beams"),
+    "beams that sample": (request(beam_width=3, top_k=4), "sampling.top_k: does not go with beam_width"),
+    "beams and stop texts": (request(beam_width=3, stop=["x"]), "sampling.stop: does not go with beam_width"),
+    "length_penalty alone": (request(length_penalty=1), "sampling.length_penalty: is set, but beam_width is not"),
+    "length_penalty NaN": (request(beam_width=3, length_penalty=math.nan), "sampling.length_penalty: must be -10 to"),
+    "early_stopping alone": (request(early_stopping=1), "sampling.early_stopping: is set, but beam_width is not"),
+    "early_stopping unknown": (request(beam_width=3, early_stopping=9), "sampling.early_stopping: 9 is not one"),
+    "beams beyond the pool": (request(beam_width=8), "sampling.beam_width: 8 beams of this prompt need more than"),
 }
 UNSERVED = {
     "adapter": {"adapter": "mine"},
@@ -92,7 +101,6 @@ UNSERVED = {
     "sampling.repetition_penalty": {"repetition_penalty": 1},
     "sampling.logprobs": {"logprobs": 0},
     "sampling.json_schema": {"json_schema": ""},
-    "sampling.beam_width": {"beam_width": 1},
 }
 
 

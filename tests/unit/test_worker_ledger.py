@@ -17,7 +17,9 @@ def plan(epoch: int, step_id: int, committed_step_id: int) -> Plan:
 
 
 def output(order: Order) -> StepOutput:
-    return StepOutput(order.plan.epoch, order.plan.step_id, [], _NONE, _NONE, _NONE, _NONE, _NONE, [], 0.0, 0.0, False)
+    return StepOutput(
+        order.plan.epoch, order.plan.step_id, [], _NONE, _NONE, _NONE, _NONE, _NONE, [], 0.0, 0.0, False, ()
+    )
 
 
 class OwnersAndPlans(RuleBasedStateMachine):

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_forbidden_ids_are_not_sampled(temperature: float) -> None:
     logits = torch.full((2, VOCAB_SIZE), -30.0)
     logits[:, 7], logits[:, 8] = 20.0, 10.0
     base = rows(2, temperature)
-    forbidding = SampledRows(*(getattr(base, name) for name in list(base.__slots__)[:-1]), ((1, (7, VOCAB_SIZE + 5)),))
+    forbidding = replace(base, forbidden=((1, (7, VOCAB_SIZE + 5)),))
     found = sample(logits, forbidding)
     assert found.token_ids.tolist() == [7, 8]
     assert found.is_finite.all()

@@ -461,6 +461,7 @@ class SamplerParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     END_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy."""
     top_k: _builtins.int
@@ -473,6 +474,8 @@ class SamplerParams(_message.Message):
     """Of the choice, already mixed with its number."""
     min_tokens: _builtins.int
     """Output tokens before which no id of end_token_ids may be sampled."""
+    num_candidates: _builtins.int
+    """Likeliest tokens to report with each token that is sampled, for beam search; 0: none."""
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence and stop ids."""
@@ -487,10 +490,11 @@ class SamplerParams(_message.Message):
         seed: _builtins.int = ...,
         min_tokens: _builtins.int = ...,
         end_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_candidates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -516,6 +520,8 @@ class StepPlan(_message.Message):
     SCHEDULED_SEQ_IDS_FIELD_NUMBER: _builtins.int
     NUM_SCHEDULED_TOKENS_FIELD_NUMBER: _builtins.int
     FREED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    REPLACED_SEQ_IDS_FIELD_NUMBER: _builtins.int
+    REPLACED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The owner's epoch."""
     step_id: _builtins.int
@@ -570,6 +576,14 @@ class StepPlan(_message.Message):
     def freed_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tests: blocks that became free, for workers that asked for them."""
 
+    @_builtins.property
+    def replaced_seq_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sequences whose token that was sampled last is another one (columns), by the scheduler's choice: here is"""
+
+    @_builtins.property
+    def replaced_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """which."""
+
     def __init__(
         self,
         *,
@@ -587,10 +601,12 @@ class StepPlan(_message.Message):
         scheduled_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_scheduled_tokens: _abc.Iterable[_builtins.int] | None = ...,
         freed_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        replaced_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
+        replaced_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "removed_seq_ids", b"removed_seq_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "removed_seq_ids", b"removed_seq_ids", "replaced_seq_ids", b"replaced_seq_ids", "replaced_token_ids", b"replaced_token_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -614,6 +630,8 @@ class StepResult(_message.Message):
     GAP_S_FIELD_NUMBER: _builtins.int
     BACK_TO_BACK_FIELD_NUMBER: _builtins.int
     FAILED_SEQ_IDS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_LOGPROBS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch of the plan."""
     step_id: _builtins.int
@@ -652,6 +670,14 @@ class StepResult(_message.Message):
     def failed_seq_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences whose logits were not finite (columns): the scheduler ends them with INTERNAL."""
 
+    @_builtins.property
+    def candidate_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each sequence that sampled and asked for candidates, so many of the likeliest tokens, best first, concatenated."""
+
+    @_builtins.property
+    def candidate_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their log probabilities (natural logarithm)."""
+
     def __init__(
         self,
         *,
@@ -667,10 +693,12 @@ class StepResult(_message.Message):
         gap_s: _builtins.float = ...,
         back_to_back: _builtins.bool = ...,
         failed_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
+        candidate_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        candidate_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "candidate_logprobs", b"candidate_logprobs", "candidate_token_ids", b"candidate_token_ids", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,5 +47,5 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> torch.T
 
 def to_sampled(choices: torch.Tensor) -> Sampled:
     """`choices` of `choose` that have come to the host."""
-    token_ids, is_finite = choices.cpu().numpy()
+    token_ids, is_finite = choices.numpy()
     return Sampled(token_ids, is_finite.astype(np.bool_))

@@ -17,7 +17,7 @@ def taint(choices: torch.Tensor, sampled_ids: torch.Tensor, last: torch.Tensor) 
 
     sampled_ids: [num_samples], the input ids, fed or not, whose logits were sampled.
     """
-    choices[1] *= torch.where(sampled_ids < 0, _resolve(sampled_ids, last[1]), 1)
+    choices[1].mul_(torch.where(sampled_ids < 0, _resolve(sampled_ids, last[1]), 1))
 
 
 def _resolve(ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

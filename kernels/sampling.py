@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from kernels import Draws
+from kernels.upload import upload
 
 # Highest probabilities that are sorted for top_k and top_p, before (seldom) a row is sorted in full.
 FIRST_LOOK = 256
+# Rows that are sorted in full at once: what that takes is no part of a worker's memory profile.
+ROWS_SORTED = 32
 # Ids whose probabilities are summed at once on the way to a choice.
 CHUNK_SIZE = 256
 
@@ -20,14 +23,14 @@ CHUNK_SIZE = 256
 def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """See `kernels.Kernels.sample`."""
     is_all = len(draws.rows) == len(logits)  # then no row is copied
-    some = logits if is_all else logits[torch.from_numpy(draws.rows).to(logits.device)]
+    some = logits if is_all else logits[upload(draws.rows, logits.device)]
     probabilities = (some / _column(draws.temperatures, logits)).softmax(dim=-1)
     limited = np.flatnonzero((draws.top_k > 0) | (draws.top_p < 1))
     if not len(limited) and not draws.min_p.any():
         return _choose(probabilities, draws.uniforms)
     bound = _column(draws.min_p, logits) * probabilities.amax(dim=-1, keepdim=True)
     if len(limited):
-        on_device = torch.from_numpy(limited).to(logits.device)
+        on_device = upload(limited, logits.device)
         top_bound = _top_bound(probabilities[on_device], draws.top_k[limited], draws.top_p[limited])
         bound[on_device] = torch.maximum(bound[on_device], top_bound)
     return _choose(probabilities.masked_fill_(probabilities < bound, 0.0), draws.uniforms)
@@ -58,12 +61,17 @@ def _top_bound(probabilities: torch.Tensor, top_k: NDArray[np.int64], top_p: NDA
     top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
     num_sorted = min(FIRST_LOOK, vocab_size)
     bound, is_enough = _bound_among(_highest(probabilities, num_sorted), top_k, top_p, vocab_size)
-    short = (~is_enough).nonzero()[:, 0]
-    if len(short) and num_sorted < vocab_size:
-        on_host = short.cpu().numpy()
-        every = _highest(probabilities[short], vocab_size)
-        bound[short] = _bound_among(every, top_k[on_host], top_p[on_host], vocab_size)[0]
+    short = _short(is_enough, top_k > num_sorted)
+    for rows in np.split(short, range(ROWS_SORTED, len(short), ROWS_SORTED)) if len(short) else []:
+        on_device = upload(rows, probabilities.device)
+        every = _highest(probabilities[on_device], vocab_size)
+        bound[on_device] = _bound_among(every, top_k[rows], top_p[rows], vocab_size)[0]
     return bound
+
+
+def _short(is_enough: torch.Tensor, may_be_short: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows to sort in full. A GPU sorts all that might need it: to hear which do would mean to wait for its queue."""
+    return np.flatnonzero(may_be_short & ~is_enough.numpy() if is_enough.device.type == "cpu" else may_be_short)
 
 
 def _bound_among(
@@ -84,10 +92,12 @@ def _bound_among(
 
 def _highest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` highest of each row, in falling order."""
+    rest = probabilities.shape[1] - count
     if probabilities.device.type != "cpu":
-        return probabilities.topk(count, dim=-1).values
+        ordered = probabilities.topk(count, dim=-1) if rest > 0 else probabilities.sort(dim=-1, descending=True)
+        return ordered.values
     # numpy sorts values with vector instructions: ten times faster than torch, which keeps track of indices.
-    values, rest = probabilities.numpy(), probabilities.shape[1] - count
+    values = probabilities.numpy()
     if rest > 0:
         values = np.partition(values, rest, axis=-1)[:, rest:]
     return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
@@ -95,4 +105,4 @@ def _highest(probabilities: torch.Tensor, count: int) -> torch.Tensor:
 
 def _column(values: NDArray[np.float64] | NDArray[np.float32] | NDArray[np.int64], like: torch.Tensor) -> torch.Tensor:
     """[num_rows, 1], on the device of `like`."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]
+    return upload(values, like.device)[:, None]

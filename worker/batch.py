@@ -1,10 +1,12 @@
 """The persistent batch: what the worker knows of each sequence, kept from plan to plan in columns.
 
 Owns tokens, block tables, progress and sampler parameters. Touches no tensor: numpy only, vectorised over the
-sequences of a plan. A step goes through `apply` (what it will run), `read`, `begin` and `commit`; the next plan may be
-applied between `begin` and `commit`, that is, while the step runs: all that it changes is known by then but the tokens
-that it samples, and those are read last. So the gap between two steps holds one `commit` and one `read`.
+sequences of a plan. A step goes through `apply` (what it will run), `begin` and `commit`. The next may be applied and
+begin before the `commit`, that is, while the step runs: all that it changes is known by then but the tokens that it
+samples, and for those stand marks (see `StepInputs.input_ids`).
 """
+
+from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +26,15 @@ class Batch:
         self._last_rows: tuple[list[int], NDArray[np.int64]] | None = None
         # More sequences may be known than run in a step: then rows are added. Untouched zeros take no memory.
         self._free_rows = list(range(limits.max_num_seqs))
-        # A running step will still write its tokens into its rows: what goes meanwhile is free after it.
-        self._is_running = False
-        self._freed_meanwhile: list[int] = []
+        # For each step that has begun, the rows that went since: it will still write its tokens into its rows.
+        self._freed_after: deque[list[int]] = deque()
         self._sequences = np.zeros(limits.max_num_seqs, SEQUENCE)
         self._token_ids = np.zeros((limits.max_num_seqs, limits.max_model_len), np.int64)
         self._flat_token_ids = self._token_ids.reshape(-1)
         max_blocks = -(-limits.max_model_len // limits.block_size)
         self._block_tables = np.zeros((limits.max_num_seqs, max_blocks), np.int32)
         self._one_each = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
+        self._marks = ~np.arange(limits.max_num_seqs)
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -55,39 +57,39 @@ class Batch:
             self._append_blocks(plan)
         if plan.replaced_seq_ids:
             self._replace_last(plan)
-        return self.build(plan)
-
-    def read(self, inputs: StepInputs) -> None:
-        """Fill in the token ids that the step reads; the step before it has been committed."""
-        np.take(self._flat_token_ids, inputs.id_places, out=inputs.input_ids)
+        return self._build(plan)
 
     def begin(self, inputs: StepInputs) -> None:
-        """Count the step as done, but for its tokens."""
+        """Count the step as done, but for its tokens; the one before the last has been committed."""
         scheduled = inputs.scheduled
-        self._is_running = True
+        self._freed_after.append([])
         self._sequences["num_computed_tokens"][scheduled.rows] = scheduled.num_computed_tokens
         self._sequences["num_tokens"][scheduled.sampling_rows] += 1
+        self._flat_token_ids[scheduled.sampled_places] = self._marks[: len(scheduled.sampled_places)]
 
     def commit(self, inputs: StepInputs, sampled: Sampled) -> None:
-        """Record what the step that began with `inputs` sampled."""
+        """Record what the step that began with `inputs`, the oldest that is not committed, sampled.
+
+        A sequence that failed has nothing left to run. If it runs in the next step already, it fails there too.
+        """
         scheduled = inputs.scheduled
         places, token_ids = scheduled.sampled_places, sampled.token_ids
         if not sampled.all_finite:
             is_good = sampled.is_finite
-            self._sequences["num_tokens"][scheduled.sampling_rows[~is_good]] -= 1
+            failed = scheduled.sampling_rows[~is_good]
+            known, computed = self._sequences["num_tokens"], self._sequences["num_computed_tokens"]
+            known[failed] -= 1
+            computed[failed] = np.minimum(computed[failed], known[failed])
             places, token_ids = places[is_good], token_ids[is_good]
         self._flat_token_ids[places] = token_ids
-        self._is_running = False
-        if self._freed_meanwhile:
-            self._free_rows += self._freed_meanwhile
-            self._freed_meanwhile = []
+        self._free_rows += self._freed_after.popleft()
 
     def _remove(self, seq_id: int) -> None:
         row = self._row_of.pop(seq_id, None)
         if row is not None:
             self._last_rows = None
             self._end_token_ids.pop(row, None)
-            (self._freed_meanwhile if self._is_running else self._free_rows).append(row)
+            (self._freed_after[-1] if self._freed_after else self._free_rows).append(row)
 
     def _add(self, added: AddedSequence) -> None:
         """A sequence that is known already begins anew: its owner sent it in full."""
@@ -156,8 +158,7 @@ class Batch:
             self._last_rows = (plan.scheduled_seq_ids, self._rows(plan.scheduled_seq_ids, plan))
         return self._last_rows[1]
 
-    def build(self, plan: Plan) -> StepInputs:
-        """What a plan runs whose changes have been made; changes nothing."""
+    def _build(self, plan: Plan) -> StepInputs:
         rows = self._scheduled_rows(plan)
         before = self._sequences[rows]
         known, computed = before["num_tokens"], before["num_computed_tokens"]
@@ -185,8 +186,7 @@ class Batch:
         max_blocks = -(-int(context_lens.max(initial=0)) // block_size)
         block_ids = self._block_tables[token_rows, positions // block_size]
         return StepInputs(
-            input_ids=np.empty(num_tokens, np.int64),
-            id_places=token_rows * self._limits.max_model_len + positions,
+            input_ids=np.take(self._flat_token_ids, token_rows * self._limits.max_model_len + positions),
             positions=positions,
             slot_mapping=block_ids * np.int64(block_size) + positions % block_size,
             cu_seqlens_q=cu_seqlens_q,

@@ -1,10 +1,12 @@
-"""The worker's loop: take a plan, apply it, run it, report it. Runs on the main thread; the link's threads do I/O.
+"""The worker's loop: take a plan, apply it, launch it, report it. Runs on the main thread; the link's threads do I/O.
 
-Between two steps only what needs the tokens of the first is done. While a step runs, the loop reports the one before
-it and applies the plan of the next, as soon as that is there.
+Beside an accelerator two steps are launched at most: while one runs, the loop reports the one before it, and launches
+the next behind it as soon as its plan is there, so that the device need not wait for the host between them. A runner
+that needs the processor itself has one at a time.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +14,7 @@ from worker.batch import Batch
 from worker.errors import ProtocolError
 from worker.ledger import Order
 from worker.runner import Runner, RunningStep
-from worker.step import Progress, Sampled, Scheduled, StepInputs
+from worker.step import Progress, Sampled, StepInputs
 from worker.wire import StepOutput
 
 
@@ -33,103 +35,95 @@ class PlanSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Applied:
-    """A plan whose changes the batch has made, and what it runs."""
+class _Launched:
+    """A step on its way. start: when it was launched; whether its plan was there when the step before ended."""
 
     order: Order
     inputs: StepInputs
+    step: RunningStep
+    start: float
+    is_back_to_back: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """A step without its report. Seconds of the step, of the gap before it; whether its plan was there in time."""
+    """A step without its report; seconds of the step, and of the gap before it."""
 
-    order: Order
-    scheduled: Scheduled
+    launched: _Launched
     sampled: Sampled
     step_s: float
     gap_s: float
-    back_to_back: bool
 
 
 class Executor:
-    """Runs plans in order, one at a time, for as long as the process lives."""
+    """Runs plans in order for as long as the process lives."""
 
     def __init__(self, source: PlanSource, batch: Batch, runner: Runner) -> None:
         self._source = source
         self._batch = batch
         self._runner = runner
         self._registration = 0
+        self._launched: deque[_Launched] = deque()
         self._unreported: _Ran | None = None
         self._last_end = time.perf_counter()
 
     def run(self) -> None:
         """Until the source raises."""
-        following: _Applied | None = None
         while True:
-            applied, was_there = following, following is not None
-            if applied is None:
-                self._report()
-                applied = self._apply(self._source.take())
-            following = None if applied is None else self._run(applied, was_there)
+            self._report()
+            if not self._launched:
+                self._launch(self._source.take(), is_back_to_back=False)
+            elif len(self._launched) == 1 and (patience_s := self._launched[0].step.patience_s()) > 0:
+                self._launch_within(patience_s)
+            else:
+                self._end()
+                if not self._launched:
+                    self._launch_within(0.0)
 
-    def _run(self, applied: _Applied, is_back_to_back: bool) -> _Applied | None:
-        """Run one step; the plan that is there at its end."""
-        order, inputs = applied.order, applied.inputs
-        self._batch.read(inputs)
-        self._runner.prepare(order.plan)
-        start = time.perf_counter()
-        running = self._runner.launch(inputs)
-        self._batch.begin(inputs)
-        self._report()
-        following = self._apply_meanwhile(running)
-        sampled = running.wait()
-        end = time.perf_counter()
-        self._batch.commit(inputs, sampled)
-        self._unreported = _Ran(order, inputs.scheduled, sampled, end - start, start - self._last_end, is_back_to_back)
-        self._last_end = end
-        if following is None:
-            return self._apply_within(0.0)
-        if not sampled.all_finite:
-            return _Applied(following.order, self._batch.build(following.order.plan))
-        return following
-
-    def _apply_meanwhile(self, running: RunningStep) -> _Applied | None:
-        """Wait for the next plan or the end of the step, and apply the plan if it comes first."""
-        while (patience_s := running.patience_s()) > 0:
-            applied = self._apply_within(patience_s)
-            if applied is not None:
-                self._runner.look_ahead(applied.inputs)
-                return applied
-        return None
-
-    def _apply_within(self, seconds: float) -> _Applied | None:
-        """The next plan, applied; None where none comes in time, or it is broken."""
+    def _launch_within(self, seconds: float) -> None:
+        """The next plan, if it comes in time."""
         order = self._source.take_within(seconds)
-        return None if order is None else self._apply(order)
+        if order is not None:
+            self._launch(order, is_back_to_back=True)
 
-    def _apply(self, order: Order) -> _Applied | None:
-        """None where the plan is broken, and was given back."""
+    def _launch(self, order: Order, is_back_to_back: bool) -> None:
+        """Apply the plan and launch its step; a broken one is given back, after the report of what was launched."""
         if order.registration != self._registration:
             # After each registration the owner sends its sequences in full: what it does not send has ended.
             self._batch.clear()
             self._registration = order.registration
         try:
-            return _Applied(order, self._batch.apply(order.plan))
+            inputs = self._batch.apply(order.plan)
         except ProtocolError as error:
-            self._batch.clear()
+            if self._launched:
+                self._end()
             self._report()
+            self._batch.clear()
             self._source.reject(order, error)
-            return None
+            return
+        self._runner.prepare(order.plan)
+        start = time.perf_counter()
+        self._launched.append(_Launched(order, inputs, self._runner.launch(inputs), start, is_back_to_back))
+        self._batch.begin(inputs)
+
+    def _end(self) -> None:
+        """Wait for the end of the oldest step, and commit it."""
+        launched = self._launched.popleft()
+        sampled = launched.step.wait()
+        end = time.perf_counter()
+        self._batch.commit(launched.inputs, sampled)
+        start = max(launched.start, self._last_end)
+        self._unreported = _Ran(launched, sampled, end - start, start - self._last_end)
+        self._last_end = end
 
     def _report(self) -> None:
         ran, self._unreported = self._unreported, None
         if ran is not None:
-            self._source.finish(ran.order, _output(ran))
+            self._source.finish(ran.launched.order, _output(ran))
 
 
 def _output(ran: _Ran) -> StepOutput:
-    plan, progress = ran.order.plan, Progress.of(ran.scheduled, ran.sampled)
+    plan, progress = ran.launched.order.plan, Progress.of(ran.launched.inputs.scheduled, ran.sampled)
     return StepOutput(
         epoch=plan.epoch,
         step_id=plan.step_id,
@@ -142,6 +136,6 @@ def _output(ran: _Ran) -> StepOutput:
         failed_seq_ids=[plan.scheduled_seq_ids[i] for i in progress.failed.tolist()],
         step_s=ran.step_s,
         gap_s=ran.gap_s,
-        back_to_back=ran.back_to_back,
+        back_to_back=ran.launched.is_back_to_back,
         candidates=progress.candidates,
     )

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import AttentionMetadata, Kernels
+from kernels.upload import upload
+from worker.feed import feed
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
 from worker.step import StepInputs
@@ -15,13 +17,10 @@ from worker.step import StepInputs
 class Forward(Protocol):
     """How the layers of a step are run."""
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See `worker.runner.Runner.look_ahead`."""
-
-    def hidden(self, inputs: StepInputs) -> torch.Tensor:
+    def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """Write the step's KV; the hidden states of its tokens: [num_tokens or more, hidden_size].
 
-        The next call may overwrite them.
+        last: as in `worker.feed`. The next call may overwrite what this one returns.
         """
 
 
@@ -33,13 +32,12 @@ class EagerForward:
         self._kernels = kernels
         self._pool = pool
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See Forward. Nothing: its work is made layer by layer."""
-
-    def hidden(self, inputs: StepInputs) -> torch.Tensor:
+    def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """See Forward."""
         attention = self._kernels.prepare(self._metadata(inputs))
         input_ids, positions = self._upload(inputs.input_ids), self._upload(inputs.positions)
+        if inputs.is_fed:
+            input_ids = feed(input_ids, last)
         return self._decoder.hidden(input_ids, positions, attention, self._pool.layers)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
@@ -54,4 +52,4 @@ class EagerForward:
         )
 
     def _upload(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._pool.blocks.device, non_blocking=True)
+        return upload(array, self._pool.blocks.device)

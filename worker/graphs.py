@@ -8,7 +8,7 @@ to a bucket: sequences of one token in the null block, whose hidden states nobod
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from kernels import AttentionMetadata
 from kernels.cuda.attention import CudaKernels
 from kernels.cuda.library import KernelError
-from kernels.cuda.work import PackedWork
+from kernels.upload import staged
+from worker.feed import feed
 from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
@@ -80,16 +81,6 @@ class DecodeBuffers:
         self.block_tables = torch.zeros((num_seqs, max_blocks), dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True, slots=True)
-class PaddedStep:
-    """What of a step does not depend on its token ids. context_lens, block_tables: with rows of padding, in the end."""
-
-    inputs: StepInputs
-    context_lens: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
-    work: Mapping[int, PackedWork]
-
-
 class DecodeBucket:
     """The steps of up to `num_seqs` sequences with one query token each."""
 
@@ -107,42 +98,38 @@ class DecodeBucket:
             host_query_lens=inputs.query_lens,
         )
         self._attention = kernels.prepare_captured(self._metadata, max_model_len)
-        self._ahead: PaddedStep | None = None
-        self._fill(self._pad(inputs))
+        self._fill(inputs)
 
     def record(self, decoder: Decoder, pool: KVPool, recorder: Recorder) -> None:
         """Once, before any replay; it runs sequences in the null block."""
         input_ids, positions, _ = self._columns
         self._recording = recorder.record(lambda: decoder.hidden(input_ids, positions, self._attention, pool.layers))
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See Forward."""
-        self._ahead = self._pad(inputs)
-
-    def replay(self, inputs: StepInputs) -> torch.Tensor:
-        """Hidden states of the step, then of the padding: [num_seqs, hidden_size]."""
-        ahead, self._ahead = self._ahead, None
-        self._fill(ahead if ahead is not None and ahead.inputs is inputs else self._pad(inputs))
+    def replay(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the step, then of the padding: [num_seqs, hidden_size]. last: as in `worker.feed`."""
+        self._fill(inputs)
+        if inputs.is_fed:
+            input_ids = self._columns[0]
+            input_ids.copy_(feed(input_ids, last))
         self._recording.replay()
         return self._recording.output
 
-    def _pad(self, inputs: StepInputs) -> PaddedStep:
+    def _fill(self, inputs: StepInputs) -> None:
+        """Overwrite what the recording reads, padded, once the device has done with the replay before."""
         num_seqs = len(inputs.query_lens)
+        columns = np.zeros(self._columns.shape, np.int64)
+        columns[:, :num_seqs] = inputs.input_ids, inputs.positions, inputs.slot_mapping
         context_lens = np.ones(self._num_seqs, np.int64)
         context_lens[:num_seqs] = inputs.context_lens
         tables = np.zeros((self._num_seqs, inputs.block_tables.shape[1]), np.int32)
         tables[:num_seqs] = inputs.block_tables
-        return PaddedStep(inputs, context_lens.astype(np.int32), tables, self._attention.cut(context_lens, tables))
+        self._copy(columns, self._columns)
+        self._copy(context_lens.astype(np.int32), self._metadata.context_lens)
+        self._copy(tables, self._metadata.block_tables[:, : tables.shape[1]])
+        self._attention.refresh(self._attention.cut(context_lens, tables))
 
-    def _fill(self, step: PaddedStep) -> None:
-        """Overwrite what the recording reads."""
-        inputs, tables = step.inputs, step.block_tables
-        columns = np.zeros(self._columns.shape, np.int64)
-        columns[:, : len(inputs.input_ids)] = inputs.input_ids, inputs.positions, inputs.slot_mapping
-        self._columns.copy_(torch.from_numpy(columns), non_blocking=True)
-        self._metadata.context_lens.copy_(torch.from_numpy(step.context_lens), non_blocking=True)
-        self._metadata.block_tables[:, : tables.shape[1]].copy_(torch.from_numpy(tables), non_blocking=True)
-        self._attention.refresh(step.work)
+    def _copy(self, array: NDArray[np.int64] | NDArray[np.int32], buffer: torch.Tensor) -> None:
+        buffer.copy_(staged(array, buffer.device), non_blocking=True)
 
 
 class GraphForward:
@@ -170,15 +157,10 @@ class GraphForward:
             self._buckets.insert(0, (num_seqs, bucket))
         log.info("recorded %d sizes of decode steps in %.2f s", len(self._buckets), time.perf_counter() - start)
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See Forward."""
-        if (bucket := self._bucket(inputs)) is not None:
-            bucket.look_ahead(inputs)
-
-    def hidden(self, inputs: StepInputs) -> torch.Tensor:
+    def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """See Forward."""
         bucket = self._bucket(inputs)
-        return self._eager.hidden(inputs) if bucket is None else bucket.replay(inputs)
+        return self._eager.hidden(inputs, last) if bucket is None else bucket.replay(inputs, last)
 
     def _bucket(self, inputs: StepInputs) -> DecodeBucket | None:
         num_seqs = len(inputs.query_lens)

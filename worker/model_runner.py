@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from kernels import BlockCopy, Kernels
+from kernels.upload import upload
+from worker.feed import taint
 from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
@@ -25,15 +27,12 @@ class ModelRunner:
         self._pool = pool
         self._forward = forward
         self._is_on_gpu = pool.blocks.device.type != "cpu"
+        self._last = torch.zeros((2, 0), dtype=torch.int64)  # the last step's choices, which feed the next
 
     def prepare(self, plan: Plan) -> None:
         """Copy the plan's blocks."""
         if plan.copies:
             self._kernels.copy_blocks(self._pool.blocks, [BlockCopy(*copy) for copy in plan.copies])
-
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See Runner."""
-        self._forward.look_ahead(inputs)
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
@@ -43,10 +42,16 @@ class ModelRunner:
     def _enqueue(self, inputs: StepInputs) -> Choices:
         """The step's choices; on a GPU they are still being computed."""
         if not len(inputs.input_ids):
-            return Choices(torch.zeros((2, 0), dtype=torch.int64))
-        logit_rows = torch.from_numpy(inputs.logit_rows).to(self._pool.blocks.device, non_blocking=True)
-        hidden = self._forward.hidden(inputs)
-        return choose(self._decoder.logits(hidden[logit_rows]), inputs.sampled, self._kernels)
+            self._last = torch.zeros((2, 0), dtype=torch.int64)
+            return Choices(self._last)
+        device, last = self._pool.blocks.device, self._last
+        logit_rows = upload(inputs.logit_rows, device)
+        hidden = self._forward.hidden(inputs, last)
+        choices = choose(self._decoder.logits(hidden[logit_rows]), inputs.sampled, self._kernels)
+        self._last = choices.tokens
+        if inputs.is_fed:
+            taint(self._last, upload(inputs.input_ids[inputs.logit_rows], device), last)
+        return choices
 
 
 class EnqueuedStep:
@@ -56,7 +61,8 @@ class EnqueuedStep:
     LOOK_S = 200e-6
 
     def __init__(self, choices: Choices) -> None:
-        self._choices = choices
+        # Copied now: asked for at the end, it would come behind the steps that are launched until then.
+        self._choices = choices.to_host()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._done.record()
 
@@ -66,6 +72,7 @@ class EnqueuedStep:
 
     def wait(self) -> Sampled:
         """See RunningStep."""
+        self._done.synchronize()
         return to_sampled(self._choices)
 
 
@@ -117,10 +124,6 @@ class PoisoningRunner:
             if num_written < block_size:
                 self._pool.poison_block(block_id, max(0, num_written))
         self._joined[seq_id] = (num_blocks + len(block_ids), num_computed)
-
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """See Runner."""
-        self._runner.look_ahead(inputs)
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""

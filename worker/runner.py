@@ -14,7 +14,7 @@ class RunningStep(Protocol):
     """A step on its way."""
 
     def patience_s(self) -> float:
-        """Seconds in which the caller may do something else before it asks again; 0: it is to `wait`."""
+        """Seconds in which the caller may launch the next step behind it before it asks again; 0: it is to `wait`."""
 
     def wait(self) -> Sampled:
         """What was sampled, once the step is done."""
@@ -26,29 +26,32 @@ class Runner(Protocol):
     def prepare(self, plan: Plan) -> None:
         """Do what a plan asks of the pool before its writes: copy blocks."""
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """While a step runs: `inputs` may be launched next. What does not depend on their token ids can be done now."""
-
     def launch(self, inputs: StepInputs) -> RunningStep:
-        """Begin one step, which writes its KV and samples for its `sampled` rows; returns without waiting for it."""
+        """Begin one step, which writes its KV and samples for its `sampled` rows; returns without waiting for it.
+
+        One that is launched while another runs begins at its end, fed with what that samples; what is fed with the
+        choice of a row whose logits were not finite counts as not finite either.
+        """
 
 
 class TimedRunner:
-    """Waits instead of computing. Token ids are a function of (seed, output index), so any two runs agree."""
+    """Waits instead of computing, one step after the other.
+
+    Token ids are a function of (seed, output index), so any two runs agree, and none needs to be fed.
+    """
 
     def __init__(self, step_s: float, vocab_size: int) -> None:
         self._step_s = step_s
         self._vocab_size = vocab_size
+        self._end = 0.0
 
     def prepare(self, plan: Plan) -> None:
         """Nothing to copy."""
 
-    def look_ahead(self, inputs: StepInputs) -> None:
-        """Nothing to do."""
-
     def launch(self, inputs: StepInputs) -> "TimedStep":
         """See Runner."""
-        return TimedStep(time.perf_counter() + self._step_s, inputs.sampled, self._vocab_size)
+        self._end = max(self._end, time.perf_counter()) + self._step_s
+        return TimedStep(self._end, inputs.sampled, self._vocab_size)
 
 
 class TimedStep:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import Draws, Kernels
+from kernels.upload import upload
 from worker.rng import uniforms
 from worker.step import Candidates, Sampled, SampledRows
 
@@ -33,18 +34,27 @@ class Choices:
     likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     num_candidates: Mapping[int, int] = field(default_factory=dict)
 
+    def to_host(self) -> "Choices":
+        """A copy on the host, without waiting for it on a GPU."""
+        likeliest = None if self.likeliest is None else (_to_host(self.likeliest[0]), _to_host(self.likeliest[1]))
+        return Choices(_to_host(self.tokens), likeliest, self.num_candidates)
+
 
 def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices:
     """Chooses a token for each row, and finds the candidates of those that want any.
 
-    logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids.
+    logits: [num_rows, vocab_size] float32, overwritten where min_tokens forbids ids. Waits for nothing on a GPU.
     """
     tokens = kernels.greedy(logits)
     choices = Choices(tokens) if rows.num_candidates is None else _with_candidates(tokens, logits, rows.num_candidates)
     token_ids = tokens[0]
-    for row, forbidden in rows.forbidden:
-        logits[row, [token_id for token_id in forbidden if token_id < logits.shape[1]]] = float("-inf")
-        token_ids[row] = logits[row].argmax()
+    forbidden = [(row, token_id) for row, ids in rows.forbidden for token_id in ids if token_id < logits.shape[1]]
+    if forbidden:
+        pairs = np.array(forbidden)
+        early, never = upload(pairs.T, logits.device)
+        logits[early, never] = float("-inf")
+        early = upload(np.unique(pairs[:, 0]), logits.device)
+        token_ids[early] = logits[early].argmax(dim=-1)
     random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
     if len(random):
         draws = Draws(
@@ -55,20 +65,24 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
             min_p=rows.min_p[random],
             uniforms=uniforms(rows.seeds[random], rows.output_indexes[random]),
         )
-        token_ids[torch.from_numpy(random).to(logits.device)] = kernels.sample(logits, draws)
+        token_ids[upload(random, logits.device)] = kernels.sample(logits, draws)
     return choices
 
 
 def _with_candidates(tokens: torch.Tensor, logits: torch.Tensor, wanted: NDArray[np.int64]) -> Choices:
     entries = np.flatnonzero(wanted)
-    logprobs = torch.log_softmax(logits[torch.from_numpy(entries).to(logits.device)], dim=-1)
+    logprobs = torch.log_softmax(logits[upload(entries, logits.device)], dim=-1)
     values, token_ids = logprobs.topk(min(int(wanted.max()), logits.shape[1]))
     return Choices(tokens, (values, token_ids), {entry: int(wanted[entry]) for entry in entries.tolist()})
 
 
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", non_blocking=True)
+
+
 def to_sampled(choices: Choices) -> Sampled:
-    """`choices` on the host; waits for them."""
-    token_ids, is_finite = choices.tokens.cpu().numpy()
+    """`choices` that have come to the host."""
+    token_ids, is_finite = choices.tokens.numpy()
     candidates: dict[int, Candidates] = {}
     if choices.likeliest is not None:
         logprobs, ids = (part.tolist() for part in choices.likeliest)

@@ -85,14 +85,13 @@ class Scheduled:
 class StepInputs:
     """One ragged forward over the num_seqs sequences that have tokens to run.
 
-    input_ids: [num_tokens] int64, unset until `Batch.read` finds them at id_places of the batch's flat token ids.
-    id_places, positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
+    input_ids: [num_tokens] int64; a negative one, ~i, is fed: it is what entry i of the step before samples, which is
+    still on its way. positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
     context_lens: [num_seqs] int64. block_tables: [num_seqs, max_blocks] int32. logit_rows: [num_samples] int64, the
     tokens that sample, and `sampled` how.
     """
 
     input_ids: NDArray[np.int64]
-    id_places: NDArray[np.int64]
     positions: NDArray[np.int64]
     slot_mapping: NDArray[np.int64]
     cu_seqlens_q: NDArray[np.int32]
@@ -102,6 +101,11 @@ class StepInputs:
     logit_rows: NDArray[np.int64]
     sampled: SampledRows
     scheduled: Scheduled
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it runs tokens that only the runner can know."""
+        return bool((self.input_ids < 0).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +170,6 @@ def null_inputs(num_seqs: int, query_len: int) -> StepInputs:
     none, none32 = np.zeros(num_seqs, np.int64), np.zeros(num_seqs, np.float32)
     return StepInputs(
         input_ids=tokens,
-        id_places=tokens,
         positions=tokens,
         slot_mapping=np.tile(np.arange(query_len, dtype=np.int64), num_seqs),
         cu_seqlens_q=(np.arange(num_seqs + 1) * query_len).astype(np.int32),

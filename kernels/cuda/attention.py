@@ -17,6 +17,7 @@ from kernels.cuda.step import CudaStep
 from kernels.cuda.variant import Variant
 from kernels.kv_format import KVFormat
 from kernels.sampling import sample
+from kernels.upload import upload
 
 # KV tokens of a partition, and partitions of a sequence at most (longer ones have longer partitions).
 PARTITION_LEN = 256
@@ -132,7 +133,7 @@ class CudaKernels:
         assert pool.is_contiguous()
         library = self.library(has_window=False)
         rows = np.array([(copy.src_block_id, copy.dst_block_id, copy.num_tokens) for copy in copies], np.int32)
-        items = torch.from_numpy(rows).to(self.device, non_blocking=True)
+        items = upload(rows, self.device)
         for start, end in independent_runs(copies):
             library.copy_blocks(
                 BlockCopyArgs(

@@ -15,6 +15,7 @@ from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import CHUNK_BYTES
 from kernels.cuda.work import DECODE_FIELDS, PackedWork, pack_work
 from kernels.layers import run_layers
+from kernels.upload import staged
 from kernels.work_list import SplitRule, make_work_list
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class CudaStep:
         for sliding_window, packed in cut.items():
             work = self._work[sliding_window]
             assert packed.num_units == work.packed.num_units, "the grid is captured too"
-            work.values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
+            work.values[: len(packed.values)].copy_(staged(packed.values, self._kernels.device), non_blocking=True)
 
     def rotate_and_write(
         self, heads: torch.Tensor, angles: Angles, norms: HeadNorms | None, layer: LayerKV
@@ -158,7 +159,7 @@ class CudaStep:
     def _upload(self, library: KernelLibrary, packed: PackedWork) -> DeviceWork:
         num_values = max(len(packed.values), packed.decode_offset + self._max_items * DECODE_FIELDS)
         values = torch.empty(num_values, dtype=torch.int32, device=self._kernels.device)
-        values[: len(packed.values)].copy_(torch.from_numpy(packed.values), non_blocking=True)
+        values[: len(packed.values)].copy_(staged(packed.values, self._kernels.device), non_blocking=True)
         return DeviceWork(library, packed, values)
 
 

@@ -85,7 +85,7 @@ BAD = {
     "resume_wait_s too large": (request(resumable=True, resume_wait_s=61), "resume_wait_s: must be 0 to 60"),
     "too many choices": (request(n=65), "n: is 65, at most 64"),
     "one beam": (request(beam_width=1), "sampling.beam_width: must be 2 to 64, is 1"),
-    "more choices than beams": (request(beam_width=3, n=4), "n: is 4, at most 3 beams"),
+    "more choices than beams": (request(beam_width=2, n=4), "n: is 4, at most 2 beams"),
     "beams that sample": (request(beam_width=3, top_k=4), "sampling.top_k: does not go with beam_width"),
     "beams and stop texts": (request(beam_width=3, stop=["x"]), "sampling.stop: does not go with beam_width"),
     "length_penalty alone": (request(length_penalty=1), "sampling.length_penalty: is set, but beam_width is not"),

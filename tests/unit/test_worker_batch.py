@@ -1,12 +1,13 @@
-"""The batch against a naive model under random plans, some applied while a step runs, and the plans that it refuses."""
+"""The batch against a naive model under random plans, some begun while a step runs, and the plans that it refuses."""
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from pagoda.v1 import worker_pb2 as pb
 
 from worker.batch import Batch
@@ -30,20 +31,27 @@ class Naive:
     seed: int
     min_tokens: int
     end_token_ids: list[int] = field(default_factory=list)
+    has_failed: bool = False
+
+    def fail(self) -> None:
+        """Forget a token that was to be sampled: nothing is left to run."""
+        self.has_failed = True
+        self.tokens.pop()
+        self.num_computed = min(self.num_computed, len(self.tokens))
 
 
 @dataclass
 class Running:
-    """A step that has begun: what each of its sequences is to be after it, and which sample."""
+    """A step that has begun: what each of its sequences is to be after it, and which sample.
+
+    For the token that entry i of the newest one is to sample, ~i stands at the end of a naive sequence.
+    """
 
     inputs: StepInputs
     naives: list[Naive]
     computed: list[int]
+    indexes: list[int]
     samples: list[Naive]
-
-
-UNKNOWN = -1
-"""Stands in a naive sequence for the token that a running step is to sample."""
 
 
 def added(seq_id: int, naive: Naive) -> pb.AddedSequence:
@@ -76,7 +84,7 @@ class RandomPlans(RuleBasedStateMachine):
         self.touched: set[int] = set()
         self.next_seq_id = 1
         self.next_block = 1
-        self.running: Running | None = None
+        self.running: deque[Running] = deque()
 
     def blocks(self, count: int) -> list[int]:
         self.next_block += count
@@ -130,21 +138,32 @@ class RandomPlans(RuleBasedStateMachine):
             self.plan.scheduled_seq_ids.append(seq_id)
             self.plan.num_scheduled_tokens.append(num_tokens)
         plan = decode_plan(self.plan)
-        if not data.draw(st.booleans(), label="meanwhile"):
-            self.commit()
         if budget < 0:
             with pytest.raises(ProtocolError, match="limits"):
                 self.batch.apply(plan)
         else:
             inputs = self.batch.apply(plan)
-            self.commit()
-            inputs = self.batch.build(plan)  # nothing may have changed, but for what failed
-            self.batch.read(inputs)
             self.batch.begin(inputs)
             self.check(inputs, wanted)
+            if len(self.running) == 2:
+                self.commit()
         step_id = self.plan.step_id + 1
         self.plan = pb.StepPlan(epoch=1, step_id=step_id)
         self.touched = set()
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def end(self) -> None:
+        """The step ends before the next plan is there."""
+        self.commit()
+
+    @invariant()
+    def tokens_are_their_own(self) -> None:
+        """Steps that end late write to no row that has been given to another sequence since."""
+        for seq_id in set(self.model) - self.touched:
+            tokens, row = self.model[seq_id].tokens, self.batch._row_of[seq_id]
+            assert self.batch._token_ids[row, : len(tokens)].tolist() == tokens
+            assert self.batch._sequences["num_tokens"][row] == len(tokens)
 
     def check(self, inputs: StepInputs, wanted: dict[int, int]) -> None:
         assert len(self.batch) == len(self.model)
@@ -178,9 +197,10 @@ class RandomPlans(RuleBasedStateMachine):
         sampling = [naive for _, _, naive in samples]
         self.check_sampling(inputs.sampled, sampling)
         naives = [self.model[s] for s in wanted]
-        self.running = Running(inputs, naives, [n.num_computed for n in naives], sampling)
-        for naive in sampling:
-            naive.tokens.append(UNKNOWN)
+        indexes = [len(n.tokens) - n.num_prompt for n in naives]
+        self.running.append(Running(inputs, naives, [n.num_computed for n in naives], indexes, sampling))
+        for i, naive in enumerate(sampling):
+            naive.tokens.append(~i)
 
     def check_sampling(self, sampled: object, samples: list[Naive]) -> None:
         assert sampled.seeds.tolist() == [n.seed for n in samples]  # type: ignore[attr-defined]
@@ -192,23 +212,22 @@ class RandomPlans(RuleBasedStateMachine):
         assert found == {i: ids for i, ids in forbidden.items() if ids}
 
     def commit(self) -> None:
-        """Every third row that samples fails."""
-        running, self.running = self.running, None
-        if running is None:
-            return
+        """Every third row that samples fails, and so does what was fed with one that failed."""
+        running = self.running.popleft()
         samples = running.samples
         tokens = np.arange(len(samples), dtype=np.int64) + 1000
-        is_finite = np.arange(len(samples)) % 3 != 2
+        is_finite = np.array([i % 3 != 2 and not naive.has_failed for i, naive in enumerate(samples)], np.bool_)
         sampled = Sampled(tokens, is_finite)
         self.batch.commit(running.inputs, sampled)
-        for naive, token, good in zip(samples, tokens.tolist(), is_finite.tolist(), strict=True):
-            assert naive.tokens.pop() == UNKNOWN
-            naive.tokens += [token] * good
-        indexes = [len(n.tokens) - n.num_prompt for n in running.naives]
+        for i, naive in enumerate(samples):
+            if is_finite[i]:
+                naive.tokens[naive.tokens.index(~i)] = int(tokens[i])
+            else:
+                naive.fail()
         progress = Progress.of(running.inputs.scheduled, sampled)
         assert progress.attempts.tolist() == [n.attempt for n in running.naives]
         assert progress.num_computed_tokens.tolist() == running.computed
-        assert (progress.first_output_indexes + progress.num_tokens).tolist() == indexes
+        assert progress.first_output_indexes.tolist() == running.indexes
         assert progress.token_ids.tolist() == tokens[is_finite].tolist()
         assert progress.num_tokens.sum() == is_finite.sum()
         assert len(progress.failed) == (~is_finite).sum()
@@ -319,7 +338,6 @@ def run(batch: Batch, message: pb.StepPlan, token_ids: list[int]) -> tuple[StepI
     """A whole step that samples these."""
     inputs = batch.apply(decode_plan(message))
     sampled = Sampled(np.array(token_ids, np.int64), np.ones(len(token_ids), np.bool_))
-    batch.read(inputs)
     batch.begin(inputs)
     batch.commit(inputs, sampled)
     return inputs, Progress.of(inputs.scheduled, sampled)

@@ -43,16 +43,12 @@ class GatedRunner:
         self.gate.set()
         self.started = threading.Event()
         self.steps: list[int] = []
-        self.foreseen: list[StepInputs] = []
         self.launched: list[StepInputs] = []
         self.is_patient = False
         self.last = 0
 
     def prepare(self, plan: Plan) -> None:
         self.steps.append(plan.step_id)
-
-    def look_ahead(self, inputs: StepInputs) -> None:
-        self.foreseen.append(inputs)
 
     def launch(self, inputs: StepInputs) -> "GatedStep":
         self.launched.append(inputs)
@@ -166,6 +162,7 @@ def test_registers_with_what_it_is(server: SchedulerServer, start: Start) -> Non
 
 @pytest.mark.parametrize("is_patient", [False, True])
 def test_runs_plans_in_order_and_tells_its_times(is_patient: bool, server: SchedulerServer, start: Start) -> None:
+    """Where a step leaves its caller free, the next is launched behind it: then there is no gap."""
     worker = start(server.address)
     worker.runner.is_patient = is_patient
     stream = server.accept()
@@ -176,6 +173,8 @@ def test_runs_plans_in_order_and_tells_its_times(is_patient: bool, server: Sched
         send(stream, planner.plan({1: num_tokens}))
         planner.sequences[1].num_computed += num_tokens
     assert worker.runner.started.wait(TIMEOUT_S)
+    while len(worker.runner.launched) < 1 + is_patient:
+        time.sleep(0.001)
     time.sleep(0.05)  # the step's own time: the result must tell it
     worker.runner.gate.set()
     first, second, third = (stream.receive("result") for _ in range(3))
@@ -189,10 +188,11 @@ def test_runs_plans_in_order_and_tells_its_times(is_patient: bool, server: Sched
         [3],
     )
     assert first.step_s >= 0.05
+    assert second.step_s < 0.05  # and not since its launch
     assert not first.back_to_back
     assert second.back_to_back
     assert third.back_to_back
-    assert 0 < second.gap_s < 0.05
+    assert second.gap_s == 0 if is_patient else 0 < second.gap_s < 0.05
 
 
 def test_a_new_owner_gets_results_again_and_hears_what_was_dropped(server: SchedulerServer, start: Start) -> None:
@@ -232,7 +232,7 @@ def test_a_new_owner_gets_results_again_and_hears_what_was_dropped(server: Sched
     assert second.register.incarnation == incarnation
 
 
-def test_a_plan_applied_while_a_step_runs_counts_as_begun(server: SchedulerServer, start: Start) -> None:
+def test_a_step_that_is_launched_behind_another_counts_as_begun(server: SchedulerServer, start: Start) -> None:
     """A new owner numbers on from it, gets its result, and hears only of what waits behind it."""
     worker = start(server.address)
     worker.runner.is_patient = True
@@ -240,11 +240,11 @@ def test_a_plan_applied_while_a_step_runs_counts_as_begun(server: SchedulerServe
     stream.registered(1)
     planner = one_sequence()
     worker.runner.hold()
-    for num_tokens in (3, 1, 1):  # step 1 runs, 2 is applied, 3 waits
+    for num_tokens in (3, 1, 1):  # step 1 runs, 2 is launched, 3 waits
         send(stream, planner.plan({1: num_tokens}))
         planner.sequences[1].num_computed += num_tokens
     assert worker.runner.started.wait(TIMEOUT_S)
-    while (worker.link._ledger.highest_step_id, worker.link._ledger.num_waiting) != (2, 1):
+    while (len(worker.runner.launched), worker.link._ledger.num_waiting) != (2, 1):
         time.sleep(0.001)
     stream.end()
     second = server.accept()
@@ -253,11 +253,36 @@ def test_a_plan_applied_while_a_step_runs_counts_as_begun(server: SchedulerServe
     worker.runner.gate.set()
     results = [second.receive("result") for _ in range(2)]
     assert [(r.epoch, r.step_id, list(r.token_ids)) for r in results] == [(1, 1, [0]), (1, 2, [1])]
-    assert worker.runner.foreseen[0] is worker.runner.launched[1]
+    assert worker.runner.launched[1].input_ids.tolist() == [~0]  # what entry 0 of step 1 samples
     planner = one_sequence(epoch=2)
     planner.step_id = 2
     assert list(second.run(planner.plan({1: 3})).num_computed_tokens) == [3]
     assert worker.runner.steps == [1, 2, 3]
+
+
+def test_a_new_owner_s_plan_is_launched_behind_the_step_that_runs(server: SchedulerServer, start: Start) -> None:
+    """The sequences that it sends in full owe nothing to that step, though they bear the same names."""
+    worker = start(server.address)
+    worker.runner.is_patient = True
+    stream = server.accept()
+    stream.registered(1)
+    worker.runner.hold()
+    send(stream, one_sequence().plan({1: 3}))
+    assert worker.runner.started.wait(TIMEOUT_S)
+    stream.end()
+    second = server.accept()
+    assert second.registered(2) == []
+    planner = one_sequence(epoch=2, num_tokens=4)
+    planner.step_id = 1
+    send(second, planner.plan({1: 4}))
+    while len(worker.runner.launched) < 2:
+        time.sleep(0.001)
+    worker.runner.gate.set()
+    results = [second.receive("result") for _ in range(2)]
+    assert [(r.epoch, r.step_id, list(r.num_computed_tokens)) for r in results] == [(1, 1, [3]), (2, 2, [4])]
+    planner.apply(results[1])
+    assert list(second.run(planner.plan({1: 1})).num_computed_tokens) == [5]
+    assert worker.runner.launched[-1].input_ids.tolist() == list(results[1].token_ids)
 
 
 def test_what_a_new_owner_does_not_send_has_ended(server: SchedulerServer, start: Start) -> None:
@@ -454,6 +479,30 @@ def test_a_broken_plan_ends_the_stream_not_the_worker(is_patient: bool, server: 
     assert worker.runner.steps == [1, 2]
     planner = one_sequence(epoch=2)
     planner.step_id = 3
+    assert list(stream.run(planner.plan({1: 3})).num_computed_tokens) == [3]
+
+
+def test_a_broken_plan_leaves_the_step_that_runs_alone(server: SchedulerServer, start: Start) -> None:
+    worker = start(server.address)
+    worker.runner.is_patient = True
+    stream = server.accept()
+    stream.registered(1)
+    planner = one_sequence()
+    worker.runner.hold()
+    send(stream, planner.plan({1: 3}))
+    assert worker.runner.started.wait(TIMEOUT_S)
+    bad = planner.plan({1: 1})
+    bad.scheduled_seq_ids[0] = 99
+    send(stream, bad)
+    while worker.link._ledger.highest_step_id < 2:
+        time.sleep(0.001)
+    worker.runner.gate.set()
+    stream = server.accept()
+    assert stream.registered(2) == [2]
+    assert list(stream.receive("result").token_ids) == [0]
+    assert worker.runner.steps == [1]
+    planner = one_sequence(epoch=2)
+    planner.step_id = 2
     assert list(stream.run(planner.plan({1: 3})).num_computed_tokens) == [3]
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels import AttentionShape, Kernels
+from kernels import AttentionShape, Draws, Kernels, sampling
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import runnable_targets
@@ -233,3 +233,31 @@ def test_forbidden_ids_are_not_sampled(temperature: float) -> None:
     found = sample(logits, forbidding)
     assert found.token_ids.tolist() == [7, 8]
     assert found.is_finite.all()
+
+
+def test_each_row_has_its_own_forbidden_ids() -> None:
+    """Some the likeliest, some beyond the vocabulary, some none."""
+    logits = random_logits(5)
+    likeliest = logits.argsort(dim=-1, descending=True)[:, :3].tolist()
+    ids = [(), tuple(likeliest[1][:2]), (VOCAB_SIZE,), tuple(likeliest[3][1:]), tuple(likeliest[4][:1])]
+    base = rows(5, 0.0)
+    found = sample(logits, replace(base, forbidden=tuple(enumerate(ids))))
+    assert found.token_ids.tolist() == [likeliest[i][at] for i, at in enumerate((0, 2, 0, 0, 1))]
+    assert found.is_finite.all()
+
+
+def test_rows_that_are_sorted_in_full_unasked_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does with those that may need it."""
+    num_rows = 2 * sampling.ROWS_SORTED + 5
+    logits = random_logits(num_rows)
+    draws = Draws(
+        rows=np.arange(num_rows),
+        temperatures=np.full(num_rows, 3.0, np.float32),
+        top_k=np.resize([0, 7, 0, 400], num_rows),
+        top_p=np.resize(np.array([0.5, 0.9, 0.95, 1.0, 0.999], np.float32), num_rows),
+        min_p=np.zeros(num_rows, np.float32),
+        uniforms=uniforms(np.arange(num_rows, dtype=np.uint64), np.zeros(num_rows, np.int64)),
+    )
+    looked_first = sampling.sample(logits.clone(), draws)
+    monkeypatch.setattr(sampling, "_short", lambda is_enough, may_be_short: np.flatnonzero(may_be_short))
+    assert sampling.sample(logits, draws).tolist() == looked_first.tolist()

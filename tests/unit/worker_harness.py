@@ -240,14 +240,13 @@ class LocalWorker:
     """A whole worker without its link: plans in, results out, in this process."""
 
     def __init__(self, *flags: str) -> None:
-        assembly = assemble(parse_config(["--scheduler", "127.0.0.1:1", "--name", "local", *flags]))
-        self.description = assembly.description
-        self._batch = Batch(assembly.limits)
-        self._runner = assembly.runner
+        self.assembly = assemble(parse_config(["--scheduler", "127.0.0.1:1", "--name", "local", *flags]))
+        self.description = self.assembly.description
+        self._batch = Batch(self.assembly.limits)
 
     def run(self, message: pb.StepPlan) -> pb.StepResult:
         source = OnePlan(Order(decode_plan(message), "incarnation", 1))
-        executor = Executor(source, self._batch, self._runner)
+        executor = Executor(source, self._batch, self.assembly.runner)
         executor._registration = 1
         with contextlib.suppress(OnePlan.Done):
             executor.run()

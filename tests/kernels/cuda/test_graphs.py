@@ -1,22 +1,22 @@
 """Decode steps from recordings, on emulated kernels: buckets, padding, buffers and work; a recorder that runs again."""
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from pagoda.v1 import worker_pb2 as pb
 
 from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
-from tests.unit.test_worker_models import NUM_OUTPUT, PROMPT_LENS, generate, reference, start
+from tests.checkpoints import VOCAB_SIZE
+from tests.unit.queued_steps import PlannerAhead, QueueingRunner, play, random_plans, rows
+from tests.unit.test_worker_models import NUM_BLOCKS, NUM_OUTPUT, PROMPT_LENS, generate, prompts, reference, start
 from worker import loading
+from worker.assemble import Assembly
 from worker.graphs import Recording, bucket_sizes
-from worker.model_runner import ModelRunner
-from worker.runner import RunningStep
-from worker.step import StepInputs
 
 MAX_NUM_SEQS = 8
 RESTING = {100, 101, 105}
@@ -97,25 +97,29 @@ def test_greedy_equals_transformers(family: str, block_size: int, directory: Pat
     assert set(recorder.replayed) == {1, 2, 4, 8}
 
 
+def plans_ahead(family: str, directory: Path, *flags: str) -> tuple[Assembly, list[pb.StepPlan]]:
+    """A worker whose decode steps are recorded, and all plans for `prompts`: chunks, decodes, both in one step."""
+    worker, _ = start(family, directory, 16, "--max-num-seqs", str(MAX_NUM_SEQS), *flags)
+    samplers: list[dict[str, Any]] = [
+        *({"temperature": 0.8, "seed": 1}, {"temperature": 0.8, "seed": 2, "top_p": 0.9}),
+        *({"min_tokens": 9, "end_token_ids": range(0, VOCAB_SIZE, 2)} for _ in range(2)),
+        *({} for _ in PROMPT_LENS[4:]),
+    ]
+    planner = PlannerAhead(16, NUM_BLOCKS)
+    return worker.assembly, random_plans(planner, prompts(family), samplers, NUM_OUTPUT, random.Random(7))
+
+
 @pytest.mark.usefixtures("emulated_worker")
-def test_a_step_that_was_looked_at_ahead_is_the_same(
-    directory: Path, recorder: Rerun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though its token ids were unknown then; and so is one after a look at another that never ran."""
-    launch, rng = ModelRunner.launch, random.Random(1)
-
-    def look_ahead_and_launch(runner: ModelRunner, inputs: StepInputs) -> RunningStep:
-        blank = dataclasses.replace(inputs, input_ids=np.full_like(inputs.input_ids, -1))
-        runner.look_ahead(blank)
-        if rng.random() < 0.5:
-            return launch(runner, inputs)
-        blank.input_ids[:] = inputs.input_ids
-        return launch(runner, blank)
-
-    monkeypatch.setattr(ModelRunner, "launch", look_ahead_and_launch)
-    worker, planner = start("qwen3", directory, 16, "--max-num-seqs", str(MAX_NUM_SEQS))
-    assert generate(worker, planner, 7, random.Random(7)) == reference("qwen3", directory)
-    assert recorder.replayed
+def test_queued_steps_are_fed(directory: Path, recorder: Rerun) -> None:
+    """Into the buffers of the recordings, or of an eager step between them."""
+    assembly, plans = plans_ahead("qwen3", directory)
+    one_by_one = play(plans, assembly, assembly.runner)
+    recorder.replayed.clear()
+    device = QueueingRunner(assembly.runner)
+    queued = play(plans, assembly, device)
+    assert [rows(output) for output in queued.outputs] == [rows(output) for output in one_by_one.outputs]
+    assert 0 < len(recorder.replayed) < len(plans)
+    assert device.num_fed > len(plans) // 2
 
 
 @pytest.mark.usefixtures("emulated_worker")
@@ -169,3 +173,14 @@ def test_graphs_on_cuda_choose_as_transformers_do(
     worker, planner = start(family, directory, 16, *flags)
     assert generate(worker, planner, 7, random.Random(7)) == reference(family, directory)
     assert f"recorded {len(bucket_sizes(MAX_NUM_SEQS))} sizes of decode steps" in caplog.text
+
+
+@pytest.mark.gpu
+def test_queued_steps_on_cuda_do_what_they_do_one_by_one(directory: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assembly, plans = plans_ahead("qwen3", directory, "--device", "cuda", "--dtype", "float32")
+    queued = play(plans, assembly, assembly.runner)
+    one_by_one = play(plans, assembly, assembly.runner, is_there=lambda: False)
+    assert [rows(output) for output in queued.outputs] == [rows(output) for output in one_by_one.outputs]
+    assert sum(output.gap_s == 0 for output in queued.outputs) > len(plans) // 2

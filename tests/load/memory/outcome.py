@@ -63,6 +63,11 @@ class Outcome:
         return self.num_output_tokens / self.seconds
 
     @property
+    def tokens_per_step(self) -> float:
+        """Output tokens, on average: what throughput would follow if steps took the same time whatever they run."""
+        return self.num_output_tokens / self.num_steps
+
+    @property
     def mean_num_held(self) -> float:
         """Requests that hold memory, over time."""
         return self.held_s / self.seconds

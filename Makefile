@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines bench-memory plots kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ bench-worker: setup ## Where a CPU worker's step goes: products, attention, samp
 
 bench-engines: setup ## Whole generations; PEERS='--peer openvino=PYTHON --peer vllm=PYTHON' runs other engines beside
 	@$(BIN)/python -m tests.load.bench_engines $(PEERS)
+
+bench-memory: setup ## KV memory wasted, and throughput, paged beside dense in the same memory; writes JSON
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_memory --json $(or $(JSON),build/memory.json)
+
+plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON=...)
+	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-cascade-lake.json)
 
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants

@@ -21,7 +21,7 @@ from tests.load.memory.contenders import CONTENDERS, PAGED, PAGED_UNKNOWING
 from tests.load.memory.drive import Drive, Request, local_worker
 from tests.load.memory.outcome import Outcome
 from tests.load.memory.report import judge, show, show_savings
-from tests.load.memory.sharing import CASES
+from tests.load.memory.sharing import VOCAB_SIZE, cases
 from tests.load.memory.traces import MAX_MODEL_LEN, SPECS, Lengths, read_trace
 from tests.stack import ROOT
 from tests.unit.worker_harness import LocalWorker
@@ -32,7 +32,6 @@ MAX_NUM_SEQS = 256
 MAX_NUM_BATCHED_TOKENS = 2048
 NUM_BLOCKS = NUM_DENSE * MAX_MODEL_LEN // BLOCK_SIZE
 LIMITS = PlannerLimits(BLOCK_SIZE, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, overcommit=1.0)
-VOCAB_SIZE = 4096
 TURN_S = 0.25
 
 
@@ -112,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures[trace_name] = {name: [asdict(outcome) for outcome in runs[name]] for name in runs}
         lines += [*show(trace_name, runs), ""]
         goals += judge(trace_name, runs)
-    savings = [case() for case in CASES]
+    savings = list(cases(flags.model))
     num_bytes = NUM_BLOCKS * workers[PAGED].description.pool.block_bytes
     sys.stdout.write(f"{NUM_BLOCKS} blocks of {BLOCK_SIZE} tokens, {num_bytes / 2**20:.0f} MiB of KV for each\n\n")
     sys.stdout.write("\n".join([*lines, *goals, "", *show_savings(savings)]) + "\n")

@@ -177,6 +177,7 @@ class Drive:
         """The plan to run: at the start, and where a lone sequence had to be given blocks first, there is none yet."""
         if not self._in_flight:
             self._plan_ahead()
+            self._reserve()
         assert self._in_flight, "no request fits"
         return self._in_flight.popleft()
 

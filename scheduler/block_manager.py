@@ -11,6 +11,7 @@ so that a chain never loses a block that a longer one still needs.
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from scheduler.changes import Changes
@@ -23,6 +24,16 @@ class BlockCopy(NamedTuple):
     source: int
     destination: int
     num_tokens: int
+
+
+class BlockState(IntEnum):
+    """What a block is; values as in the contract."""
+
+    FREE = 1
+    REFERENCED = 2
+    CACHED = 3
+    PROTECTED = 4
+    """Cached, and evicted after those that are no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,20 @@ class BlockManager:
     def num_referenced_blocks(self) -> int:
         """Blocks that a table or a running copy names."""
         return self.num_blocks - self.num_available_blocks
+
+    def ref_counts(self, first: int, last: int) -> list[int]:
+        """Of the blocks from `first` to `last`."""
+        return self._ref_counts[first : last + 1]
+
+    def states(self, first: int, last: int) -> bytes:
+        """A BlockState for each of the blocks from `first` to `last`."""
+        free, referenced, cached, protected = map(int, BlockState)
+        is_protected = self._cached.is_protected
+        blocks = zip(self._ref_counts[first : last + 1], self._hashes[first : last + 1], strict=True)
+        return bytes(
+            referenced if count else free if hash_ is None else protected if is_protected(block_id) else cached
+            for block_id, (count, hash_) in enumerate(blocks, first)
+        )
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest published prefix of the chain `hashes`, in order."""

@@ -46,10 +46,9 @@ class EvictionQueue:
         yield from self._probation
         yield from self._protected
 
-    @property
-    def protected_block_ids(self) -> list[int]:
-        """Cached blocks that go after the others, the first to go first."""
-        return list(self._protected)
+    def is_protected(self, block_id: int) -> bool:
+        """Whether a block is cached and goes after those on probation."""
+        return block_id in self._protected
 
     def touch(self, block_id: int) -> None:
         """A request asks for a published block that another one filled: protected when it is cached the next time."""

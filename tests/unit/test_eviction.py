@@ -231,8 +231,7 @@ def test_one_request_alone_protects_nothing_whatever_befalls_it() -> None:
             pool.step()
         pool.planner._preempt(sequence)
         pool.planner.removed.clear()
-    while pool.planner.waiting or pool.planner.running:
-        pool.step()
+    pool.finish()
     assert sequence.num_preemptions == 2
     assert [admission.sources.count(BlockSource.HIT) for admission in sequence.admissions] == [0, 12, 32]
     assert counts(pool) == (40, 0)
@@ -246,10 +245,19 @@ def test_one_request_that_computes_again_what_was_evicted_from_it_protects_nothi
     pool.planner.waiting.remove(sequence)
     pool.serve(prompts(10, 1, 60))
     pool.planner.waiting.push(sequence)
-    while pool.planner.waiting or pool.planner.running:
-        pool.step()
+    pool.finish()
     assert sequence.admissions[1].sources.count(BlockSource.EVICTED) > 30
     assert counts(pool)[1] == 0
+
+
+def test_the_choices_of_one_request_protect_nothing() -> None:
+    """Neither those that fork, nor those that find no room to and are admitted to the prompt's blocks later."""
+    pool = Pool(64)
+    pool.planner.limits = replace(pool.planner.limits, max_num_seqs=2)
+    pool.open([1] * 65, num_choices=5)
+    pool.finish()
+    assert pool.planner.counters.num_prefix_hit_tokens >= 64
+    assert counts(pool) == (4, 0)
 
 
 def test_a_second_request_protects_what_it_shares() -> None:

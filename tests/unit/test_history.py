@@ -16,17 +16,11 @@ from tests.unit.traffic import Pool, prompts
 HIT, COMPUTED, EVICTED, LAST = BlockSource
 
 
-def finish(pool: Pool) -> None:
-    """Serves whatever there is."""
-    while pool.planner.waiting or pool.planner.running:
-        pool.step()
-
-
 def served(pool: Pool, prompt: list[int], now_s: float) -> Sequence:
     """A request, from its arrival to its end."""
     pool.planner.history.now_s = now_s
     sequence = pool.open(prompt)
-    finish(pool)
+    pool.finish()
     return sequence
 
 
@@ -64,7 +58,7 @@ def test_who_is_admitted_later_in_one_step_is_told_of_the_evictions_before() -> 
     served(pool, [1] * 161, 1.0)
     thief, victim = pool.open([2] * 200), pool.open([1] * 65)
     pool.planner.limits = replace(pool.planner.limits, overcommit=100.0)
-    finish(pool)
+    pool.finish()
     assert victim.admissions[0].sources.count(HIT) + victim.admissions[0].sources.count(EVICTED) == 4
     assert {run.eviction[1] for run in victim.admissions[0].evicted} <= {thief.request_id}
 
@@ -114,7 +108,7 @@ def test_of_many_admissions_the_first_and_the_last_are_kept() -> None:
         pool.step()
         pool.planner._preempt(sequence)
         pool.planner.removed.clear()
-    finish(pool)
+    pool.finish()
     assert [a.attempt for a in sequence.admissions] == [0, *range(10 - MAX_ADMISSIONS + 1, 10)]
     assert sequence.admissions[0].sources.count(HIT) == 0
     assert sequence.admissions[-1].sources.count(HIT) > 0

@@ -38,40 +38,57 @@ class Pool:
         arriving = iter(prompts)
         while batch := list(itertools.islice(arriving, NUM_AT_ONCE)):
             sequences = [self.open(prompt) for prompt in batch]
-            while self.planner.waiting or self.planner.running:
-                self.step()
+            self.finish()
             shares += [(s.num_cached_tokens or 0) / s.num_prompt_tokens for s in sequences]
             self.blocks.changes.take()
         self.blocks.check([])
         return shares
 
-    def open(self, prompt: Prompt) -> Running:
-        """A request arrives."""
-        seq_id = next(self._seq_ids)
+    def open(self, prompt: Prompt, num_choices: int = 1) -> Running:
+        """A request arrives; the sequence of its first choice."""
         limits = SequenceLimits(NUM_OUTPUT_TOKENS, frozenset(), ignores_eos=True)
         root = root_hash("model", "float32", "", "")
-        sequence = Running(seq_id, f"r{seq_id}", 0, list(prompt), len(prompt), limits, root)
-        self.planner.enqueue(sequence)
-        return sequence
+        seq_ids = [next(self._seq_ids) for _ in range(num_choices)]
+        leader, *followers = [
+            Running(seq_id, f"r{seq_ids[0]}", choice, list(prompt), len(prompt), limits, root)
+            for choice, seq_id in enumerate(seq_ids)
+        ]
+        self.planner.enqueue(leader)
+        for follower in followers:
+            self.planner.enqueue(follower, leader)
+        return leader
+
+    def finish(self) -> None:
+        """Serves whatever there is to its end."""
+        while self.planner.num_waiting or self.planner.running:
+            self.step()
 
     def step(self) -> None:
         """One step, from the reservation to the result."""
         planner = self.planner
-        planner.grow_and_admit(1)
-        for sequence in planner.reserved:
-            sequence.num_acked_blocks = len(sequence.block_ids)
-        for rows in (planner.reserved, planner.redescribed, planner.removed, self.blocks.freed_block_ids):
-            rows.clear()
-        for row in planner.schedule():
+        self._reserve()
+        rows = planner.schedule()
+        if planner.forks.num_begun:
+            self._reserve()
+        for row in rows:
             sequence = row.sequence
             sequence.num_plans_in_flight -= 1
-            sequence.num_computed_tokens += row.num_tokens
+            if row.num_tokens:  # else a fork: it samples from its leader's prompt
+                sequence.num_computed_tokens += row.num_tokens
             if row.samples:
                 sequence.num_planned_samples -= 1
                 sequence.token_ids.append(1)
             planner.publish_computed(sequence)
             if sequence.num_output_tokens == NUM_OUTPUT_TOKENS:
                 planner.finish(sequence)
+
+    def _reserve(self) -> None:
+        planner = self.planner
+        planner.grow_and_admit(1)
+        for sequence in planner.reserved:
+            sequence.num_acked_blocks = len(sequence.block_ids)
+        for told in (planner.reserved, planner.redescribed, planner.removed, self.blocks.freed_block_ids):
+            told.clear()
 
 
 def prompts(first: int, count: int, num_blocks: int) -> list[Prompt]:

@@ -159,6 +159,33 @@ def status(port: Port = DEFAULT_PORT, json: Json = False) -> None:
     status_at(port, json)
 
 
+@app.command()
+def blocks(
+    port: Port = DEFAULT_PORT,
+    worker: Annotated[str, typer.Option(help="One worker's pool. Unset: all.")] = "",
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw it again and again, on a terminal, until Ctrl-C.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Draw every block of the workers' pools: free, cached, or how many tables name it."""
+    from deploy.blocks import blocks_at
+
+    blocks_at(port, worker, json, watch)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument(help="The request's name.")],
+    port: Port = DEFAULT_PORT,
+    json: Json = False,
+) -> None:
+    """Say where the blocks of a request's prompt came from, and who evicted those that were there once."""
+    from deploy.explain import explain_at
+
+    explain_at(port, request_id, json)
+
+
 def _one_of(flags: dict[str, object]) -> None:
     if sum(value is not None for value in flags.values()) != 1:
         raise DeployError(f"give exactly one of {', '.join(flags)}", 2)

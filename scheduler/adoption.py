@@ -73,6 +73,7 @@ class Adoption:
             self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
         )
         planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
+        planner.history.worker = register.worker_name
         clock = StepClock(register.calibrated_step_s)
         engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks

@@ -4,16 +4,18 @@ Pure: decides in memory and writes every decision into `changes`, the rows of th
 Block 0 is the null block and never handed out.
 
 A block is exactly one of free (ref_count 0, no hash), referenced (ref_count > 0) and cached (ref_count 0, published
-hash). Cached blocks are evicted least recently used first, and of one table the tail before its head, so that a chain
-never loses a block that a longer one still needs.
+hash). Which cached block is evicted is the eviction queue's to say; of one table it is always the tail before its head,
+so that a chain never loses a block that a longer one still needs.
 """
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from scheduler.changes import Changes
+from scheduler.eviction import EvictionQueue
 
 
 class BlockCopy(NamedTuple):
@@ -22,6 +24,16 @@ class BlockCopy(NamedTuple):
     source: int
     destination: int
     num_tokens: int
+
+
+class BlockState(IntEnum):
+    """What a block is; values as in the contract."""
+
+    FREE = 1
+    REFERENCED = 2
+    CACHED = 3
+    PROTECTED = 4
+    """Cached, and evicted after those that are no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +55,18 @@ class BlockManager:
         self.changes = changes
         self.freed_block_ids: list[int] = []
         """Blocks that became free since the caller last emptied this list."""
+        self.evicted_hashes: list[bytes] = []
+        """What was evicted since the caller last emptied this list."""
         self._ref_counts = [0] * (num_blocks + 1)
         self._hashes: list[bytes | None] = [None] * (num_blocks + 1)
         self._index: dict[bytes, int] = {}
         self._free: deque[int] = deque(range(1, num_blocks + 1))
-        self._cached: dict[int, None] = {}  # in order of eviction
+        self._cached = EvictionQueue(num_blocks)
         self._copies: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def from_image(cls, image: PoolImage, changes: Changes) -> "BlockManager":
-        """The mirror that Redis tells of; the order of eviction is lost and starts by block_id."""
+        """The mirror that Redis tells of; the order of eviction is lost and starts by block_id, nothing protected."""
         manager = cls(image.num_blocks, changes)
         for block_id, ref_count in image.ref_counts.items():
             manager._ref_counts[block_id] = ref_count
@@ -62,7 +76,9 @@ class BlockManager:
         manager._copies = dict(image.copies)
         ids = range(1, image.num_blocks + 1)
         manager._free = deque(i for i in ids if not manager._ref_counts[i] and manager._hashes[i] is None)
-        manager._cached = {i: None for i in ids if not manager._ref_counts[i] and manager._hashes[i] is not None}
+        for block_id in ids:
+            if not manager._ref_counts[block_id] and (cached := manager._hashes[block_id]) is not None:
+                manager._cached.add(block_id, cached)
         return manager
 
     def image(self) -> PoolImage:
@@ -94,6 +110,20 @@ class BlockManager:
         """Blocks that a table or a running copy names."""
         return self.num_blocks - self.num_available_blocks
 
+    def ref_counts(self, first: int, last: int) -> list[int]:
+        """Of the blocks from `first` to `last`."""
+        return self._ref_counts[first : last + 1]
+
+    def states(self, first: int, last: int) -> bytes:
+        """A BlockState for each of the blocks from `first` to `last`."""
+        free, referenced, cached, protected = map(int, BlockState)
+        is_protected = self._cached.is_protected
+        blocks = zip(self._ref_counts[first : last + 1], self._hashes[first : last + 1], strict=True)
+        return bytes(
+            referenced if count else free if hash_ is None else protected if is_protected(block_id) else cached
+            for block_id, (count, hash_) in enumerate(blocks, first)
+        )
+
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks that hold the longest published prefix of the chain `hashes`, in order."""
         found: list[int] = []
@@ -111,6 +141,15 @@ class BlockManager:
     def is_published(self, hash_: bytes) -> bool:
         """Whether the index names a block for this hash."""
         return hash_ in self._index
+
+    def touch(self, hashes: Iterable[bytes]) -> None:
+        """A request asks for this chain, once in its life: what another one has filled of it is kept longer."""
+        for hash_ in hashes:
+            block_id = self._index.get(hash_)
+            if block_id is None:
+                self._cached.touch_evicted(hash_)
+            else:
+                self._cached.touch(block_id)
 
     def reserve(self, seq_id: int, shared: Sequence[int], num_new: int) -> list[int]:
         """Appends to a table: `shared` published blocks, then `num_new` fresh ones; returns all their ids.
@@ -135,6 +174,7 @@ class BlockManager:
         assert self._hashes[block_id] is None, f"block {block_id} published twice"
         self._index[hash_] = block_id
         self._hashes[block_id] = hash_
+        self._cached.publish(block_id, hash_)
         self.changes.publish.append((block_id, hash_))
         return True
 
@@ -200,28 +240,27 @@ class BlockManager:
 
     def _add_reference(self, block_id: int) -> None:
         if self._ref_counts[block_id] == 0:
-            del self._cached[block_id]
+            self._cached.remove(block_id)
         self._ref_counts[block_id] += 1
 
     def _drop_reference(self, block_id: int) -> None:
         self._ref_counts[block_id] -= 1
         if self._ref_counts[block_id]:
             return
-        if self._hashes[block_id] is None:
+        hash_ = self._hashes[block_id]
+        if hash_ is None:
             self._free.append(block_id)
             self.freed_block_ids.append(block_id)
         else:
-            self._cached[block_id] = None
+            self._cached.add(block_id, hash_)
 
     def _take(self) -> int:
         if self._free:
             block_id = self._free.popleft()
         else:
-            block_id = next(iter(self._cached))
-            del self._cached[block_id]
-            hash_ = self._hashes[block_id]
-            assert hash_ is not None
+            block_id, hash_ = self._cached.evict()
             del self._index[hash_]
             self._hashes[block_id] = None
+            self.evicted_hashes.append(hash_)
         self._ref_counts[block_id] = 1
         return block_id

@@ -172,6 +172,14 @@ class PagodaClient:
         """The workers, their blocks and queues."""
         return await self._stub.GetStatus(pb.GetStatusRequest(), timeout=timeout_s)
 
+    async def get_blocks(self, worker: str = "", timeout_s: float = 10.0) -> pb.GetBlocksResponse:
+        """Every block of a worker's pool, or of all."""
+        return await self._stub.GetBlocks(pb.GetBlocksRequest(worker=worker), timeout=timeout_s)
+
+    async def explain(self, request_id: str, timeout_s: float = 10.0) -> pb.ExplainResponse:
+        """Where the blocks of a request's prompt came from."""
+        return await self._stub.Explain(pb.ExplainRequest(request_id=request_id), timeout=timeout_s)
+
     async def tokenize(self, text: str, timeout_s: float = 10.0) -> list[int]:
         """The ids of a text, as generate would use them."""
         response = await self._stub.Tokenize(pb.TokenizeRequest(text=text), timeout=timeout_s)

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from time import thread_time
+from time import thread_time, time
 from typing import Protocol
 
 from pagoda.v1 import worker_pb2 as pb
@@ -232,6 +232,7 @@ class Engine:
         if not self._must_reserve:
             return
         self._must_reserve = False
+        self.planner.history.now_s = time()
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
         self.planner.grow_and_admit(min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD))
         for sequence in self.planner.reserved:

@@ -19,6 +19,7 @@ from scheduler.compatibility import Compatibility, RefusedError
 from scheduler.config import SchedulerConfig
 from scheduler.engine import Engine, Link
 from scheduler.errors import UnavailableError
+from scheduler.explain import Explanations
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.lost_workers import LostWorkers, reclaim
 from scheduler.recovery import ModelIdentity, Reviver
@@ -70,6 +71,7 @@ class Fleet:
         self._adoption = Adoption(config, pipe, requests, model.reviver)
         self._lost = LostWorkers(requests, model.reviver, self.choose, self._on_end)
         self.slots: dict[str, Slot] = {}
+        self.explanations = Explanations()
         self.changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -269,6 +271,7 @@ class Fleet:
     def _on_end(self, live: LiveRequest) -> None:
         """The end is recorded: streams finish, and logs that it left on earlier workers expire."""
         live.notify()
+        self.explanations.keep(live)
         if live.num_streams == 0:
             self._live_requests.discard(live)
         if any(choice.sequence.segment_first_index for choice in live.choices):

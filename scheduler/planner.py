@@ -11,6 +11,7 @@ from scheduler.admission import OutputLengths, peak_blocks
 from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
+from scheduler.history import PoolHistory
 from scheduler.sequence import Sequence, SequenceStatus
 from scheduler.waiting_queue import WaitingQueue
 
@@ -58,6 +59,7 @@ class Planner:
         self.running: list[Sequence] = []
         self.lengths = OutputLengths()
         self.counters = PlannerCounters()
+        self.history = PoolHistory(limits.block_size)
         self.removed: list[int] = []
         """Sequences that the worker is to forget with the next plan."""
         self.redescribed: list[Sequence] = []
@@ -154,6 +156,7 @@ class Planner:
                 self.running.append(child)
                 self.reserved.append(child)
                 self.redescribed.append(child)
+                self.history.note_evictions(self.blocks.evicted_hashes, child.request_id)
             else:
                 self._set_back(child)
         if has_room:
@@ -272,9 +275,13 @@ class Planner:
         if num_needed > self.blocks.num_available_blocks:
             return False
         for sequence, num_short in needs:
-            sequence.block_ids += self.blocks.reserve(sequence.seq_id, (), num_short)
-            self.reserved.append(sequence)
+            self._reserve(sequence, [], num_short)
         return True
+
+    def _reserve(self, sequence: Sequence, shared: list[int], num_new: int) -> None:
+        sequence.block_ids += self.blocks.reserve(sequence.seq_id, shared, num_new)
+        self.reserved.append(sequence)
+        self.history.note_evictions(self.blocks.evicted_hashes, sequence.request_id)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Recompute: the sequence waits again, its blocks are free (published ones stay as hits while they last)."""
@@ -369,8 +376,10 @@ class Planner:
         self.counters.num_prefix_query_tokens += len(sequence.token_ids)
         self.counters.num_prefix_hit_tokens += num_cached
         self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
-        sequence.block_ids = self.blocks.reserve(sequence.seq_id, shared, num_new)
-        self.reserved.append(sequence)
+        if sequence.attempt == sequence.choice == 0:  # else its request has asked for it before
+            self.blocks.touch(self._usable_hashes(sequence))
+        self.history.note_admission(sequence, len(shared))
+        self._reserve(sequence, shared, num_new)
         sequence.num_published_blocks = len(shared)
         sequence.num_computed_tokens = sequence.num_planned_tokens = num_cached
         self.blocks.changes.computed.append((sequence.seq_id, num_cached))

@@ -129,6 +129,7 @@ class Reviver:
         sequences = self._sequences(body, limits, seq_id, outputs)
         live.choices = live.choices or [LiveChoice(live, sequence) for sequence in sequences]
         for choice, sequence in zip(live.choices, sequences, strict=True):
+            sequence.admissions = choice.sequence.admissions
             choice.sequence = sequence
         if live.search is not None:
             for sequence in sequences:

@@ -4,7 +4,7 @@ Does no I/O and decides nothing; the planner and the engine move it.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 
 
 class SequenceStatus(Enum):
@@ -32,6 +32,40 @@ class SequenceLimits:
     max_output_tokens: int
     end_token_ids: frozenset[int]
     ignores_eos: bool
+
+
+class BlockSource(IntEnum):
+    """Where a block of an admitted prompt came from; values as in the contract."""
+
+    HIT = 1
+    COMPUTED = 2
+    EVICTED = 3
+    """Computed again: it was cached, and evicted."""
+    LAST = 4
+    """Computed whatever is cached: it holds the last token, which is always run."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvictedRun:
+    """Blocks of a prompt, side by side, that were evicted at once."""
+
+    first_block: int
+    num_blocks: int
+    eviction: tuple[float, str]
+    """(Unix time, id of the request that they made room for)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Where the blocks of a prompt came from when its sequence was admitted."""
+
+    worker: str
+    at_s: float
+    """Unix time."""
+    attempt: int
+    sources: bytes
+    """A BlockSource per block of the prompt."""
+    evicted: tuple[EvictedRun, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +125,8 @@ class Sequence:
     """Whether Redis holds num_computed_tokens for it; it holds none for a sequence that has caught up."""
     is_on_worker: bool = False
     """Whether the worker's batch has it, in this attempt."""
+    admissions: list[Admission] = field(default_factory=list)
+    """Where its prompt's blocks came from, for `pagoda explain`: the first admission and the last ones."""
 
     @property
     def num_output_tokens(self) -> int:

@@ -13,8 +13,10 @@ from pagoda.v1 import generation_pb2_grpc
 from scheduler.delivery import Delivery
 from scheduler.engine import Engine
 from scheduler.errors import AlreadyExistsError, NotFoundError, QueueFullError, UnavailableError
+from scheduler.explain import Explanation, to_response
 from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
+from scheduler.pool_map import blocks_of
 from scheduler.recovery import Reviver
 from scheduler.request import RequestBody
 from scheduler.request_store import OwnershipLostError, RequestStore
@@ -43,12 +45,12 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._reviver = reviver
         self._live_requests = live_requests
         self._delivery = Delivery(model.tokenizer)
-        self._next_seq_id = 0
+        self._first_seq_id = self._next_seq_id = 0
         self._accepting: dict[str, _Acceptance] = {}
 
     async def start(self) -> None:
         """Draws the prefix of this scheduler's seq_ids."""
-        self._next_seq_id = await self._requests.next_seq_id_prefix() << 32
+        self._first_seq_id = self._next_seq_id = await self._requests.next_seq_id_prefix() << 32
 
     # -- streams ------------------------------------------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Goes on with a stream."""
         live = await self._find(request.request_id)
         if live is None:
-            raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
+            raise _unknown(request.request_id)
         async with _Attached(self._live_requests, live):
             yield pb.AttachResponse(request_id=request.request_id)
             async for delta in self._delivery.deltas(live, request.next_index, request.stream_interval):
@@ -84,7 +86,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Ends a request now."""
         live = await self._find(request.request_id)
         if live is None:
-            raise NotFoundError(f"request_id: no request {request.request_id!r}; it never was, or it has expired")
+            raise _unknown(request.request_id)
         if all(choice.end is not None or choice.ending is not None for choice in live.choices):
             return pb.CancelResponse(cancelled=False)
         self._fleet.end(live, Ending(FinishReason.ABORT))
@@ -221,6 +223,28 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Describes workers and queues."""
         return status_of(self._fleet, self._live_requests, self._delivery.gate.busy_s)
 
+    async def GetBlocks(self, request: pb.GetBlocksRequest, context: Context) -> pb.GetBlocksResponse:  # noqa: N802
+        """Describes every block."""
+        return await blocks_of(self._fleet, request.worker)
+
+    async def Explain(self, request: pb.ExplainRequest, context: Context) -> pb.ExplainResponse:  # noqa: N802
+        """Says where a prompt's blocks came from."""
+        request_id = request.request_id
+        live = self._live_requests.get(request_id)
+        if live is not None:
+            has_ended, is_earlier = live.is_over, True
+            explanation: Explanation | None = Explanation.of(live)
+        else:
+            record = await _in_time(self._requests.load(request_id))
+            if record is None:
+                raise _unknown(request_id)
+            has_ended, is_earlier = True, record.seq_id < self._first_seq_id
+            explanation = self._fleet.explanations.get(request_id)
+        if explanation is None or explanation.is_forgotten:
+            why = "it was admitted by an earlier scheduler" if is_earlier else "too many requests have ended since"
+            raise NotFoundError(f"request_id: where the blocks of {request_id!r} came from is not known here: {why}")
+        return to_response(request_id, explanation, self._model.block_size, has_ended)
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to ids."""
         return pb.TokenizeResponse(token_ids=encode_prompt(request, self._tokenizer))
@@ -229,6 +253,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Ids to text."""
         check_token_ids("token_ids", request.token_ids, self._tokenizer)
         return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids))
+
+
+def _unknown(request_id: str) -> NotFoundError:
+    return NotFoundError(f"request_id: no request {request_id!r}; it never was, or it has expired")
 
 
 @dataclass(slots=True, eq=False)

@@ -134,6 +134,8 @@ class Owner:
         num_new = -(-(sequence.num_tokens + lookahead) // BLOCK_SIZE) - len(shared)
         if num_new > self.blocks.num_available_blocks - self.blocks.num_cached_among(shared):
             return None
+        if sequence.attempt == 0:
+            self.blocks.touch(hashes)
         if sequence.seq_id in self.blocks.changes.release:
             self.commit()  # a release drops the record of progress that the admission writes
         self._reserve(sequence, shared, num_new)

@@ -1,7 +1,10 @@
 """The `pagoda` command end to end: real processes, a small random model, kills in mid-stream."""
 
+import contextlib
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -220,6 +223,69 @@ def test_status_prints_a_table(up):
     assert sum(worker[name] for name in blocks) == worker["num_blocks"]
 
 
+def test_blocks_are_drawn_once_where_nobody_watches(up):
+    up.generate("--prompt", "the quick brown fox jumps", "--max-tokens", 20, "--request-id", "drawn", "--ignore-eos")
+    result = pagoda("blocks", "--port", up.port, "--watch")
+    assert (result.returncode, result.stderr) == (0, "")
+    for word in ("worker-0", "worker-1", "free", "referenced", "cached", "evicted", "-", "·"):
+        assert word in result.stdout
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    one = json.loads(pagoda("blocks", "--port", up.port, "--worker", "worker-0", "--json").stdout)
+    (pool,) = one["pools"]
+    assert len(pool["states"]) == len(pool["ref_counts"]) == up.status()["workers"][0]["num_blocks"]
+    assert set(pool["states"]) <= set("frcp")
+    refused(pagoda("blocks", "--port", up.port, "--worker", "nobody"), "NOT_FOUND: worker: no worker 'nobody'")
+
+
+def test_blocks_are_drawn_again_and_again_on_a_terminal_until_ctrl_c(up):
+    """Through a kill of the scheduler: what it said last stays, with a word."""
+    terminal, end = pty.openpty()
+    command = [*PAGODA, "blocks", "--port", str(up.port), "--watch"]
+    process = subprocess.Popen(command, stdout=end, stderr=end, env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "80"})
+    os.close(end)
+    notes = below_the_legends(terminal)
+    assert b"does not answer" not in next(notes)
+    os.kill(up.pids()["scheduler"], signal.SIGKILL)
+    while b"does not answer" not in next(notes):
+        pass
+    while b"does not answer" in next(notes):
+        pass
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the terminal's end
+        while os.read(terminal, 4096):
+            pass
+    assert process.wait(TIMEOUT_S) == 0
+    os.close(terminal)
+
+
+def below_the_legends(terminal: int) -> Iterator[bytes]:
+    """Of each frame that a terminal shows, what stands behind the last line that is always there."""
+    shown = b""
+    while True:
+        assert select.select([terminal], [], [], TIMEOUT_S)[0], shown
+        shown += os.read(terminal, 4096)
+        *frames, shown = shown.split(b"worker-0")
+        for text in frames:
+            if b"tables" in text:
+                yield text.rpartition(b"tables")[2]
+
+
+def test_a_request_is_explained(up):
+    flags = ("--token-ids", ",".join(map(str, range(3, 43))), "--max-tokens", 2, "--temperature", 0, "--ignore-eos")
+    for name in ("explained-1", "explained-2"):
+        assert up.generate(*flags, "--request-id", name).returncode == 0
+    first, second = (pagoda("explain", name, "--port", up.port).stdout for name in ("explained-1", "explained-2"))
+    assert first.startswith("explained-1: a prompt of 40 tokens in 3 blocks of 16\n")
+    assert "0 of 3 blocks hit" in first
+    assert "2 of 3 blocks hit" in second
+    assert "tokens 0-31 " in second
+    assert "hit on the device" in second
+    answer = json.loads(pagoda("explain", "explained-2", "--port", up.port, "--json").stdout)
+    assert answer["admissions"][0]["sources"] == ["hit", "hit", "last"]
+    refused(pagoda("explain", "nobody", "--port", up.port), "NOT_FOUND: request_id: no request 'nobody'")
+
+
 def test_a_port_in_use_is_one_line(up, model):
     refused(pagoda("up", "--model", model, "--port", up.port), f"port {up.port} is in use")
 
@@ -227,7 +293,8 @@ def test_a_port_in_use_is_one_line(up, model):
 def test_nobody_there_is_one_line():
     port = free_port()
     refused(pagoda("generate", "--port", port, "--prompt", "a"), f"nothing answers on port {port}")
-    refused(pagoda("status", "--port", port), f"nothing answers on port {port}")
+    for command in (("status",), ("blocks",), ("explain", "mine")):
+        refused(pagoda(*command, "--port", port), f"nothing answers on port {port}")
 
 
 @pytest.mark.parametrize("victim", ["scheduler", "worker-0", "worker-1", "redis"])

@@ -18,6 +18,8 @@ PURE = (
     "sequence",
     "block_hash",
     "block_manager",
+    "eviction",
+    "history",
     "waiting_queue",
     "admission",
     "changes",

@@ -102,6 +102,70 @@ WORKER_STATE_LOST: WorkerState.ValueType  # 2
 """Known, not connected."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
+class _BlockState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_STATE_UNSPECIFIED: _BlockState.ValueType  # 0
+    """Never sent."""
+    BLOCK_STATE_FREE: _BlockState.ValueType  # 1
+    """Holds nothing."""
+    BLOCK_STATE_REFERENCED: _BlockState.ValueType  # 2
+    """Some table or running copy names it."""
+    BLOCK_STATE_CACHED: _BlockState.ValueType  # 3
+    """Only the prefix index names it, and one request has asked for it: on probation, evicted first."""
+    BLOCK_STATE_PROTECTED: _BlockState.ValueType  # 4
+    """Only the prefix index names it, and a second request has asked for it: protected, evicted after the others."""
+
+class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper):
+    """What a block is; every block is exactly one of these."""
+
+BLOCK_STATE_UNSPECIFIED: BlockState.ValueType  # 0
+"""Never sent."""
+BLOCK_STATE_FREE: BlockState.ValueType  # 1
+"""Holds nothing."""
+BLOCK_STATE_REFERENCED: BlockState.ValueType  # 2
+"""Some table or running copy names it."""
+BLOCK_STATE_CACHED: BlockState.ValueType  # 3
+"""Only the prefix index names it, and one request has asked for it: on probation, evicted first."""
+BLOCK_STATE_PROTECTED: BlockState.ValueType  # 4
+"""Only the prefix index names it, and a second request has asked for it: protected, evicted after the others."""
+Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
+
+class _BlockSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_SOURCE_UNSPECIFIED: _BlockSource.ValueType  # 0
+    """Never sent."""
+    BLOCK_SOURCE_HIT: _BlockSource.ValueType  # 1
+    """A hit on the device: found in the prefix index."""
+    BLOCK_SOURCE_COMPUTED: _BlockSource.ValueType  # 2
+    """Computed; as far as the scheduler remembers it was never cached by this worker."""
+    BLOCK_SOURCE_EVICTED: _BlockSource.ValueType  # 3
+    """Computed again; it was cached by this worker, and evicted."""
+    BLOCK_SOURCE_LAST: _BlockSource.ValueType  # 4
+    """Computed whatever is cached: it holds the last token, which is always run."""
+
+class BlockSource(_BlockSource, metaclass=_BlockSourceEnumTypeWrapper):
+    """Where a block of a prompt came from."""
+
+BLOCK_SOURCE_UNSPECIFIED: BlockSource.ValueType  # 0
+"""Never sent."""
+BLOCK_SOURCE_HIT: BlockSource.ValueType  # 1
+"""A hit on the device: found in the prefix index."""
+BLOCK_SOURCE_COMPUTED: BlockSource.ValueType  # 2
+"""Computed; as far as the scheduler remembers it was never cached by this worker."""
+BLOCK_SOURCE_EVICTED: BlockSource.ValueType  # 3
+"""Computed again; it was cached by this worker, and evicted."""
+BLOCK_SOURCE_LAST: BlockSource.ValueType  # 4
+"""Computed whatever is cached: it holds the last token, which is always run."""
+Global___BlockSource: _TypeAlias = BlockSource  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     """Token ids as one packed list."""
@@ -976,3 +1040,229 @@ class DetokenizeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class GetBlocksRequest(_message.Message):
+    """Asks for the blocks of pools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """A worker's name. Empty: all workers."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlocksRequest: _TypeAlias = GetBlocksRequest  # noqa: Y015
+
+@_typing.final
+class PoolBlocks(_message.Message):
+    """One worker's pool, by block: block_id 1 comes first, the null block is left out. Steps go on while a large pool is
+    looked at, so that its ends may be some milliseconds apart.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    REF_COUNTS_FIELD_NUMBER: _builtins.int
+    NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker's stable name."""
+    state: Global___WorkerState.ValueType
+    """Whether it can take work; the pool of a lost worker is void, and its columns are empty."""
+    block_size: _builtins.int
+    """Tokens per block."""
+    states: _builtins.bytes
+    """A byte per block: its BlockState."""
+    ref_counts: _builtins.bytes
+    """Four bytes per block, little-endian: how many tables and running copies name it."""
+    num_evictions: _builtins.int
+    """Blocks evicted since this owner began."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        state: Global___WorkerState.ValueType = ...,
+        block_size: _builtins.int = ...,
+        states: _builtins.bytes = ...,
+        ref_counts: _builtins.bytes = ...,
+        num_evictions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "num_evictions", b"num_evictions", "ref_counts", b"ref_counts", "state", b"state", "states", b"states", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolBlocks: _TypeAlias = PoolBlocks  # noqa: Y015
+
+@_typing.final
+class GetBlocksResponse(_message.Message):
+    """The blocks of pools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolBlocks]:
+        """In the order of the workers' names."""
+
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolBlocks] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlocksResponse: _TypeAlias = GetBlocksResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Which request to explain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request's id."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class EvictedRun(_message.Message):
+    """Blocks of a prompt, side by side, that were evicted at once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    EVICTED_AT_S_FIELD_NUMBER: _builtins.int
+    EVICTED_FOR_FIELD_NUMBER: _builtins.int
+    first_block: _builtins.int
+    """Index of the first one in the prompt, in blocks."""
+    num_blocks: _builtins.int
+    """How many there are."""
+    evicted_at_s: _builtins.float
+    """When they were evicted, Unix time in seconds."""
+    evicted_for: _builtins.str
+    """The request that they made room for."""
+    def __init__(
+        self,
+        *,
+        first_block: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        evicted_at_s: _builtins.float = ...,
+        evicted_for: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evicted_at_s", b"evicted_at_s", "evicted_for", b"evicted_for", "first_block", b"first_block", "num_blocks", b"num_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictedRun: _TypeAlias = EvictedRun  # noqa: Y015
+
+@_typing.final
+class Admission(_message.Message):
+    """How a request got its blocks, once."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADMITTED_AT_S_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    EVICTED_RUNS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker's stable name."""
+    admitted_at_s: _builtins.float
+    """When, Unix time in seconds."""
+    attempt: _builtins.int
+    """0 at first; one more after each preemption and each worker lost."""
+    sources: _builtins.bytes
+    """A byte per block of the prompt, in order: its BlockSource."""
+    @_builtins.property
+    def evicted_runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvictedRun]:
+        """Who took the blocks that were evicted, among the worker's last 10,000 evictions; the first 64 runs."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        admitted_at_s: _builtins.float = ...,
+        attempt: _builtins.int = ...,
+        sources: _builtins.bytes = ...,
+        evicted_runs: _abc.Iterable[Global___EvictedRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_at_s", b"admitted_at_s", "attempt", b"attempt", "evicted_runs", b"evicted_runs", "sources", b"sources", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Admission: _TypeAlias = Admission  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """Where the blocks of a request's prompt came from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    HAS_ENDED_FIELD_NUMBER: _builtins.int
+    ADMISSIONS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request's id."""
+    num_prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    block_size: _builtins.int
+    """Tokens per block."""
+    has_ended: _builtins.bool
+    """Whether the request has ended."""
+    @_builtins.property
+    def admissions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Admission]:
+        """The first admission, and the last three of those that followed; none: it has not been admitted."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        block_size: _builtins.int = ...,
+        has_ended: _builtins.bool = ...,
+        admissions: _abc.Iterable[Global___Admission] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissions", b"admissions", "block_size", b"block_size", "has_ended", b"has_ended", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015

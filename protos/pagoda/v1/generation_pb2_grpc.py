@@ -60,6 +60,16 @@ class GenerationStub:
                 request_serializer=pagoda_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=pagoda_dot_v1_dot_generation__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetBlocks = channel.unary_unary(
+                '/pagoda.v1.Generation/GetBlocks',
+                request_serializer=pagoda_dot_v1_dot_generation__pb2.GetBlocksRequest.SerializeToString,
+                response_deserializer=pagoda_dot_v1_dot_generation__pb2.GetBlocksResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/pagoda.v1.Generation/Explain',
+                request_serializer=pagoda_dot_v1_dot_generation__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=pagoda_dot_v1_dot_generation__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagoda.v1.Generation/Tokenize',
                 request_serializer=pagoda_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -115,6 +125,24 @@ class GenerationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBlocks(self, request, context):
+        """Describes every block of the workers' pools, as `pagoda blocks` draws them.
+        Errors: NOT_FOUND (no worker of that name).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Says where the blocks of a request's prompt came from, as `pagoda explain` prints it: while the request lives, then
+        as long as its record does, of the last 4,096 requests that ended.
+        Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
+        text says which), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Turns text or chat messages into token ids.
         """
@@ -156,6 +184,16 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=pagoda_dot_v1_dot_generation__pb2.GetStatusRequest.FromString,
                     response_serializer=pagoda_dot_v1_dot_generation__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBlocks,
+                    request_deserializer=pagoda_dot_v1_dot_generation__pb2.GetBlocksRequest.FromString,
+                    response_serializer=pagoda_dot_v1_dot_generation__pb2.GetBlocksResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=pagoda_dot_v1_dot_generation__pb2.ExplainRequest.FromString,
+                    response_serializer=pagoda_dot_v1_dot_generation__pb2.ExplainResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -304,6 +342,60 @@ class Generation:
             '/pagoda.v1.Generation/GetStatus',
             pagoda_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
             pagoda_dot_v1_dot_generation__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagoda.v1.Generation/GetBlocks',
+            pagoda_dot_v1_dot_generation__pb2.GetBlocksRequest.SerializeToString,
+            pagoda_dot_v1_dot_generation__pb2.GetBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagoda.v1.Generation/Explain',
+            pagoda_dot_v1_dot_generation__pb2.ExplainRequest.SerializeToString,
+            pagoda_dot_v1_dot_generation__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,16 @@ class GenerationStub:
     """Describes the model that is served."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetStatusRequest, _generation_pb2.GetStatusResponse]
     """Describes the workers, their blocks and queues, as `pagoda status` prints them."""
+    GetBlocks: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetBlocksRequest, _generation_pb2.GetBlocksResponse]
+    """Describes every block of the workers' pools, as `pagoda blocks` draws them.
+    Errors: NOT_FOUND (no worker of that name).
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ExplainRequest, _generation_pb2.ExplainResponse]
+    """Says where the blocks of a request's prompt came from, as `pagoda explain` prints it: while the request lives, then
+    as long as its record does, of the last 4,096 requests that ended.
+    Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
+    text says which), UNAVAILABLE.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text or chat messages into token ids."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
@@ -78,6 +88,16 @@ class GenerationAsyncStub(GenerationStub):
     """Describes the model that is served."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetStatusRequest, _generation_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Describes the workers, their blocks and queues, as `pagoda status` prints them."""
+    GetBlocks: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetBlocksRequest, _generation_pb2.GetBlocksResponse]  # type: ignore[assignment]
+    """Describes every block of the workers' pools, as `pagoda blocks` draws them.
+    Errors: NOT_FOUND (no worker of that name).
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_generation_pb2.ExplainRequest, _generation_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Says where the blocks of a request's prompt came from, as `pagoda explain` prints it: while the request lives, then
+    as long as its record does, of the last 4,096 requests that ended.
+    Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
+    text says which), UNAVAILABLE.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into token ids."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -131,6 +151,28 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GetStatusResponse, _abc.Awaitable[_generation_pb2.GetStatusResponse]]:
         """Describes the workers, their blocks and queues, as `pagoda status` prints them."""
+
+    @_abc_1.abstractmethod
+    def GetBlocks(
+        self,
+        request: _generation_pb2.GetBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.GetBlocksResponse, _abc.Awaitable[_generation_pb2.GetBlocksResponse]]:
+        """Describes every block of the workers' pools, as `pagoda blocks` draws them.
+        Errors: NOT_FOUND (no worker of that name).
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _generation_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.ExplainResponse, _abc.Awaitable[_generation_pb2.ExplainResponse]]:
+        """Says where the blocks of a request's prompt came from, as `pagoda explain` prints it: while the request lives, then
+        as long as its record does, of the last 4,096 requests that ended.
+        Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
+        text says which), UNAVAILABLE.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

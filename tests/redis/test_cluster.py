@@ -77,7 +77,7 @@ async def test_every_other_script_stays_within_its_tag(cluster: RedisCluster, pi
         async with asyncio.timeout(TIMEOUT_S):
             await store.seize(0)
             await store.reclaim("incarnation-1", 8)
-            await requests.create(request_id, b"digest", b"body", (worker, store.epoch), 1)
+            await requests.create(request_id, b"digest", b"body", (worker, store.epoch), range(1, 2))
             await store.commit(Changes(describe=[(1, ROW)], reserve=[(1, [], [1, 2])]), 0)
             await store.commit(Changes(append=[(1, 0, [5])], computed=[(1, 20)], fork=[(1, 2, 1, 2, 3, 4)]), 1)
             image = await store.load(8)

@@ -86,7 +86,7 @@ async def test_every_other_script_stays_within_its_tag(cluster: RedisCluster, pi
             await store.commit(Changes(copied=[3], release=[1, 2], close=[1], forget=[2]), 2)
             assert (await store.load(8)).pool.ref_counts == {}
             await store.reclaim("incarnation-2", 8)
-            await requests.own(request_id, ("worker-9", 1), worker, 1)
+            await requests.own(request_id, ("worker-9", 1), worker, [1])
             await requests.end(request_id, ("worker-9", 1), b"end")
 
 

@@ -161,9 +161,9 @@ class Planner:
                 self._set_back(child)
         if has_room:
             self._admit_waiting(lookahead)
-            while self._is_entangled():
-                self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
-                self._admit_waiting(lookahead)
+        while self._is_entangled():
+            self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
+            self._admit_waiting(lookahead)
 
     def schedule(self) -> list[ScheduledRow]:
         """The next step: one token of each sequence that decodes, the rest of the budget for prompts."""

@@ -20,7 +20,7 @@ RETRY_DELAY_S = 0.02
 
 
 async def check_redis(url: str) -> None:
-    """Raises ConfigError for a Redis that is out of reach, older than 6.2, or that would evict what it holds."""
+    """Raises ConfigError for a Redis that is out of reach, too old, evicts what it holds, or is a part of a cluster."""
     try:
         client = Redis.from_url(
             url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=2.0, socket_connect_timeout=2.0
@@ -37,9 +37,21 @@ async def check_redis(url: str) -> None:
             raise ConfigError(
                 f"--redis-url: its maxmemory-policy is {policy}, which drops live requests; set it to noeviction"
             )
+        if info.get("cluster_enabled"):
+            await _refuse_part_of_cluster(client)
         await _warn_of_late_writes(client)
     finally:
         await client.aclose()
+
+
+async def _refuse_part_of_cluster(client: "Redis") -> None:
+    """A connection to one node would be told MOVED for most keys, and would wait for ever."""
+    cluster = await client.execute_command("CLUSTER", "INFO")  # type: ignore[no-untyped-call]
+    num_nodes = int(dict(cluster)["cluster_size"])
+    if num_nodes != 1:
+        raise ConfigError(
+            f"--redis-url: a Redis Cluster of {num_nodes} nodes is not served yet; give it a Redis of its own"
+        )
 
 
 async def _warn_of_late_writes(client: "Redis") -> None:

@@ -11,7 +11,9 @@ import pytest
 from redis.exceptions import ResponseError
 
 from scheduler.changes import Changes
+from scheduler.config import ConfigError
 from scheduler.keys import request_key, worker_key, worker_keys
+from scheduler.redis_check import check_redis
 from scheduler.redis_pipe import RedisPipe
 from scheduler.request_store import RequestStore
 from scheduler.scripts import ALL_SCRIPTS, STEP
@@ -88,6 +90,12 @@ async def test_every_other_script_stays_within_its_tag(cluster: RedisCluster, pi
             await store.reclaim("incarnation-2", 8)
             await requests.own(request_id, ("worker-9", 1), worker, [1])
             await requests.end(request_id, ("worker-9", 1), b"end")
+
+
+async def test_a_scheduler_refuses_a_node_of_several(cluster: RedisCluster) -> None:
+    """Its one connection does not follow MOVED: it would wait for ever."""
+    with pytest.raises(ConfigError, match="a Redis Cluster of 3 nodes is not served yet"):
+        await check_redis(cluster.nodes[0].url)
 
 
 def test_a_node_refuses_a_script_of_two_tags(cluster: RedisCluster) -> None:

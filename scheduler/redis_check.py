@@ -46,7 +46,7 @@ async def check_redis(url: str) -> None:
 
 async def _refuse_part_of_cluster(client: "Redis") -> None:
     """A connection to one node would be told MOVED for most keys, and would wait for ever."""
-    cluster = await client.execute_command("CLUSTER", "INFO")  # type: ignore[no-untyped-call]
+    cluster = await client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
     num_nodes = int(dict(cluster)["cluster_size"])
     if num_nodes != 1:
         raise ConfigError(

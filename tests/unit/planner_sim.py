@@ -5,6 +5,7 @@ worker a physical pool in which every slot says what is written in it. A round i
 and what the worker does meanwhile: one plan. Every round asserts what must always hold.
 """
 
+import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import cast
 
 from pagoda.v1 import worker_pb2 as pb
 
+from scheduler.beam_search import BeamParams, BeamSearch, EarlyStopping, to_float32
 from scheduler.block_hash import root_hash
 from scheduler.block_manager import BlockCopy, BlockManager
 from scheduler.changes import Changes
@@ -45,6 +47,13 @@ class Arrival:
     salt: str = ""
     ignores_eos: bool = False
     n: int = 1
+    beam_width: int = 0
+    """0: its tokens are those that the model says."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Choices, or beams."""
+        return max(self.n, self.beam_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,7 @@ class _Held:
     num_computed: int
     block_ids: list[int]
     salt: str
+    num_candidates: int
 
 
 @dataclass(slots=True)
@@ -104,7 +114,10 @@ class SimWorker:
                 added.num_computed_tokens,
                 list(added.block_ids),
                 self.salts[added.seq_id],
+                added.sampler.num_candidates,
             )
+        for seq_id, token_id in zip(plan.replaced_seq_ids, plan.replaced_token_ids, strict=True):
+            self.held[seq_id].tokens[-1] = token_id
         at = 0
         for seq_id, count in zip(plan.appended_seq_ids, plan.appended_num_blocks, strict=True):
             self.held[seq_id].block_ids += plan.appended_block_ids[at : at + count]
@@ -149,6 +162,9 @@ class SimWorker:
         output_index = len(held.tokens) - held.num_prompt_tokens
         samples = end == len(held.tokens)
         if samples:
+            for token_id, logprob in likeliest(held.tokens, held.num_candidates):
+                result.candidate_token_ids.append(token_id)
+                result.candidate_logprobs.append(logprob)
             held.tokens.append(self.next_token(seq_id, output_index))
             result.token_ids.append(held.tokens[-1])
         result.seq_ids.append(seq_id)
@@ -156,6 +172,13 @@ class SimWorker:
         result.num_computed_tokens.append(end)
         result.first_output_indexes.append(output_index)
         result.num_tokens.append(int(samples))
+
+
+def likeliest(token_ids: list[int], count: int) -> list[tuple[int, float]]:
+    """What the model says comes after these tokens, best first, to beams: (token id, log probability)."""
+    rng = random.Random(str(token_ids))
+    logprobs = sorted((to_float32(-rng.expovariate(1)) for _ in range(count)), reverse=True)
+    return list(zip(rng.sample(range(40), count), logprobs, strict=True))
 
 
 class SimCommitter:
@@ -174,6 +197,16 @@ class SimCommitter:
         assert first_index == len(log)
         log += token_ids
         self.changes.append.append((live.sequence.seq_id, first_index, token_ids))
+
+    def log_search(self, live: LiveRequest, words: list[int]) -> None:
+        """Appends to the log of the search, from which it can be made again."""
+        assert live.search is not None
+        log = self.logs.setdefault(live.choices[0].sequence.seq_id, [])
+        log += words
+        assert BeamSearch.replay(live.search.params, log) == live.search
+
+    def deliver(self, choice: LiveChoice) -> None:
+        """A hypothesis is one choice's output."""
 
     def note_computed(self, sequence: Sequence, has_caught_up: bool) -> None:
         """As the real one."""
@@ -223,7 +256,7 @@ class Simulation:
         self.live: dict[int, LiveChoice] = {}
         self.results = Results(self.planner, cast(Committer, self.committer), self.live)
         self.arrivals = list(arrivals)
-        firsts = accumulate((arrival.n for arrival in self.arrivals), initial=1)
+        firsts = accumulate((arrival.num_sequences for arrival in self.arrivals), initial=1)
         self.first_seq_ids = list(firsts)
         """Of each arrival; in the end, the one after the last."""
         self.worker = SimWorker(limits.block_size, self.next_token)
@@ -231,6 +264,7 @@ class Simulation:
         self.rounds: list[Round] = []
         self.admitted_order: list[int] = []
         self._contents: dict[bytes, int] = {}  # block_hash -> what a block of that hash holds in its last slot
+        self._samplers: dict[int, pb.SamplerParams] = {}
         self._in_flight: deque[Step] = deque()
         self._plans: deque[pb.StepPlan] = deque()
         self._arrived_results: list[pb.StepResult] = []
@@ -270,7 +304,12 @@ class Simulation:
             self.step()
         for seq_id, live in self.live.items():
             expected, log = self.expected_output(seq_id), self.committer.logs.get(seq_id, [])
-            if live.ending is CANCELLED:
+            search, choice = live.request.search, live.sequence.choice
+            if search is not None:
+                arrival = self.arrival_of(seq_id)
+                if live.ending is not CANCELLED and choice < arrival.n:
+                    assert live.sequence.output_token_ids == hypotheses(arrival.prompt, search.params)[choice]
+            elif live.ending is CANCELLED:
                 assert log == expected[: len(log)]
             else:
                 assert log == expected
@@ -321,7 +360,7 @@ class Simulation:
             if arrival.round == self.round_number:
                 self._open(first, arrival)
             if arrival.cancel_round == self.round_number and first in self.live:
-                for choice in range(arrival.n):
+                for choice in range(arrival.num_sequences):
                     self.cancel(first + choice)
 
     def cancel(self, seq_id: int) -> None:
@@ -334,8 +373,10 @@ class Simulation:
         limits = SequenceLimits(arrival.max_tokens, frozenset((END,)), arrival.ignores_eos)
         if arrival.ignores_eos:
             limits = SequenceLimits(arrival.max_tokens, frozenset(), ignores_eos=True)
-        live = LiveRequest(cast(RequestBody, None))
-        for choice in range(arrival.n):
+        live = LiveRequest(cast(RequestBody, arrival))  # of a body only n is asked
+        if arrival.beam_width:
+            live.search = BeamSearch(beam_params(arrival, limits))
+        for choice in range(arrival.num_sequences):
             sequence = Sequence(
                 seq_id=first_seq_id + choice,
                 request_id=f"r{first_seq_id}",
@@ -346,7 +387,9 @@ class Simulation:
                 root_hash=root_hash("model", "float32", "", arrival.salt),
                 priority=arrival.priority,
                 tenant=arrival.tenant,
+                num_candidates=live.search.params.num_candidates if live.search else 0,
             )
+            self._samplers[sequence.seq_id] = pb.SamplerParams(num_candidates=sequence.num_candidates)
             self.worker.salts[sequence.seq_id] = arrival.salt
             live.choices.append(LiveChoice(live, sequence))
             self.live[sequence.seq_id] = live.choices[-1]
@@ -372,7 +415,7 @@ class Simulation:
                 break
             self._check_rows(rows, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
-            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), _NO_SAMPLERS)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), self._samplers)
             self.planner.removed.clear()
             plan.freed_block_ids.extend(self.blocks.freed_block_ids)
             self.blocks.freed_block_ids.clear()
@@ -425,7 +468,7 @@ class Simulation:
             assert sequence.block_ids == [] or sequence.seq_id in running
             assert sequence.num_computed_tokens <= sequence.num_planned_tokens
             known = len(sequence.token_ids) + sequence.num_planned_samples
-            assert sequence.num_planned_tokens <= known
+            assert is_over or sequence.num_planned_tokens <= known
         for block_id, hash_ in self.blocks.image().hashes.items():
             slots = self.worker.pool[block_id]
             content = slots[-1]
@@ -437,9 +480,16 @@ class Simulation:
         return [s for s in (live.sequence for live in self.live.values()) if s.leader is not None]
 
 
-class _NoSamplers(dict[int, pb.SamplerParams]):
-    def __missing__(self, seq_id: int) -> pb.SamplerParams:
-        return pb.SamplerParams()
+def beam_params(arrival: Arrival, limits: SequenceLimits) -> BeamParams:
+    """Of a request that searches."""
+    early_stopping = EarlyStopping.FULL if arrival.priority else EarlyStopping.HEURISTIC
+    return BeamParams(arrival.beam_width, 1.0, early_stopping, arrival.max_tokens, limits.end_token_ids)
 
 
-_NO_SAMPLERS = _NoSamplers()
+def hypotheses(prompt: tuple[int, ...], params: BeamParams) -> list[list[int]]:
+    """What a search finds whose beams have all the memory that there is."""
+    search = BeamSearch(params)
+    while not search.is_done:
+        tokens = {slot: [*prompt, *search.beams[slot].token_ids] for slot in search.open_slots}
+        search.apply(search.choose({slot: likeliest(tokens[slot], params.num_candidates) for slot in tokens}))
+    return [hypothesis.token_ids for hypothesis in search.hypotheses]

@@ -23,6 +23,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
     """Up to a dozen requests, many with a common prefix."""
     found = []
     for _ in range(draw(st.integers(1, 12))):
+        n = draw(st.sampled_from([1, 1, 1, 2, 3, 6]))
         prompt = draw(st.sampled_from(PREFIXES)) + (3,) * draw(st.integers(0, 9))
         found.append(
             Arrival(
@@ -35,10 +36,20 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                 tenant=draw(st.sampled_from(["", "a", "b"])),
                 salt=draw(st.sampled_from(["", "", "", "s"])),
                 ignores_eos=draw(st.booleans()),
-                n=draw(st.sampled_from([1, 1, 1, 2, 3, 6])),
+                n=n,
+                beam_width=draw(st.sampled_from([0, 0, 0, max(2, n), n + 2])),
             )
         )
     return found
+
+
+def blocks_needed(arrival: Arrival, block_size: int) -> int:
+    """Beams must fit at once, each with a block that is being copied, where they share nothing but the prompt."""
+    num_tokens = len(arrival.prompt) + arrival.max_tokens - 1
+    if not arrival.beam_width:
+        return -(-num_tokens // block_size)
+    num_shared = len(arrival.prompt) // block_size
+    return num_shared + arrival.beam_width * (-(-(num_tokens - num_shared * block_size) // block_size) + 1)
 
 
 @st.composite
@@ -46,7 +57,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
     """The largest request just fits, or there is more room; the worker may be narrow, and Redis far away."""
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     requests = draw(arrivals())
-    largest = max(-(-(len(a.prompt) + a.max_tokens - 1) // block_size) for a in requests)
+    largest = max(blocks_needed(request, block_size) for request in requests)
     limits = SimLimits(
         num_blocks=largest + draw(st.integers(0, 12)),
         block_size=block_size,

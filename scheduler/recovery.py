@@ -104,11 +104,8 @@ class Reviver:
             return Revived(RowState.MOVED, rows)
         body = RequestBody.from_bytes(record.body, record.digest)
         logs = await self._requests.load_logs(record)
-        live = self._live_requests.get(request_id)
-        if live is None or live.is_orphaned:
-            live = LiveRequest(body)
-            self._live_requests.add(live)
-            self._live_requests.expect_client(live)
+        known = self._live_requests.get(request_id)
+        live = LiveRequest(body) if known is None or known.is_orphaned else known
         live.is_accepted = True
         self._restore(live, seq_id, logs)
         for choice, row in zip(live.choices, rows.values(), strict=True):
@@ -116,6 +113,9 @@ class Reviver:
             choice.is_logged = False
             choice.stop_text = self._stop_text(body)
             choice.ending = choice.ending or self._tail_ending(choice) or self._loss_ending(choice.sequence)
+        if live is not known:
+            self._live_requests.add(live)
+            self._live_requests.expect_client(live)
         return Revived(RowState.LIVE, rows, live, record.worker)
 
     def _restore(self, live: LiveRequest, seq_id: int, logs: list[list[int]]) -> None:

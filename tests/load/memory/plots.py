@@ -22,6 +22,13 @@ PARTS = {
     "external": ("holes", "#7d3c98"),
 }
 COLOUR = "#34699a"
+PAPER = {
+    ("ShareGPT", "choices"): (16.2, 30.5),
+    ("ShareGPT", "beams"): (44.3, 66.3),
+    ("Alpaca", "choices"): (6.1, 9.8),
+    ("Alpaca", "beams"): (37.6, 55.2),
+}
+"""Per cent of blocks saved, from 2 to 6 sequences: Kwon et al. (SOSP 2023), figure 15."""
 
 
 def plot_use(runs: dict[str, dict[str, list[Outcome]]], path: Path) -> None:
@@ -56,6 +63,21 @@ def plot_speed(runs: dict[str, dict[str, list[Outcome]]], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_sharing(savings: list[dict[str, Any]], path: Path) -> None:
+    """Blocks saved by sharing, beside the range of the PagedAttention paper."""
+    figure, axes = plt.subplots(1, len(PAPER), figsize=(2.6 * len(PAPER), 2.8), sharey=True)
+    for axis, ((trace, kind), (lowest, highest)) in zip(axes, PAPER.items(), strict=True):
+        names = [f"{trace}, {count} {kind}" for count in (2, 4, 6)]
+        shares = [100 * saving["saved"] for name in names for saving in savings if saving["name"] == name]
+        bars = axis.bar(["2", "4", "6"], shares, color=COLOUR, label="measured")
+        axis.bar_label(bars, fmt="%.0f")
+        axis.axhspan(lowest, highest, color="#e59866", alpha=0.4, zorder=0, label="the paper, 2 to 6")
+        axis.set(title=f"{trace}, {kind}", xlabel=kind, ylim=(0, 80))
+    axes[0].set_ylabel("% of blocks saved")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -67,13 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("figures", type=Path, help="what bench-memory wrote with --json")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs")
     flags = parser.parse_args(arguments)
-    found = json.loads(flags.figures.read_text())["runs"]
+    found = json.loads(flags.figures.read_text())
     runs = {
         trace: {name: [Outcome.from_json(outcome) for outcome in rounds] for name, rounds in contenders.items()}
-        for trace, contenders in found.items()
+        for trace, contenders in found["runs"].items()
     }
     plot_use(runs, flags.folder / "memory-use.png")
     plot_speed(runs, flags.folder / "memory-throughput.png")
+    plot_sharing(found["sharing"], flags.folder / "memory-sharing.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pagoda.v1 import worker_pb2 as pb
 
+from scheduler.admitter import PlannerLimits
 from scheduler.block_manager import BlockCopy, BlockManager, PoolImage
 from scheduler.committer import CommitEvents, Committer
 from scheduler.compatibility import RefusedError
@@ -15,7 +16,7 @@ from scheduler.config import SchedulerConfig
 from scheduler.engine import Engine, EngineParts, Link
 from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
-from scheduler.planner import Planner, PlannerLimits
+from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
 from scheduler.redis_pipe import RedisPipe
 from scheduler.request_store import RequestStore

@@ -7,27 +7,12 @@ Pure: no I/O, no clock. Running sequences come first, then waiting ones. When bl
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scheduler.admission import OutputLengths, peak_blocks
+from scheduler.admitter import Admission, Admitter, PlannerLimits
 from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.history import PoolHistory
 from scheduler.sequence import Sequence, SequenceStatus
-from scheduler.waiting_queue import WaitingQueue
-
-MAX_PASSED_OVER = 64
-"""Waiting sequences looked at behind ones that wait for a prefix another sequence is computing."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannerLimits:
-    """What one worker can run, and how full its pool may get."""
-
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    overcommit: float
-    """Share of the pool that the expected peak may reach; over 1 accepts preemptions."""
 
 
 class ScheduledRow(NamedTuple):
@@ -55,9 +40,7 @@ class Planner:
     def __init__(self, limits: PlannerLimits, blocks: BlockManager) -> None:
         self.limits = limits
         self.blocks = blocks
-        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
-        self.lengths = OutputLengths()
         self.counters = PlannerCounters()
         self.history = PoolHistory(limits.block_size)
         self.removed: list[int] = []
@@ -68,8 +51,9 @@ class Planner:
         """Sequences that got blocks; plans may not name these before Redis has acknowledged them."""
         self.forks = Forks(blocks, limits.block_size)
         self._unsettled: list[Sequence] = []  # of an earlier owner, with blocks of which nothing may be computed yet
-        self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
-        self._num_free_at_refusal: int | None = None
+        self._admitter = Admitter(limits, blocks, self.forks)
+        self.waiting = self._admitter.waiting
+        self.lengths = self._admitter.lengths
 
     # -- what happens to sequences ------------------------------------------------------------------------------------
 
@@ -79,12 +63,12 @@ class Planner:
             self.forks.follow(leader, sequence)
         else:
             self.waiting.push(sequence)
-        self._num_free_at_refusal = None
+        self._admitter.note_change()
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
         self.running.append(sequence)
-        self._claim_prefix(sequence)
+        self._admitter.claim_prefix(sequence)
         if not sequence.num_computed_tokens:
             self._unsettled.append(sequence)
 
@@ -124,7 +108,7 @@ class Planner:
             self.forks.leave(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
             self.waiting.remove(sequence)
-            self._num_free_at_refusal = None  # what was refused may be gone
+            self._admitter.note_change()  # what was refused may be gone
         for follower in self.forks.followers_of(sequence):
             self.forks.leave(follower)
             self.waiting.push(follower)
@@ -141,9 +125,7 @@ class Planner:
         for i in range(sequence.num_published_blocks, num_full):
             hash_ = sequence.block_hashes[i]
             self.blocks.publish(sequence.block_ids[i], hash_)
-            if self._computing.get(hash_) is sequence:
-                del self._computing[hash_]
-                self._num_free_at_refusal = None
+            self._admitter.drop_claim(sequence, hash_)
         sequence.num_published_blocks = num_full
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -216,12 +198,7 @@ class Planner:
 
     def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
         """Tokens of a prompt with this chain that are neither published nor being computed here."""
-        known = 0
-        for hash_ in hashes:
-            if not self.blocks.is_published(hash_) and hash_ not in self._computing:
-                break
-            known += 1
-        return num_tokens - known * self.limits.block_size
+        return self._admitter.num_uncached_tokens(hashes, num_tokens)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -310,64 +287,14 @@ class Planner:
         if sequence.is_on_worker:
             self.removed.append(sequence.seq_id)
             sequence.is_on_worker = False
-        for hash_ in sequence.block_hashes:
-            if self._computing.get(hash_) is sequence:
-                del self._computing[hash_]
-        self._num_free_at_refusal = None
+        self._admitter.drop_claims(sequence)
 
     def _admit_waiting(self, lookahead: int) -> None:
-        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
-            return
-        num_pending = sum(s.num_unplanned_tokens for s in self.running)
-        num_passed_over = 0
-        for sequence in self.waiting:
-            if (
-                num_pending >= self.limits.max_num_batched_tokens
-                or len(self.running) >= self.limits.max_num_seqs
-                or num_passed_over >= MAX_PASSED_OVER
-                or self._num_free_at_refusal == self.blocks.num_available_blocks
-            ):
-                break
-            if sequence.num_plans_in_flight or sequence.awaits_choice or self._awaits_prefix(sequence):
-                num_passed_over += 1
-                continue
-            if not self._try_admit(sequence, lookahead):
-                self._num_free_at_refusal = self.blocks.num_available_blocks
-                break
-            num_pending += sequence.num_unplanned_tokens
+        for admission in self._admitter.admissions(self.running, lookahead):
+            self._admit(admission)
 
-    def _awaits_prefix(self, sequence: Sequence) -> bool:
-        """Single flight: whether a running sequence is computing the next block of this one's prefix."""
-        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self.limits.block_size)
-        usable = self._usable_hashes(sequence)
-        num_found = len(self.blocks.find_prefix(usable))
-        return num_found < len(usable) and usable[num_found] in self._computing
-
-    def _usable_hashes(self, sequence: Sequence) -> list[bytes]:
-        """Of a prompt's full blocks those that may be hits: its last token is always run, for its logits."""
-        return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self.limits.block_size]
-
-    def _try_admit(self, sequence: Sequence, lookahead: int) -> bool:
-        block_size = self.limits.block_size
-        shared = self.blocks.find_prefix(self._usable_hashes(sequence))
-        num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
-        num_new = -(-max(num_tokens, len(sequence.token_ids)) // block_size) - len(shared)
-        available = self.blocks.num_available_blocks - self.blocks.num_cached_among(shared)
-        if num_new > available:
-            return False
-        sequence.num_shared_blocks = len(shared)
-        if self.running:
-            num_private = sum(len(s.block_ids) - s.num_shared_blocks for s in self.running)
-            num_shared = self.blocks.num_referenced_blocks - num_private + self.blocks.num_cached_among(shared)
-            followers = [f for s in (*self.running, sequence) for f in self.forks.followers_of(s)]
-            peak = num_shared + peak_blocks([*self.running, sequence, *followers], self.lengths, block_size)
-            if peak > self.limits.overcommit * self.blocks.num_blocks:
-                sequence.num_shared_blocks = 0
-                return False
-        self._admit(sequence, shared, num_new)
-        return True
-
-    def _admit(self, sequence: Sequence, shared: list[int], num_new: int) -> None:
+    def _admit(self, admission: Admission) -> None:
+        sequence, shared, num_new = admission
         self.waiting.remove(sequence)
         num_cached = len(shared) * self.limits.block_size
         if sequence.num_cached_tokens is None:
@@ -377,7 +304,7 @@ class Planner:
         self.counters.num_prefix_hit_tokens += num_cached
         self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
         if sequence.attempt == sequence.choice == 0:  # else its request has asked for it before
-            self.blocks.touch(self._usable_hashes(sequence))
+            self.blocks.touch(self._admitter.usable_hashes(sequence))
         self.history.note_admission(sequence, len(shared))
         self._reserve(sequence, shared, num_new)
         sequence.num_published_blocks = len(shared)
@@ -386,9 +313,4 @@ class Planner:
         sequence.has_computed_record = True
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
-        self._claim_prefix(sequence)
-
-    def _claim_prefix(self, sequence: Sequence) -> None:
-        """What this sequence will compute of its prompt, nobody else needs to."""
-        for hash_ in sequence.block_hashes[sequence.num_published_blocks :]:
-            self._computing.setdefault(hash_, sequence)
+        self._admitter.claim_prefix(sequence)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from scheduler.planner import PlannerLimits
+from scheduler.admitter import PlannerLimits
 from tests.load.memory.contenders import CONTENDERS, PAGED, PAGED_UNKNOWING
 from tests.load.memory.drive import Drive, Request, local_worker
 from tests.load.memory.outcome import Outcome

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 OURS = {"scheduler", "worker", "kernels", "deploy", "pagoda", "tests"}
 PURE = (
     "planner",
+    "admitter",
     "beam_search",
     "forks",
     "sequence",

@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
+from scheduler.admitter import PlannerLimits
 from scheduler.block_hash import root_hash
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
-from scheduler.planner import Planner, PlannerLimits
+from scheduler.planner import Planner
 from scheduler.sequence import Sequence as Running
 from scheduler.sequence import SequenceLimits
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
+from scheduler.admitter import PlannerLimits
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
-from scheduler.planner import Planner, PlannerLimits
+from scheduler.planner import Planner
 from tests.load.memory.accounting import MemoryUse, Table, paged_use
 from tests.load.memory.dense import DensePlanner, Reserve, reserve_longest, reserve_power_of_two
 from tests.load.memory.drive import Contender

@@ -7,9 +7,10 @@ same kernels run it, over contiguous memory, with no work for slots that are emp
 
 from collections.abc import Callable, Mapping
 
+from scheduler.admitter import PlannerLimits
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
-from scheduler.planner import Planner, PlannerLimits
+from scheduler.planner import Planner
 from scheduler.sequence import Sequence, SequenceStatus
 from tests.load.memory.accounting import MemoryUse, Reservation, dense_use
 from tests.load.memory.ranges import RangeAllocator

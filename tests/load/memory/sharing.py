@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scheduler.planner import PlannerLimits
+from scheduler.admitter import PlannerLimits
 from tests.load.memory.accounting import saved_by_sharing
 from tests.load.memory.contenders import paged
 from tests.load.memory.drive import Drive, Request, local_worker

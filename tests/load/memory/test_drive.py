@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.planner import PlannerLimits
+from scheduler.admitter import PlannerLimits
 from tests.load.memory.contenders import CONTENDERS, DENSE_LONGEST, DENSE_POWER, PAGED, PAGED_UNKNOWING, dense
 from tests.load.memory.dense import DensePlanner
 from tests.load.memory.drive import LOOKAHEAD, Drive, Moment, Request, local_worker

@@ -1,0 +1,139 @@
+"""Who of the waiting may run next, and on which blocks: by their order, the room there is, and who computes what. Pure.
+
+Single flight: a prefix that a running sequence is computing is waited for, not computed twice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from scheduler.admission import OutputLengths, peak_blocks
+from scheduler.block_hash import extend_chain
+from scheduler.block_manager import BlockManager
+from scheduler.forks import Forks
+from scheduler.sequence import Sequence
+from scheduler.waiting_queue import WaitingQueue
+
+MAX_PASSED_OVER = 64
+"""Waiting sequences looked at behind ones that wait for a prefix another sequence is computing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerLimits:
+    """What one worker can run, and how full its pool may get."""
+
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    overcommit: float
+    """Share of the pool that the expected peak may reach; over 1 accepts preemptions."""
+
+
+class Admission(NamedTuple):
+    """A sequence that fits: the published blocks that it shares, and how many fresh ones it needs."""
+
+    sequence: Sequence
+    shared: list[int]
+    num_new: int
+
+
+class Admitter:
+    """Owns the waiting queue and what is known of prefixes being computed. Decides; the planner carries out."""
+
+    def __init__(self, limits: PlannerLimits, blocks: BlockManager, forks: Forks) -> None:
+        self.waiting = WaitingQueue()
+        self.lengths = OutputLengths()
+        self._limits = limits
+        self._blocks = blocks
+        self._forks = forks
+        self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
+        self._num_free_at_refusal: int | None = None
+
+    def note_change(self) -> None:
+        """Who was refused may fit now, though as many blocks are free as before."""
+        self._num_free_at_refusal = None
+
+    # -- prefixes -----------------------------------------------------------------------------------------------------
+
+    def claim_prefix(self, sequence: Sequence) -> None:
+        """What this sequence will compute of its prompt, nobody else needs to."""
+        for hash_ in sequence.block_hashes[sequence.num_published_blocks :]:
+            self._computing.setdefault(hash_, sequence)
+
+    def drop_claims(self, sequence: Sequence) -> None:
+        """It computes nothing any more."""
+        for hash_ in sequence.block_hashes:
+            self.drop_claim(sequence, hash_)
+        self.note_change()
+
+    def drop_claim(self, sequence: Sequence, hash_: bytes) -> None:
+        """It has computed this block."""
+        if self._computing.get(hash_) is sequence:
+            del self._computing[hash_]
+            self.note_change()
+
+    def usable_hashes(self, sequence: Sequence) -> list[bytes]:
+        """Of a prompt's full blocks those that may be hits: its last token is always run, for its logits."""
+        return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self._limits.block_size]
+
+    def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
+        """Tokens of a prompt with this chain that are neither published nor being computed here."""
+        known = 0
+        for hash_ in hashes:
+            if not self._blocks.is_published(hash_) and hash_ not in self._computing:
+                break
+            known += 1
+        return num_tokens - known * self._limits.block_size
+
+    # -- admissions ---------------------------------------------------------------------------------------------------
+
+    def admissions(self, running: list[Sequence], lookahead: int) -> Iterator[Admission]:
+        """Those that fit, in their order. The caller admits each, as one of `running`, before it asks for the next."""
+        if not self.waiting or len(running) >= self._limits.max_num_seqs:
+            return
+        num_pending = sum(s.num_unplanned_tokens for s in running)
+        num_passed_over = 0
+        for sequence in self.waiting:
+            if (
+                num_pending >= self._limits.max_num_batched_tokens
+                or len(running) >= self._limits.max_num_seqs
+                or num_passed_over >= MAX_PASSED_OVER
+                or self._num_free_at_refusal == self._blocks.num_available_blocks
+            ):
+                break
+            if sequence.num_plans_in_flight or sequence.awaits_choice or self._awaits_prefix(sequence):
+                num_passed_over += 1
+                continue
+            admission = self._fit(sequence, running, lookahead)
+            if admission is None:
+                self._num_free_at_refusal = self._blocks.num_available_blocks
+                break
+            yield admission
+            num_pending += sequence.num_unplanned_tokens
+
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing the next block of this one's prefix."""
+        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self._limits.block_size)
+        usable = self.usable_hashes(sequence)
+        num_found = len(self._blocks.find_prefix(usable))
+        return num_found < len(usable) and usable[num_found] in self._computing
+
+    def _fit(self, sequence: Sequence, running: list[Sequence], lookahead: int) -> Admission | None:
+        """None where it finds no room now, or the batch none at its peak. Notes in it what it would share."""
+        block_size, blocks = self._limits.block_size, self._blocks
+        shared = blocks.find_prefix(self.usable_hashes(sequence))
+        num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
+        num_new = -(-max(num_tokens, len(sequence.token_ids)) // block_size) - len(shared)
+        num_cached = blocks.num_cached_among(shared)
+        if num_new > blocks.num_available_blocks - num_cached:
+            return None
+        sequence.num_shared_blocks = len(shared)
+        if running:
+            num_private = sum(len(s.block_ids) - s.num_shared_blocks for s in running)
+            num_shared = blocks.num_referenced_blocks - num_private + num_cached
+            followers = [f for s in (*running, sequence) for f in self._forks.followers_of(s)]
+            peak = num_shared + peak_blocks([*running, sequence, *followers], self.lengths, block_size)
+            if peak > self._limits.overcommit * blocks.num_blocks:
+                sequence.num_shared_blocks = 0
+                return None
+        return Admission(sequence, shared, num_new)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from hashlib import blake2b
+from struct import Struct
 
 from pagoda.v1 import worker_pb2 as pb
 
@@ -9,6 +11,9 @@ from scheduler.block_manager import BlockCopy
 from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence
+
+_SEED = Struct("<QI")
+_SEED_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +110,13 @@ def sampler_params(sequence: Sequence, sampling: SamplingParams) -> pb.SamplerPa
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of one choice: the request's own for choice 0; 64 bits."""
-    return (seed + choice * 0x9E3779B97F4A7C15) % 2**64
+    """The seed of one choice, 64 bits: the request's own for choice 0.
+
+    Hashed: streams of random numbers whose seeds differ by a simple sum may be one another's, moved on by some places.
+    """
+    if choice == 0:
+        return seed
+    return int.from_bytes(blake2b(_SEED.pack(seed, choice), digest_size=_SEED_BYTES).digest(), "little")
 
 
 def result_rows(result: pb.StepResult) -> list[ResultRow]:

@@ -1,5 +1,6 @@
 """Plans and results as columns: what is built is what a worker reads back, and only changes are sent."""
 
+import numpy as np
 import pytest
 from pagoda.v1 import worker_pb2 as pb
 
@@ -8,6 +9,7 @@ from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence, SequenceLimits
 from scheduler.wire import ResultRow, StepNumbers, StepWork, build_plan, choice_seed, result_rows, sampler_params
+from worker.rng import draw
 
 NUMBERS = StepNumbers(epoch=3, step_id=7, committed_step_id=5)
 
@@ -102,6 +104,14 @@ def test_seeds_of_choices_differ_fit_a_word_and_begin_with_the_request_s_own() -
     assert len(set(seeds)) == 100
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert len({choice_seed(seed, choice) for seed in range(50) for choice in range(50)}) == 2500
+
+
+def test_no_choice_has_the_random_numbers_of_another() -> None:
+    """Not even moved on by some places, as where a seed grew by what the generator adds from one index to the next."""
+    indexes = np.arange(1000)
+    seeds = [np.full(1000, choice_seed(7, choice), np.uint64) for choice in range(64)]
+    drawn = [set(draw(seed, indexes).tolist()) for seed in seeds]
+    assert len(set.union(*drawn)) == 64 * 1000
 
 
 def test_the_worker_s_share_of_the_parameters() -> None:

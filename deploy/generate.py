@@ -29,6 +29,7 @@ class ChoiceOutcome:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     usage: dict[str, int] = field(default_factory=dict)
+    score: float | None = None
 
     def add(self, delta: pb.Delta) -> None:
         """Takes in the next piece."""
@@ -38,6 +39,12 @@ class ChoiceOutcome:
             self.finish_reason = pb.FinishReason.Name(delta.finish_reason).removeprefix("FINISH_REASON_").lower()
             usage = delta.usage
             self.usage = {field.name: getattr(usage, field.name) for field in usage.DESCRIPTOR.fields}
+            self.score = delta.score if delta.HasField("score") else None
+
+    def to_fields(self) -> dict[str, object]:
+        """As JSON has them: a score only where the choice was ranked by one."""
+        fields = asdict(self)
+        return fields if self.score is not None else {name: fields[name] for name in fields if name != "score"}
 
 
 class Outcome:
@@ -68,7 +75,7 @@ class Outcome:
 
     def to_json(self) -> str:
         """One object on one line; where there are several choices they are a list in it."""
-        choices = [asdict(choice) for choice in self.choices]
+        choices = [choice.to_fields() for choice in self.choices]
         body = choices[0] if len(choices) == 1 else {"choices": choices}
         return json.dumps({"request_id": self.request_id, **body}, ensure_ascii=False)
 

@@ -158,6 +158,16 @@ def test_choices_are_written_one_after_the_other(up):
     assert one["token_ids"] == answer["choices"][0]["token_ids"]
 
 
+def test_beams_are_written_best_first_with_their_scores(up):
+    flags = ("--prompt", "the quick brown fox", "--max-tokens", 6, "--ignore-eos", "--beam-width", 3)
+    best = json.loads(up.generate(*flags, "--json").stdout)
+    answer = json.loads(up.generate(*flags, "--n", 3, "--json").stdout)
+    scores = [choice["score"] for choice in answer["choices"]]
+    assert scores == sorted(scores, reverse=True)
+    assert best["token_ids"] == answer["choices"][0]["token_ids"]
+    assert list(best) == ["request_id", "text", "token_ids", "finish_reason", "usage", "score"]
+
+
 def test_every_form_of_prompt_and_of_stop(up):
     common = ("--max-tokens", 8, "--temperature", 0, "--ignore-eos", "--json")
     by_ids = json.loads(up.generate("--token-ids", "5,6,7", *common).stdout)

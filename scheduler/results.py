@@ -43,7 +43,7 @@ class Results:
         if step.copied_block_ids:
             self._planner.blocks.finish_copies(step.copied_block_ids)
         token_ids = list(result.token_ids)
-        candidates = zip(result.candidate_token_ids, result.candidate_logprobs, strict=True)
+        candidates = zip(result.candidate_token_ids, result.candidate_logprobs, strict=False)
         failed = set(result.failed_seq_ids)
         at = 0
         columns = (result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
@@ -51,7 +51,7 @@ class Results:
             sequence = row.sequence
             tokens = token_ids[at : at + count]
             at += count
-            likeliest = list(islice(candidates, sequence.num_candidates)) if count else []
+            likeliest = list(islice(candidates, sequence.num_candidates)) if count and sequence.num_candidates else []
             sequence.num_plans_in_flight -= 1
             if sequence.status is SequenceStatus.FINISHED:
                 continue
@@ -123,7 +123,9 @@ class Results:
             self._committer.note_computed(sequence, has_caught_up=True)
 
     def _consider(self, sequence: Sequence, likeliest: list[tuple[int, float]]) -> None:
-        """Candidates of a beam; those of the last one let the search take its next step."""
+        """Candidates of a beam; those of the last one let the search take its next step. Raises ProtocolError."""
+        if len(likeliest) != sequence.num_candidates:
+            raise ProtocolError(f"{len(likeliest)} candidates of a beam that needs {sequence.num_candidates}")
         self._planner.publish_computed(sequence)
         live = self._live[sequence.seq_id].request
         live.candidates[sequence.choice] = likeliest

@@ -29,7 +29,7 @@ class PlannerLimits:
     """Share of the pool that the expected peak may reach; over 1 accepts preemptions."""
 
 
-class Admission(NamedTuple):
+class Fit(NamedTuple):
     """A sequence that fits: the published blocks that it shares, and how many fresh ones it needs."""
 
     sequence: Sequence
@@ -85,9 +85,9 @@ class Admitter:
             known += 1
         return num_tokens - known * self._limits.block_size
 
-    # -- admissions ---------------------------------------------------------------------------------------------------
+    # -- who fits ------------------------------------------------------------------------------------------------------
 
-    def admissions(self, running: list[Sequence], lookahead: int) -> Iterator[Admission]:
+    def fitting(self, running: list[Sequence], lookahead: int) -> Iterator[Fit]:
         """Those that fit, in their order. The caller admits each, as one of `running`, before it asks for the next."""
         if not self.waiting or len(running) >= self._limits.max_num_seqs:
             return
@@ -104,11 +104,11 @@ class Admitter:
             if sequence.num_plans_in_flight or sequence.awaits_choice or self._awaits_prefix(sequence):
                 num_passed_over += 1
                 continue
-            admission = self._fit(sequence, running, lookahead)
-            if admission is None:
+            fit = self._fit(sequence, running, lookahead)
+            if fit is None:
                 self._num_free_at_refusal = self._blocks.num_available_blocks
                 break
-            yield admission
+            yield fit
             num_pending += sequence.num_unplanned_tokens
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
@@ -118,7 +118,7 @@ class Admitter:
         num_found = len(self._blocks.find_prefix(usable))
         return num_found < len(usable) and usable[num_found] in self._computing
 
-    def _fit(self, sequence: Sequence, running: list[Sequence], lookahead: int) -> Admission | None:
+    def _fit(self, sequence: Sequence, running: list[Sequence], lookahead: int) -> Fit | None:
         """None where it finds no room now, or the batch none at its peak. Notes in it what it would share."""
         block_size, blocks = self._limits.block_size, self._blocks
         shared = blocks.find_prefix(self.usable_hashes(sequence))
@@ -136,4 +136,4 @@ class Admitter:
             if peak > self._limits.overcommit * blocks.num_blocks:
                 sequence.num_shared_blocks = 0
                 return None
-        return Admission(sequence, shared, num_new)
+        return Fit(sequence, shared, num_new)

@@ -7,7 +7,7 @@ Pure: no I/O, no clock. Running sequences come first, then waiting ones. When bl
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scheduler.admitter import Admission, Admitter, PlannerLimits
+from scheduler.admitter import Admitter, Fit, PlannerLimits
 from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
@@ -290,11 +290,11 @@ class Planner:
         self._admitter.drop_claims(sequence)
 
     def _admit_waiting(self, lookahead: int) -> None:
-        for admission in self._admitter.admissions(self.running, lookahead):
-            self._admit(admission)
+        for fit in self._admitter.fitting(self.running, lookahead):
+            self._admit(fit)
 
-    def _admit(self, admission: Admission) -> None:
-        sequence, shared, num_new = admission
+    def _admit(self, fit: Fit) -> None:
+        sequence, shared, num_new = fit
         self.waiting.remove(sequence)
         num_cached = len(shared) * self.limits.block_size
         if sequence.num_cached_tokens is None:

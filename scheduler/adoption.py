@@ -69,11 +69,12 @@ class Adoption:
 
         events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
         committer = Committer(register.worker_name, store, self._requests, events)
-        committer.acked_copies = [BlockCopy(source, copy, tokens) for copy, (source, tokens) in pool.copies.items()]
         limits = PlannerLimits(
             self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
         )
         planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
+        copies = planner.blocks.pending_copies.items()
+        committer.acked_copies = [BlockCopy(source, copy, num_tokens) for copy, (source, num_tokens) in copies]
         planner.history.worker = register.worker_name
         clock = StepClock(register.calibrated_step_s)
         engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)

@@ -16,6 +16,8 @@ from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.sequence import FinishReason, Sequence
 from scheduler.store import SequenceRow, WorkerStore
 
+_SHOWN_BY_THE_LOG = (FinishReason.STOP, FinishReason.LENGTH)
+"""Ends that whoever comes next finds in a log's tail."""
 MAX_COMMITS_IN_FLIGHT = 64
 """Scripts without an answer beyond which no new step is planned: backpressure while Redis is away."""
 
@@ -78,20 +80,18 @@ class Committer:
 
     def log_tokens(self, choice: LiveChoice, first_index: int, token_ids: list[int]) -> None:
         """Appends output tokens; the streams see them once they are acknowledged."""
-        sequence = choice.sequence
-        if sequence.segment_first_index:
-            self.changes.segments[sequence.seq_id] = sequence.segment_first_index
-        self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, token_ids))
+        self._append(choice.sequence, first_index, token_ids)
         self._next.logged.append((choice, first_index + len(token_ids)))
 
     def log_search(self, live: LiveRequest, words: list[int]) -> None:
         """Appends a step of a beam search, which is in its state already, to the log of the first beam."""
         assert live.search is not None
-        sequence = live.choices[0].sequence
+        self._append(live.choices[0].sequence, live.search.num_words - len(words), words)
+
+    def _append(self, sequence: Sequence, first_index: int, entries: list[int]) -> None:
         if sequence.segment_first_index:
             self.changes.segments[sequence.seq_id] = sequence.segment_first_index
-        offset = live.search.num_words - len(words) - sequence.segment_first_index
-        self.changes.append.append((sequence.seq_id, offset, words))
+        self.changes.append.append((sequence.seq_id, first_index - sequence.segment_first_index, entries))
 
     def deliver(self, choice: LiveChoice) -> None:
         """A hypothesis is whole: its tokens may be delivered once the log that it comes from is acknowledged."""
@@ -187,10 +187,7 @@ class Committer:
             task = asyncio.get_running_loop().create_task(self._record_end(live))
             self._recordings.add(task)
             task.add_done_callback(self._recordings.discard)
-        elif live.search is None and ending.reason in (
-            FinishReason.STOP,
-            FinishReason.LENGTH,
-        ):  # the log's tail shows it to whoever comes next
+        elif live.search is None and ending.reason in _SHOWN_BY_THE_LOG:
             choice.end = _end_state(choice)
             live.notify()
 

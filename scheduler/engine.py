@@ -104,7 +104,7 @@ class Engine:
         return self.committer.accept(live)
 
     def hold(self, live: LiveRequest) -> None:
-        """Takes a request whose rows are under this worker's tag; its running choices have their blocks there."""
+        """Makes a request this engine's, without a word to Redis; its running choices have their blocks here."""
         leader = live.choices[0].sequence
         for choice in live.choices:
             sequence = choice.sequence
@@ -113,8 +113,8 @@ class Engine:
             if sequence.status is SequenceStatus.RUNNING:
                 self.planner.adopt_running(sequence)
             else:
-                is_new = sequence is not leader and not sequence.num_output_tokens
-                self.planner.enqueue(sequence, leader if is_new else None)
+                follows = sequence is not leader and not sequence.num_output_tokens
+                self.planner.enqueue(sequence, leader if follows else None)
             if choice.ending is not None:
                 self._endings.append(choice)
         self._must_reserve = True

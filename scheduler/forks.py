@@ -89,15 +89,12 @@ class Forks:
 
     def _fork(self, parent: Sequence, child: Sequence) -> None:
         num_full, num_rest = divmod(child.num_computed_tokens, self._block_size)
-        shared = parent.block_ids[:num_full]
-        if child.num_computed_tokens >= child.max_num_tokens:  # what is being sampled is its last: it writes nothing
-            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, None)
-        elif num_rest:
-            source = parent.block_ids[num_full]
-            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, (source, num_rest))
-            self.copies.append(BlockCopy(source, child.block_ids[-1], num_rest))
-        else:
-            child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, shared, None)
+        writes = child.num_computed_tokens < child.max_num_tokens  # else what is being sampled is its last
+        tail = (parent.block_ids[num_full], num_rest) if writes and num_rest else None
+        child.block_ids = self._blocks.fork(parent.seq_id, child.seq_id, parent.block_ids[:num_full], tail)
+        if tail is not None:
+            self.copies.append(BlockCopy(tail[0], child.block_ids[-1], num_rest))
+        elif writes:
             child.block_ids += self._blocks.reserve(child.seq_id, (), 1)
         child.num_shared_blocks = child.num_published_blocks = num_full
         if child.num_cached_tokens is None:

@@ -62,8 +62,7 @@ class Planner:
         if leader is not None and leader.status is not SequenceStatus.FINISHED and not leader.num_output_tokens:
             self.forks.follow(leader, sequence)
         else:
-            self.waiting.push(sequence)
-        self._admitter.note_change()
+            self._queue(sequence)
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
@@ -83,7 +82,7 @@ class Planner:
                 self._set_back(sequence)
         self._unsettled.clear()
         for follower in self.forks.past_prompt():
-            self.waiting.push(follower)
+            self._queue(follower)
 
     def branch(self, parent: Sequence, child: Sequence, token_ids: list[int]) -> None:
         """A beam gives up what it has, for `token_ids`: what its parent has computed, and one token more."""
@@ -93,7 +92,7 @@ class Planner:
             self.running.remove(child)
             self._give_back(child)
         else:
-            self.waiting.remove(child)
+            self._unqueue(child)
         child.forget_progress()
         child.token_ids = token_ids
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.limits.block_size]
@@ -107,11 +106,10 @@ class Planner:
         elif sequence.leader is not None:
             self.forks.leave(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
-            self.waiting.remove(sequence)
-            self._admitter.note_change()  # what was refused may be gone
+            self._unqueue(sequence)
         for follower in self.forks.followers_of(sequence):
             self.forks.leave(follower)
-            self.waiting.push(follower)
+            self._queue(follower)
         sequence.status = SequenceStatus.FINISHED
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
 
@@ -223,7 +221,7 @@ class Planner:
                 rows.append(ScheduledRow(follower, follower.attempt, 0, True))
             else:
                 self.forks.leave(follower)
-                self.waiting.push(follower)
+                self._queue(follower)
         return rows
 
     def _grow_running(self, lookahead: int) -> bool:
@@ -273,12 +271,20 @@ class Planner:
             return False
         return bool(self.running) and any(not s.awaits_choice for s in self.waiting)
 
+    def _queue(self, sequence: Sequence) -> None:
+        self.waiting.push(sequence)
+        self._admitter.note_change()  # it may come before what was refused
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self._admitter.note_change()  # it may be what was refused
+
     def _set_back(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.forget_progress()
         sequence.status = SequenceStatus.PREEMPTED
         self.redescribed.append(sequence)
-        self.waiting.push(sequence)
+        self._queue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.block_ids:

@@ -115,7 +115,7 @@ async def test_hypotheses_are_transformers_own(
 @pytest.mark.parametrize("kill", ["worker", "worker-gone", "scheduler", "redis"])
 @pytest.mark.parametrize("num_received", [2, 15])
 async def test_through_a_kill(checkpoint: Path, expected: Hypotheses, kill: str, num_received: int) -> None:
-    """A plain request beside the searches tells how far they are, and is not held up by them."""
+    """A plain request beside the searches tells how far they are."""
     stack = Stack(checkpoint, 2, worker_flags=("--num-blocks", "200", "--max-num-batched-tokens", "64"))
     async with running(stack), stack.client() as client:
         received = Received()

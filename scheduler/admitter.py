@@ -12,6 +12,7 @@ from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.sequence import Sequence
+from scheduler.swapper import Found, Swapper
 from scheduler.waiting_queue import WaitingQueue
 
 MAX_PASSED_OVER = 64
@@ -30,21 +31,22 @@ class PlannerLimits:
 
 
 class Fit(NamedTuple):
-    """A sequence that fits: the published blocks that it shares, and how many fresh ones it needs."""
+    """A sequence that fits: where its prefix is found, and how many fresh blocks it needs behind that."""
 
     sequence: Sequence
-    shared: list[int]
+    found: list[Found]
     num_new: int
 
 
 class Admitter:
     """Owns the waiting queue and what is known of prefixes being computed. Decides; the planner carries out."""
 
-    def __init__(self, limits: PlannerLimits, blocks: BlockManager, forks: Forks) -> None:
+    def __init__(self, limits: PlannerLimits, blocks: BlockManager, swapper: Swapper, forks: Forks) -> None:
         self.waiting = WaitingQueue()
         self.lengths = OutputLengths()
         self._limits = limits
         self._blocks = blocks
+        self._swapper = swapper
         self._forks = forks
         self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
         self._num_free_at_refusal: int | None = None
@@ -77,10 +79,10 @@ class Admitter:
         return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self._limits.block_size]
 
     def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
-        """Tokens of a prompt with this chain that are neither published nor being computed here."""
+        """Tokens of a prompt with this chain that are neither in a pool nor being computed here."""
         known = 0
         for hash_ in hashes:
-            if not self._blocks.is_published(hash_) and hash_ not in self._computing:
+            if not self._swapper.is_known(hash_) and hash_ not in self._computing:
                 break
             known += 1
         return num_tokens - known * self._limits.block_size
@@ -112,20 +114,23 @@ class Admitter:
             num_pending += sequence.num_unplanned_tokens
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is computing the next block of this one's prefix."""
+        """Whether the next block of this one's prefix is being computed, or on its way in, for another one."""
         extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self._limits.block_size)
         usable = self.usable_hashes(sequence)
-        num_found = len(self._blocks.find_prefix(usable))
-        return num_found < len(usable) and usable[num_found] in self._computing
+        num_found = len(self._swapper.find_prefix(usable))
+        if num_found == len(usable):
+            return False
+        return usable[num_found] in self._computing or self._swapper.is_arriving(usable[num_found])
 
     def _fit(self, sequence: Sequence, running: list[Sequence], lookahead: int) -> Fit | None:
         """None where it finds no room now, or the batch none at its peak. Notes in it what it would share."""
         block_size, blocks = self._limits.block_size, self._blocks
-        shared = blocks.find_prefix(self.usable_hashes(sequence))
+        found = self._swapper.find_prefix(self.usable_hashes(sequence))
+        shared = [block_id for block_id, _ in found if block_id]
         num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
-        num_new = -(-max(num_tokens, len(sequence.token_ids)) // block_size) - len(shared)
+        num_blocks = -(-max(num_tokens, len(sequence.token_ids)) // block_size)
         num_cached = blocks.num_cached_among(shared)
-        if num_new > blocks.num_available_blocks - num_cached:
+        if num_blocks - len(shared) > blocks.num_available_blocks - num_cached:
             return None
         sequence.num_shared_blocks = len(shared)
         if running:
@@ -136,4 +141,4 @@ class Admitter:
             if peak > self._limits.overcommit * blocks.num_blocks:
                 sequence.num_shared_blocks = 0
                 return None
-        return Fit(sequence, shared, num_new)
+        return Fit(sequence, found, num_blocks - len(found))

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.admitter import PlannerLimits
-from scheduler.block_manager import BlockCopy, BlockManager, PoolImage
+from scheduler.block_manager import BlockCopy, BlockManager
 from scheduler.committer import CommitEvents, Committer
 from scheduler.compatibility import RefusedError
 from scheduler.config import SchedulerConfig
 from scheduler.engine import Engine, EngineParts, Link
+from scheduler.host_pool import HostPool
 from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
 from scheduler.planner import Planner
@@ -22,6 +23,8 @@ from scheduler.redis_pipe import RedisPipe
 from scheduler.request_store import RequestStore
 from scheduler.step_clock import StepClock
 from scheduler.store import WorkerImage, WorkerStore
+from scheduler.swap_ahead import SwapAhead, SwapCosts
+from scheduler.swapper import Swapper
 
 
 class Adoption:
@@ -41,14 +44,15 @@ class Adoption:
         Raises RefusedError where the worker's incarnation was declared dead.
         """
         meta = await store.seize(register.highest_epoch)
-        image = await store.load(meta.num_blocks)
         is_known = meta.incarnation == register.incarnation
-        if not is_known:
-            if register.highest_step_id > 0:
-                raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
-            image = await reclaim(store, image, register.incarnation, register.num_blocks)
+        if is_known:
+            image = await store.load()
+        elif register.highest_step_id > 0:
+            raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")
+        else:
+            image = await reclaim(store, register.incarnation, register.num_blocks, register.num_host_blocks)
         step_id = max(meta.committed_step_id, register.highest_step_id) if is_known else 0
-        engine = self._engine(store, register, link, image.pool, step_id, on_end)
+        engine = self._engine(store, register, link, image, step_id, on_end)
         if is_known:
             engine.expect_results(meta.committed_step_id)
         await self._take_over(register.worker_name, engine, image)
@@ -59,7 +63,7 @@ class Adoption:
         store: WorkerStore,
         register: pb.Register,
         link: Link,
-        pool: PoolImage,
+        image: WorkerImage,
         step_id: int,
         on_end: Callable[[LiveRequest], None],
     ) -> Engine:
@@ -72,11 +76,15 @@ class Adoption:
         limits = PlannerLimits(
             self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit
         )
-        planner = Planner(limits, BlockManager.from_image(pool, committer.changes))
-        copies = planner.blocks.pending_copies.items()
+        blocks = BlockManager.from_image(image.pool, committer.changes)
+        swapper = Swapper(blocks, HostPool.from_image(image.host), limits.block_size)
+        costs = SwapCosts(register.block_bytes, register.swap_bytes_per_s, register.calibrated_s_per_token)
+        planner = Planner(limits, blocks, SwapAhead(blocks, swapper, self._config.preemption, costs))
+        copies = blocks.pending_copies.items()
         committer.acked_copies = [BlockCopy(source, copy, num_tokens) for copy, (source, num_tokens) in copies]
+        committer.acked_swaps = swapper.adopt(image.host)
         planner.history.worker = register.worker_name
-        clock = StepClock(register.calibrated_step_s)
+        clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token)
         engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks
         return engine

@@ -3,15 +3,16 @@
 Pure: decides in memory and writes every decision into `changes`, the rows of the next script; Redis makes it true.
 Block 0 is the null block and never handed out.
 
-A block is exactly one of free (ref_count 0, no hash), referenced (ref_count > 0) and cached (ref_count 0, published
-hash). Which cached block is evicted is the eviction queue's to say; of one table it is always the tail before its head,
-so that a chain never loses a block that a longer one still needs.
+A block is exactly one of free (ref_count 0, no hash), referenced (ref_count > 0: by tables, by copies and swaps under
+way) and cached (ref_count 0, published hash). Which cached block is evicted is the eviction queue's to say; of one
+table it is always the tail before its head, so that a chain never loses a block that a longer one still needs.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from scheduler.changes import Changes
@@ -34,6 +35,8 @@ class BlockState(IntEnum):
     CACHED = 3
     PROTECTED = 4
     """Cached, and evicted after those that are no more than that."""
+    SET_ASIDE = 5
+    """Of the host pool: cached, and kept for a preempted sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class BlockManager:
 
     def states(self, first: int, last: int) -> bytes:
         """A BlockState for each of the blocks from `first` to `last`."""
-        free, referenced, cached, protected = map(int, BlockState)
+        free, referenced, cached, protected, _ = map(int, BlockState)
         is_protected = self._cached.is_protected
         blocks = zip(self._ref_counts[first : last + 1], self._hashes[first : last + 1], strict=True)
         return bytes(
@@ -133,6 +136,28 @@ class BlockManager:
                 break
             found.append(block_id)
         return found
+
+    def block_of(self, hash_: bytes) -> int:
+        """The block that is published under this hash; 0: none."""
+        return self._index.get(hash_, 0)
+
+    def hash_of(self, block_id: int) -> bytes:
+        """Of a published block."""
+        hash_ = self._hashes[block_id]
+        assert hash_ is not None, f"block {block_id} is not published"
+        return hash_
+
+    def find_hash(self, block_id: int) -> bytes | None:
+        """Under which a block is published, if it is."""
+        return self._hashes[block_id]
+
+    def ref_count(self, block_id: int) -> int:
+        """Of one block."""
+        return self._ref_counts[block_id]
+
+    def coldest_first(self) -> Iterator[int]:
+        """What is cached, in about the order in which it would be evicted."""
+        return iter(self._cached)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
         """How many of these are cached, and so would no longer be available once shared."""
@@ -151,20 +176,27 @@ class BlockManager:
             else:
                 self._cached.touch(block_id)
 
-    def reserve(self, seq_id: int, shared: Sequence[int], num_new: int) -> list[int]:
-        """Appends to a table: `shared` published blocks, then `num_new` fresh ones; returns all their ids.
+    def reserve(self, seq_id: int, found: Sequence[int], num_new: int) -> list[int]:
+        """Appends to a table: `found`, published blocks to share or 0 for a fresh one in between, then `num_new` fresh
+        ones; returns all their ids.
 
-        The caller has made sure that num_new <= num_available_blocks - num_cached_among(shared).
+        The caller has made sure that there are enough beside those of `found` that are cached.
         """
-        rows: list[tuple[int, bytes]] = []
-        for block_id in shared:
-            hash_ = self._hashes[block_id]
-            assert hash_ is not None, f"block {block_id} shared without a hash"
-            self._add_reference(block_id)
-            rows.append((block_id, hash_))
-        new = [self._take() for _ in range(num_new)]
-        self.changes.reserve.append((seq_id, rows, new))
-        return [*shared, *new]
+        for block_id in found:
+            if block_id:
+                self._add_reference(block_id)
+        block_ids: list[int] = []
+        rows: list[tuple[list[tuple[int, bytes]], list[int]]] = [([], [])]  # shared blocks, then fresh ones
+        for found_id in chain(found, repeat(0, num_new)):
+            block_ids.append(found_id or self._take())
+            if not found_id:
+                rows[-1][1].append(block_ids[-1])
+                continue
+            if rows[-1][1]:
+                rows.append(([], []))
+            rows[-1][0].append((found_id, self.hash_of(found_id)))
+        self.changes.reserve += [(seq_id, shared, new) for shared, new in rows]
+        return block_ids
 
     def publish(self, block_id: int, hash_: bytes) -> bool:
         """Enters a filled block into the index; False where another block already holds this content."""
@@ -211,14 +243,24 @@ class BlockManager:
         """Copy destination -> (source, tokens) of copies that are not committed; a new owner issues them again."""
         return dict(self._copies)
 
+    def hold(self, block_id: int) -> None:
+        """A swap reads a block, or writes a reserved one: not reused until `let_go`, whoever names it."""
+        if not self._ref_counts[block_id]:
+            self._cached.hold(block_id)
+        self._ref_counts[block_id] += 1
+
+    def let_go(self, block_id: int) -> None:
+        """The swap is done. What was cached all the while keeps its place in the order of eviction."""
+        self._drop_reference(block_id)
+
     def release(self, seq_id: int, table: Sequence[int]) -> None:
         """Gives a whole table back, its tail first."""
         for block_id in reversed(table):
             self._drop_reference(block_id)
         self.changes.release.append(seq_id)
 
-    def check(self, tables: Iterable[Sequence[int]]) -> None:
-        """Asserts rule 1 of the design against the tables that there are; for tests and idle moments."""
+    def check(self, tables: Iterable[Sequence[int]], held: Iterable[int] = ()) -> None:
+        """Asserts rule 1 of the design against the tables and swaps that there are; for tests and idle moments."""
         counts = [0] * (self.num_blocks + 1)
         for table in tables:
             for block_id in table:
@@ -226,6 +268,8 @@ class BlockManager:
         for destination, (source, _) in self._copies.items():
             counts[source] += 1
             counts[destination] += 1
+        for block_id in held:
+            counts[block_id] += 1
         assert counts == self._ref_counts, "ref_count differs from the tables that name the block"
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is free twice"
@@ -239,7 +283,7 @@ class BlockManager:
         assert len(self._index) == sum(hash_ is not None for hash_ in self._hashes)
 
     def _add_reference(self, block_id: int) -> None:
-        if self._ref_counts[block_id] == 0:
+        if self._ref_counts[block_id] == 0 or self._cached.is_held(block_id):
             self._cached.remove(block_id)
         self._ref_counts[block_id] += 1
 
@@ -251,7 +295,7 @@ class BlockManager:
         if hash_ is None:
             self._free.append(block_id)
             self.freed_block_ids.append(block_id)
-        else:
+        elif not self._cached.let_go(block_id):
             self._cached.add(block_id, hash_)
 
     def _take(self) -> int:

@@ -19,6 +19,10 @@ class Changes:
     """(block_id, block_hash)."""
     copied: list[int] = field(default_factory=list)
     """Copy destinations whose copy has run: the source is no longer held by it."""
+    swapped_out: list[int] = field(default_factory=list)
+    """Host blocks whose copy from a block has run."""
+    swapped_in: list[int] = field(default_factory=list)
+    """Blocks whose copy from a host block has run."""
     release: list[int] = field(default_factory=list)
     """seq_ids whose whole table is given back."""
     fork: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
@@ -27,6 +31,10 @@ class Changes:
     """(seq_id, its packed row): written at arrival, rewritten with each attempt."""
     reserve: list[tuple[int, list[tuple[int, bytes]], list[int]]] = field(default_factory=list)
     """(seq_id, shared (block_id, expected hash), new block_ids), appended to the table in this order."""
+    swap_out: list[tuple[int, bytes, int]] = field(default_factory=list)
+    """(block_id, its block_hash, the host block that it is to be copied into)."""
+    swap_in: list[tuple[int, bytes, int]] = field(default_factory=list)
+    """(host block, its block_hash, the block that it is to be copied into)."""
     close: list[int] = field(default_factory=list)
     """seq_ids that are ended and recorded as such: the row goes, the log stays until it expires."""
     forget: list[int] = field(default_factory=list)
@@ -59,5 +67,9 @@ class Changes:
             or self.close
             or self.fork
             or self.copied
+            or self.swapped_out
+            or self.swapped_in
+            or self.swap_out
+            or self.swap_in
             or self.forget
         )

@@ -15,6 +15,7 @@ from scheduler.live_request import EndState, LiveChoice, LiveRequest, pack_ends,
 from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.sequence import FinishReason, Sequence
 from scheduler.store import SequenceRow, WorkerStore
+from scheduler.swapper import Swap
 
 _SHOWN_BY_THE_LOG = (FinishReason.STOP, FinishReason.LENGTH)
 """Ends that whoever comes next finds in a log's tail."""
@@ -31,6 +32,7 @@ class _Commit:
     reserved: list[tuple[Sequence, int, int]] = field(default_factory=list)
     accepted: list[tuple[LiveRequest, "asyncio.Future[None]"]] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
     ended: list[LiveChoice] = field(default_factory=list)
     reply: "asyncio.Future[object] | None" = None
 
@@ -58,6 +60,8 @@ class Committer:
         self.num_commits = 0
         self.acked_copies: list[BlockCopy] = []
         """Copies that a plan may make; whoever plans takes them."""
+        self.acked_swaps: list[Swap] = []
+        """Swaps that a plan may begin, likewise."""
         self._worker = worker
         self._store = store
         self._requests = requests
@@ -117,6 +121,10 @@ class Committer:
         """The block manager has forked; a plan may make the copy once that is acknowledged."""
         self._next.copies.append(copy)
 
+    def note_swap(self, swap: Swap) -> None:
+        """The swapper has begun it; a plan may name it once that is acknowledged."""
+        self._next.swaps.append(swap)
+
     def accept(self, live: LiveRequest) -> "asyncio.Future[None]":
         """Writes a request's rows; the future is done once it is durable."""
         for choice in live.choices:
@@ -174,7 +182,8 @@ class Committer:
         for choice in commit.ended:
             self._end_choice(choice)
         self.acked_copies += commit.copies
-        if commit.reserved or was_full:
+        self.acked_swaps += commit.swaps
+        if commit.reserved or commit.swaps or was_full:
             self._events.progress()
         return None
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scheduler.swap_ahead import Preemption
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -37,6 +39,8 @@ class SchedulerConfig:
     """How long requests wait while no worker is there, and streams while Redis is away."""
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
+    preemption: Preemption = Preemption.AUTO
+    """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     log_level: str = "INFO"
 
     def __post_init__(self) -> None:
@@ -71,11 +75,13 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--lease-s", type=float, default=3.0, metavar="S")
     parser.add_argument("--worker-wait-s", type=float, default=60.0, metavar="S")
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
+    parser.add_argument("--preemption", default="auto", choices=[preemption.value for preemption in Preemption])
     flags = vars(parser.parse_args(argv))
     return SchedulerConfig(
         log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO"),
         model_dir=flags.pop("model"),
         listen=tuple(flags.pop("listen")),
         kv_dtype=flags.pop("dtype"),
+        preemption=Preemption(flags.pop("preemption")),
         **flags,
     )

@@ -66,6 +66,7 @@ class Engine:
         self._redis_round_trip_s = parts.redis_round_trip_s
         self._samplers: dict[int, pb.SamplerParams] = {}
         self._arrived: deque[pb.StepResult] = deque()
+        self._swapped: deque[pb.SwapsDone] = deque()
         self._endings: list[LiveChoice] = []
         self._in_flight: deque[Step] = deque()
         self._resent: set[int] = set()
@@ -137,6 +138,12 @@ class Engine:
         self.clock.on_result(result.step_s, result.gap_s, result.back_to_back)
         self._wake.set()
 
+    def on_swaps_done(self, done: pb.SwapsDone) -> None:
+        """Takes a report of swaps; one for an earlier owner says nothing of those that were issued again."""
+        if done.epoch == self.epoch:
+            self._swapped.append(done)
+            self._wake.set()
+
     def on_dropped(self, step_ids: Iterable[int]) -> None:
         """Steps of an earlier owner that will have no result."""
         self._resent.difference_update(step_ids)
@@ -162,6 +169,7 @@ class Engine:
             self._wake.clear()
             t0 = thread_time()
             self._apply_results()
+            self._apply_swaps()
             self._apply_endings()
             t1 = thread_time()
             plans = self._plan_ahead()
@@ -192,6 +200,16 @@ class Engine:
             self._applied_step_id = max(self._applied_step_id, result.step_id)
             self.num_steps += 1
 
+    def _apply_swaps(self) -> None:
+        while self._swapped:
+            self._must_reserve = True
+            done = self._swapped.popleft()
+            try:
+                self.planner.swapper.finish(done.host_block_ids, done.block_ids)
+            except KeyError as error:
+                raise ProtocolError(f"a swap into block {error} was never begun") from None
+            self.planner.swap_ahead.learn_moves(len(done.host_block_ids) + len(done.block_ids), done.seconds)
+
     def _apply_endings(self) -> None:
         endings, self._endings = self._endings, []
         for choice in endings:
@@ -210,10 +228,11 @@ class Engine:
         while len(self._in_flight) <= self.clock.num_plans_ahead:
             rows = self.planner.schedule()
             copies, self.committer.acked_copies = self.committer.acked_copies, []
-            if not rows and not copies:
+            swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
+            if not rows and not copies and not swaps:
                 break
             numbers = StepNumbers(self.epoch, self._next_step_id, self.committer.committed_step_id)
-            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), self._samplers)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps), self._samplers)
             self.planner.removed.clear()
             if self.poisons_freed_blocks:
                 plan.freed_block_ids.extend(self.planner.blocks.freed_block_ids)
@@ -233,6 +252,7 @@ class Engine:
             return
         self._must_reserve = False
         self.planner.history.now_s = time()
+        self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
         self.planner.grow_and_admit(min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD))
         for sequence in self.planner.reserved:
@@ -241,9 +261,12 @@ class Engine:
             self.committer.describe(sequence)
         for copy in self.planner.forks.copies:
             self.committer.note_copy(copy)
+        for swap in self.planner.swapper.started:
+            self.committer.note_swap(swap)
         self.planner.reserved.clear()
         self.planner.redescribed.clear()
         self.planner.forks.copies.clear()
+        self.planner.swapper.started.clear()
 
     def _count_phases(self, *times: float) -> None:
         applied, planned, sent, reserved, committed = (b - a for a, b in itertools.pairwise(times))

@@ -33,18 +33,20 @@ class EvictionQueue:
         self._probation: OrderedDict[int, bytes] = OrderedDict()
         self._protected: OrderedDict[int, bytes] = OrderedDict()
         self._asked_again: set[int] = set()
+        self._held: set[int] = set()  # in their place in the order, and not to be evicted now
         self._evicted: OrderedDict[bytes, bool] = OrderedDict()  # hash -> whether it was asked for since
         self._num_remembered = num_remembered
 
     def __len__(self) -> int:
-        return len(self._probation) + len(self._protected)
+        return len(self._probation) + len(self._protected) - len(self._held)
 
     def __contains__(self, block_id: int) -> bool:
-        return block_id in self._probation or block_id in self._protected
+        return (block_id in self._probation or block_id in self._protected) and block_id not in self._held
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._probation
-        yield from self._protected
+        """What may be evicted now, in about the order in which it would be."""
+        for segment in (self._probation, self._protected):
+            yield from (block_id for block_id in segment if block_id not in self._held)
 
     def is_protected(self, block_id: int) -> bool:
         """Whether a block is cached and goes after those on probation."""
@@ -69,10 +71,26 @@ class EvictionQueue:
         segment = self._protected if block_id in self._asked_again else self._probation
         segment[block_id] = hash_
 
-    def remove(self, block_id: int) -> None:
-        """A table names a cached block again."""
+    def remove(self, block_id: int) -> bytes:
+        """A table names a cached block again; its hash."""
         segment = self._protected if block_id in self._protected else self._probation
-        del segment[block_id]
+        self._held.discard(block_id)
+        return segment.pop(block_id)
+
+    def hold(self, block_id: int) -> None:
+        """A cached block is not to be evicted until `let_go`; its place stays."""
+        self._held.add(block_id)
+
+    def is_held(self, block_id: int) -> bool:
+        """Whether a cached block is held."""
+        return block_id in self._held
+
+    def let_go(self, block_id: int) -> bool:
+        """A block that was held may be evicted again; False where it was not."""
+        if block_id not in self._held:
+            return False
+        self._held.remove(block_id)
+        return True
 
     def evict(self) -> tuple[int, bytes]:
         """Takes the least valuable block out, and its hash."""
@@ -80,7 +98,8 @@ class EvictionQueue:
             block_id, hash_ = self._protected.popitem(last=False)
             self._asked_again.remove(block_id)
             self._probation[block_id] = hash_
-        block_id, hash_ = self._probation.popitem(last=False)
+        block_id = next(iter(self))
+        hash_ = self.remove(block_id)
         self._asked_again.discard(block_id)
         self._evicted[hash_] = False
         if len(self._evicted) > self._num_remembered:

@@ -218,7 +218,7 @@ class Fleet:
                 choice.request.is_orphaned = True
                 choice.request.notify()
             return  # whoever owns it now, or our next seizure, finds everything in Redis
-        await reclaim(slot.store, await slot.store.load(0), "", 0)
+        await reclaim(slot.store)
         slot.is_fenced = True
 
     async def _rehome_all(self) -> None:
@@ -257,8 +257,8 @@ class Fleet:
         if not slot.is_fenced and lost_s > self._config.lease_s:
             async with slot.lock:
                 if slot.engine is None:
-                    meta = await slot.store.seize(0)
-                    await reclaim(slot.store, await slot.store.load(meta.num_blocks), "", 0)
+                    await slot.store.seize(0)
+                    await reclaim(slot.store)
                     slot.is_fenced = True
             await self._announce()
             await self._rehome_all()

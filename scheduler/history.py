@@ -4,8 +4,10 @@ Bounded: the last evictions by hash, and of each sequence the first admission an
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence as Seq
 
 from scheduler.sequence import Admission, BlockSource, EvictedRun, Sequence
+from scheduler.swapper import Found
 
 MAX_EVICTIONS = 10_000
 """Evictions remembered of each pool."""
@@ -36,14 +38,14 @@ class PoolHistory:
         self.num_evictions += len(hashes)
         hashes.clear()
 
-    def note_admission(self, sequence: Sequence, num_hit_blocks: int) -> None:
+    def note_admission(self, sequence: Sequence, found: Seq[Found]) -> None:
         """A sequence gets blocks; to be called before what is evicted for it is noted."""
         num_blocks = -(-sequence.num_prompt_tokens // self._block_size)
         num_usable = (len(sequence.token_ids) - 1) // self._block_size
-        num_hits = min(num_hit_blocks, num_blocks)  # of a preempted sequence its output may be hits too
-        sources = bytearray([BlockSource.HIT]) * num_hits
+        hits = found[:num_blocks]  # of a preempted sequence its output may be hits too
+        sources = bytearray(BlockSource.HIT if block_id else BlockSource.HOST_HIT for block_id, _ in hits)
         evicted: list[EvictedRun] = []
-        for i in range(num_hits, num_blocks):
+        for i in range(len(hits), num_blocks):
             eviction = self._evictions.get(sequence.block_hashes[i]) if i < num_usable else None
             if i >= num_usable:
                 sources.append(BlockSource.LAST)

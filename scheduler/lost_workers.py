@@ -11,6 +11,7 @@ from dataclasses import replace
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
 from scheduler.engine import Engine
+from scheduler.host_pool import HostImage
 from scheduler.live_request import EndState, LiveRequest, pack_ends, unpack_ends
 from scheduler.recovery import Reviver, lose_worker
 from scheduler.request_store import RequestStore
@@ -20,15 +21,18 @@ from scheduler.store import WorkerImage, WorkerStore
 GIVEN_UP = EndState(FinishReason.ERROR, 0, "UNAVAILABLE", "no worker came back in time")
 
 
-async def reclaim(store: WorkerStore, image: WorkerImage, incarnation: str, num_blocks: int) -> WorkerImage:
-    """Lays an empty pool for a new incarnation (none where it is ""), and counts the loss for all that ran."""
+async def reclaim(
+    store: WorkerStore, incarnation: str = "", num_blocks: int = 0, num_host_blocks: int = 0
+) -> WorkerImage:
+    """Lays empty pools for a new incarnation (none where it is ""), and counts the loss for all that ran."""
+    image = await store.load()
     after = lose_worker(image)
     changed = [(seq_id, row.pack()) for seq_id, row in after.rows.items() if row != image.rows[seq_id]]
-    replies = [store.reclaim(incarnation, num_blocks)]
+    replies = [store.reclaim(incarnation, num_blocks, num_host_blocks)]
     if changed:
         replies.append(store.commit(Changes(describe=changed), 0))
     await asyncio.gather(*replies)
-    return replace(after, pool=PoolImage(num_blocks, {}, {}, {}))
+    return replace(after, pool=PoolImage(num_blocks, {}, {}, {}), host=HostImage(num_host_blocks))
 
 
 class LostWorkers:
@@ -49,7 +53,7 @@ class LostWorkers:
     async def rehome(self, worker: str, store: WorkerStore) -> None:
         """Moves the requests to live workers: the record first, then the new row, then the old row goes."""
         gone = Changes()
-        for revived in await self._reviver.revive(worker, await store.load(0)):
+        for revived in await self._reviver.revive(worker, await store.load()):
             if revived.live is None:
                 revived.drop_from(gone)
             elif await self._move(revived.live, revived.recorded_worker):
@@ -61,7 +65,7 @@ class LostWorkers:
         """No worker came for too long: every request that waits for one ends with UNAVAILABLE."""
         owner = (worker, store.epoch)
         gone = Changes()
-        for revived in await self._reviver.revive(worker, await store.load(0)):
+        for revived in await self._reviver.revive(worker, await store.load()):
             for seq_id, row in revived.rows.items():
                 gone.close_row(seq_id, row.first_index)
             if revived.live is not None:

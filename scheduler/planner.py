@@ -13,6 +13,7 @@ from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.history import PoolHistory
 from scheduler.sequence import Sequence, SequenceStatus
+from scheduler.swap_ahead import SwapAhead
 
 
 class ScheduledRow(NamedTuple):
@@ -31,15 +32,21 @@ class PlannerCounters:
 
     num_prefix_query_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    """On the device, or on the host."""
+    num_host_hit_tokens: int = 0
+    """Of those, the ones on the host."""
     num_preemptions: int = 0
 
 
 class Planner:
     """Owns the order of one worker's sequences."""
 
-    def __init__(self, limits: PlannerLimits, blocks: BlockManager) -> None:
+    def __init__(self, limits: PlannerLimits, blocks: BlockManager, swap_ahead: SwapAhead | None = None) -> None:
+        """Without `swap_ahead` there is no host pool."""
         self.limits = limits
         self.blocks = blocks
+        self.swap_ahead = swap_ahead or SwapAhead.without_host(blocks, limits.block_size)
+        self.swapper = self.swap_ahead.swapper
         self.running: list[Sequence] = []
         self.counters = PlannerCounters()
         self.history = PoolHistory(limits.block_size)
@@ -51,7 +58,7 @@ class Planner:
         """Sequences that got blocks; plans may not name these before Redis has acknowledged them."""
         self.forks = Forks(blocks, limits.block_size)
         self._unsettled: list[Sequence] = []  # of an earlier owner, with blocks of which nothing may be computed yet
-        self._admitter = Admitter(limits, blocks, self.forks)
+        self._admitter = Admitter(limits, blocks, self.swapper, self.forks)
         self.waiting = self._admitter.waiting
         self.lengths = self._admitter.lengths
 
@@ -67,6 +74,7 @@ class Planner:
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
         self.running.append(sequence)
+        self.swapper.adopt_running(sequence)
         self._admitter.claim_prefix(sequence)
         if not sequence.num_computed_tokens:
             self._unsettled.append(sequence)
@@ -144,6 +152,7 @@ class Planner:
         while self._is_entangled():
             self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
             self._admit_waiting(lookahead)
+        self.swap_ahead.send_out(self.running, lookahead)
 
     def schedule(self) -> list[ScheduledRow]:
         """The next step: one token of each sequence that decodes, the rest of the budget for prompts."""
@@ -153,7 +162,7 @@ class Planner:
         block_size, leaders = self.limits.block_size, self.forks.leaders
         for sequence in self.running:
             num_tokens = sequence.num_unplanned_tokens
-            if num_tokens <= 0:
+            if num_tokens <= 0 or sequence.num_arriving_blocks:
                 continue
             capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
             if capacity <= 0:
@@ -250,17 +259,18 @@ class Planner:
         if num_needed > self.blocks.num_available_blocks:
             return False
         for sequence, num_short in needs:
-            self._reserve(sequence, [], num_short)
+            self._note_reserved(sequence, self.blocks.reserve(sequence.seq_id, [], num_short))
         return True
 
-    def _reserve(self, sequence: Sequence, shared: list[int], num_new: int) -> None:
-        sequence.block_ids += self.blocks.reserve(sequence.seq_id, shared, num_new)
+    def _note_reserved(self, sequence: Sequence, block_ids: list[int]) -> None:
+        sequence.block_ids += block_ids
         self.reserved.append(sequence)
         self.history.note_evictions(self.blocks.evicted_hashes, sequence.request_id)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Recompute: the sequence waits again, its blocks are free (published ones stay as hits while they last)."""
+        """The sequence waits again, its blocks are free; published ones stay as hits while they last."""
         self.running.remove(sequence)
+        self.swap_ahead.set_aside(sequence)
         self._set_back(sequence)
         sequence.num_preemptions += 1
         self.counters.num_preemptions += 1
@@ -277,6 +287,7 @@ class Planner:
 
     def _unqueue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
+        self.swapper.give_up(sequence)
         self._admitter.note_change()  # it may be what was refused
 
     def _set_back(self, sequence: Sequence) -> None:
@@ -300,20 +311,24 @@ class Planner:
             self._admit(fit)
 
     def _admit(self, fit: Fit) -> None:
-        sequence, shared, num_new = fit
+        sequence, found, num_new = fit
         self.waiting.remove(sequence)
-        num_cached = len(shared) * self.limits.block_size
+        block_size = self.limits.block_size
+        num_cached = len(found) * block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
             self.redescribed.append(sequence)
         self.counters.num_prefix_query_tokens += len(sequence.token_ids)
         self.counters.num_prefix_hit_tokens += num_cached
+        self.counters.num_host_hit_tokens += sum(host_block_id > 0 for _, host_block_id in found) * block_size
         self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
         if sequence.attempt == sequence.choice == 0:  # else its request has asked for it before
-            self.blocks.touch(self._admitter.usable_hashes(sequence))
-        self.history.note_admission(sequence, len(shared))
-        self._reserve(sequence, shared, num_new)
-        sequence.num_published_blocks = len(shared)
+            usable = self._admitter.usable_hashes(sequence)
+            self.blocks.touch(usable)
+            self.swapper.host.touch(usable)
+        self.history.note_admission(sequence, found)
+        self._note_reserved(sequence, self.swapper.reserve(sequence, found, num_new))
+        sequence.num_published_blocks = len(found)  # those from the host as soon as they are there
         sequence.num_computed_tokens = sequence.num_planned_tokens = num_cached
         self.blocks.changes.computed.append((sequence.seq_id, num_cached))
         sequence.has_computed_record = True

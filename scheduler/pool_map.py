@@ -31,6 +31,10 @@ async def _pool(slot: Slot) -> pb.PoolBlocks:
         states += blocks.states(first, last)
         ref_counts += struct.pack(f"<{last - first + 1}I", *blocks.ref_counts(first, last))
         await asyncio.sleep(0)
+    host, host_states = planner.swapper.host, bytearray()
+    for first in range(1, host.num_blocks + 1, BLOCKS_PER_TURN):
+        host_states += host.states(first, min(first + BLOCKS_PER_TURN - 1, host.num_blocks))
+        await asyncio.sleep(0)
     return pb.PoolBlocks(
         worker=slot.name,
         state=pb.WORKER_STATE_LIVE,
@@ -38,4 +42,5 @@ async def _pool(slot: Slot) -> pb.PoolBlocks:
         states=bytes(states),
         ref_counts=bytes(ref_counts),
         num_evictions=planner.history.num_evictions,
+        host_states=bytes(host_states),
     )

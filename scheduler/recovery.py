@@ -12,6 +12,7 @@ from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
 from scheduler.detokenizer import TextStream
+from scheduler.host_pool import HostImage
 from scheduler.live_request import Ending, LiveChoice, LiveRequest, LiveRequests, unpack_ends
 from scheduler.request import RequestBody
 from scheduler.request_store import RequestRecord, RequestStore
@@ -220,9 +221,9 @@ def restore_running(sequence: Sequence, image: WorkerImage, block_size: int) -> 
 
 
 def lose_worker(image: WorkerImage) -> WorkerImage:
-    """The image after its incarnation died: its pool is void; what ran has lost its blocks, and counts the loss."""
+    """The image after its incarnation died: its pools are void; what ran has lost its blocks, and counts the loss."""
     rows = {
         seq_id: replace(row, attempt=row.attempt + 1, num_losses=row.num_losses + 1) if seq_id in image.tables else row
         for seq_id, row in image.rows.items()
     }
-    return replace(image, pool=PoolImage(0, {}, {}, {}), rows=rows, tables={}, computed={})
+    return replace(image, pool=PoolImage(0, {}, {}, {}), host=HostImage(), rows=rows, tables={}, computed={})

@@ -43,6 +43,8 @@ class BlockSource(IntEnum):
     """Computed again: it was cached, and evicted."""
     LAST = 4
     """Computed whatever is cached: it holds the last token, which is always run."""
+    HOST_HIT = 5
+    """Copied from the host pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,9 @@ class Sequence:
     num_sent_blocks: int = 0
     """Blocks that the worker has been told of."""
 
+    num_arriving_blocks: int = 0
+    """Blocks that are being copied from the host; it does not run before they are there."""
+
     num_cached_tokens: int | None = None
     """Prompt tokens found in the prefix index at the first admission; all of them where it was forked."""
     num_computed_tokens: int = 0
@@ -161,6 +166,7 @@ class Sequence:
         self.num_shared_blocks = 0
         self.num_acked_blocks = 0
         self.num_sent_blocks = 0
+        self.num_arriving_blocks = 0
         self.num_computed_tokens = 0
         self.num_planned_tokens = 0
         self.num_planned_samples = 0

@@ -82,4 +82,10 @@ def _engine(engine: Engine, redis_round_trip_s: float) -> pb.WorkerStatus:
         gap_p50_s=engine.clock.gap_s(0.5),
         gap_p99_s=engine.clock.gap_s(0.99),
         back_to_back=engine.clock.back_to_back,
+        num_host_blocks=planner.swapper.host.num_blocks,
+        num_free_host_blocks=planner.swapper.host.num_free_blocks,
+        num_cached_host_blocks=planner.swapper.host.num_cached_blocks,
+        num_host_hit_tokens=planner.counters.num_host_hit_tokens,
+        num_blocks_swapped_out=planner.swapper.num_blocks_out,
+        num_blocks_swapped_in=planner.swapper.num_blocks_in,
     )

@@ -15,13 +15,20 @@ LATE_SHARE = 0.1
 """Share of late plans from which on another one is sent ahead; they fade over some hundred steps."""
 
 
+MIN_VARIANCE = 64.0
+"""Of the tokens of the last steps, squared: below it their times tell nothing of what one token more takes."""
+
+
 class StepClock:
     """Of one worker. Times in seconds."""
 
-    def __init__(self, calibrated_step_s: float = 0.0) -> None:
+    def __init__(self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0) -> None:
         self.step_s = calibrated_step_s
         """Moving average of a step's time, as the worker measured it."""
+        self.marginal_s_per_token = calibrated_s_per_token
+        """What one token more adds to a step: the slope of the last steps' times over their tokens."""
         self._s_per_token = 0.0
+        self._mean_tokens = self._mean_s = self._variance = self._covariance = 0.0
         self._num_results = 0
         self._gaps_s: deque[float] = deque(maxlen=NUM_KEPT_GAPS)
         self._back_to_back: deque[bool] = deque(maxlen=NUM_KEPT_GAPS)
@@ -49,6 +56,16 @@ class StepClock:
         if self._in_flight:
             num_tokens = self._in_flight.popleft()
             self._s_per_token += weight * (step_s / max(1, num_tokens) - self._s_per_token)
+            self._fit_slope(num_tokens, step_s, max(0.02, 1 / self._num_results))
+
+    def _fit_slope(self, num_tokens: int, step_s: float, weight: float) -> None:
+        more_tokens, more_s = num_tokens - self._mean_tokens, step_s - self._mean_s
+        self._mean_tokens += weight * more_tokens
+        self._mean_s += weight * more_s
+        self._variance = (1 - weight) * (self._variance + weight * more_tokens * more_tokens)
+        self._covariance = (1 - weight) * (self._covariance + weight * more_tokens * more_s)
+        if self._variance > MIN_VARIANCE and self._covariance > 0:
+            self.marginal_s_per_token = self._covariance / self._variance
 
     def on_heartbeat(self) -> None:
         """The worker lives."""

@@ -6,19 +6,20 @@ Decides nothing. What it reads is parsed into plain values; recovery builds mirr
 import asyncio
 from array import array
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from struct import Struct
 
 from scheduler.block_hash import HASH_BYTES
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
+from scheduler.host_pool import HostImage
 from scheduler.keys import log_key, worker_key, worker_keys
 from scheduler.redis_pipe import RedisPipe, Reply
 from scheduler.scripts import RECLAIM, SEIZE, STEP
 from scheduler.sequence import Sequence
 
-STEP_KEYS = ("meta", "pool", "index", "tables", "seqs", "computed", "copies")
-RECLAIM_KEYS = ("meta", "pool", "index", "tables", "computed", "copies")
+STEP_KEYS = ("meta", "pool", "index", "tables", "seqs", "computed", "copies", "host", "swap_outs", "swap_ins")
+RECLAIM_KEYS = ("meta", "pool", "host", "index", "tables", "computed", "copies", "swap_outs", "swap_ins")
 POOL_ROW = Struct("<I16s")
 NO_HASH = bytes(HASH_BYTES)
 
@@ -27,7 +28,9 @@ _SEQ_I32 = Struct("<Qi")
 _SEQ_U32 = Struct("<QI")
 _U32 = Struct("<I")
 _HASHED_BLOCK = Struct("<I16s")
+_SWAP = Struct("<I16sI")
 _FORK = Struct("<QQIIII")
+_COPY = Struct("<II")
 _RESERVE = Struct("<QII")
 _APPEND = Struct("<III")
 _APPEND_ONE = Struct("<IIII")
@@ -79,7 +82,6 @@ class WorkerMeta:
     n: int
     committed_step_id: int
     incarnation: str
-    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class WorkerImage:
     tables: dict[int, list[int]]
     computed: dict[int, int]
     logs: dict[int, list[int]]
+    host: HostImage = field(default_factory=HostImage)
 
 
 class WorkerStore:
@@ -117,14 +120,13 @@ class WorkerStore:
             self.n,
             int(meta.get("committed_step_id", 0)),
             meta.get("incarnation", ""),
-            int(meta.get("num_blocks", 0)),
         )
 
-    def reclaim(self, incarnation: str, num_blocks: int) -> "asyncio.Future[Reply]":
-        """Drops the pool of the old incarnation and lays an empty one for the new (none where it is "")."""
+    def reclaim(self, incarnation: str, num_blocks: int, num_host_blocks: int = 0) -> "asyncio.Future[Reply]":
+        """Drops the pools of the old incarnation and lays empty ones for the new (none where it is "")."""
         self.n += 1
         keys = worker_keys(self._worker, RECLAIM_KEYS)
-        return self._pipe.call(RECLAIM, keys, (self.epoch, self.n, incarnation, num_blocks))
+        return self._pipe.call(RECLAIM, keys, (self.epoch, self.n, incarnation, num_blocks, num_host_blocks))
 
     def commit(self, changes: Changes, committed_step_id: int) -> "asyncio.Future[Reply]":
         """Sends the next script; its future raises ResponseError where Redis refuses it."""
@@ -156,10 +158,14 @@ class WorkerStore:
             b"".join([_SEQ_I32.pack(*row) for row in changes.computed]),
             b"".join([_HASHED_BLOCK.pack(*row) for row in changes.publish]),
             array("I", changes.copied).tobytes(),
+            array("I", changes.swapped_out).tobytes(),
+            array("I", changes.swapped_in).tobytes(),
             b"".join([SEQ_ID.pack(seq_id) for seq_id in changes.release]),
             b"".join([_FORK.pack(*row) for row in changes.fork]),
             b"".join([_SEQ_U32.pack(seq_id, len(row)) + row for seq_id, row in changes.describe]),
             b"".join([_pack_reserve(*row) for row in changes.reserve]),
+            b"".join([_SWAP.pack(*row) for row in changes.swap_out]),
+            b"".join([_SWAP.pack(*row) for row in changes.swap_in]),
             b"".join(closes),
             b"".join([SEQ_ID.pack(seq_id) for seq_id in changes.forget]),
         ]
@@ -170,23 +176,24 @@ class WorkerStore:
         key = self._log_keys[seq_id] = log_key(self._worker, seq_id)
         return key
 
-    async def load(self, num_blocks: int) -> WorkerImage:
+    async def load(self) -> WorkerImage:
         """Everything under the worker's tag."""
-        parts = ("pool", "seqs", "tables", "computed", "copies")
-        keys = worker_keys(self._worker, parts)
-        verbs = ("GET", "HGETALL", "HGETALL", "HGETALL", "HGETALL")
-        replies = await asyncio.gather(*(self._pipe.send(v, k) for v, k in zip(verbs, keys, strict=True)))
-        seqs, tables, computed, copies = (as_dict(reply) for reply in replies[1:])
+        pools = [self._pipe.send("GET", key) for key in worker_keys(self._worker, ("pool", "host"))]
+        parts = ("seqs", "tables", "computed", "copies", "swap_outs", "swap_ins")
+        hashes = [self._pipe.send("HGETALL", key) for key in worker_keys(self._worker, parts)]
+        pool, host = (_parse_pool(reply) for reply in await asyncio.gather(*pools))
+        seqs, tables, computed, copies, *swaps = (as_dict(reply) for reply in await asyncio.gather(*hashes))
+        swap_outs, swap_ins = ({int(k): _U32.unpack(v)[0] for k, v in swap.items()} for swap in swaps)
         rows = {SEQ_ID.unpack(k)[0]: SequenceRow.unpack(v) for k, v in seqs.items()}
         segments = [(seq_id, row.first_index) for seq_id, row in rows.items()]
         logs = await asyncio.gather(*(load_log(self._pipe, self._worker, *segment) for segment in segments))
-        pool = replies[0]
         return WorkerImage(
-            _parse_pool(pool if isinstance(pool, bytes) else b"", num_blocks, copies),
+            PoolImage(*pool, {int(k): _COPY.unpack(v) for k, v in copies.items()}),
             rows,
             {SEQ_ID.unpack(k)[0]: array("I", v).tolist() for k, v in tables.items()},
             {SEQ_ID.unpack(k)[0]: int(v) for k, v in computed.items()},
             dict(zip(rows, logs, strict=True)),
+            HostImage(*host, swap_outs, swap_ins),
         )
 
     async def load_index(self) -> dict[bytes, int]:
@@ -208,7 +215,9 @@ def _pack_reserve(seq_id: int, shared: Seq[tuple[int, bytes]], new: Seq[int]) ->
     return b"".join(parts)
 
 
-def _parse_pool(data: bytes, num_blocks: int, copies: dict[bytes, bytes]) -> PoolImage:
+def _parse_pool(reply: Reply) -> tuple[int, dict[int, int], dict[int, bytes]]:
+    """A pool's string: how many blocks there are, their ref_counts and their hashes."""
+    data = reply if isinstance(reply, bytes) else b""
     ref_counts: dict[int, int] = {}
     hashes: dict[int, bytes] = {}
     for block_id, (ref_count, hash_) in enumerate(POOL_ROW.iter_unpack(data)):
@@ -216,8 +225,7 @@ def _parse_pool(data: bytes, num_blocks: int, copies: dict[bytes, bytes]) -> Poo
             ref_counts[block_id] = ref_count
         if hash_ != NO_HASH:
             hashes[block_id] = hash_
-    pairs = {int(k): Struct("<II").unpack(v) for k, v in copies.items()}
-    return PoolImage(num_blocks, ref_counts, hashes, {k: (v[0], v[1]) for k, v in pairs.items()})
+    return max(0, len(data) // POOL_ROW.size - 1), ref_counts, hashes
 
 
 def as_dict(reply: Reply) -> dict[bytes, bytes]:

@@ -11,6 +11,7 @@ from scheduler.block_manager import BlockCopy
 from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence
+from scheduler.swapper import Swap
 
 _SEED = Struct("<QI")
 _SEED_BYTES = 8
@@ -38,11 +39,12 @@ class ResultRow:
 
 @dataclass(frozen=True, slots=True)
 class StepWork:
-    """What a plan does: what it runs, what it copies before, whom it forgets before that."""
+    """What a plan does: what it runs, what it copies before, whom it forgets before that; what it begins to swap."""
 
     rows: Seq[ScheduledRow]
     copies: Seq[BlockCopy] = ()
     removed: Seq[int] = ()
+    swaps: Seq[Swap] = ()
 
 
 def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.SamplerParams]) -> pb.StepPlan:
@@ -58,6 +60,10 @@ def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.Samp
         copy_src_block_ids=[copy.source for copy in work.copies],
         copy_dst_block_ids=[copy.destination for copy in work.copies],
         copy_num_tokens=[copy.num_tokens for copy in work.copies],
+        out_block_ids=[swap.block_id for swap in work.swaps if swap.is_out],
+        out_host_block_ids=[swap.host_block_id for swap in work.swaps if swap.is_out],
+        in_host_block_ids=[swap.host_block_id for swap in work.swaps if not swap.is_out],
+        in_block_ids=[swap.block_id for swap in work.swaps if not swap.is_out],
         scheduled_seq_ids=[row.sequence.seq_id for row in work.rows],
         num_scheduled_tokens=[row.num_tokens for row in work.rows],
     )

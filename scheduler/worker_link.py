@@ -75,6 +75,8 @@ class WorkerLinkService(worker_pb2_grpc.WorkerLinkServicer):
                 engine.on_result(message.result)
             elif kind == "heartbeat":
                 engine.clock.on_heartbeat()
+            elif kind == "swaps_done":
+                engine.on_swaps_done(message.swaps_done)
             elif kind == "plans_dropped":
                 engine.on_dropped(message.plans_dropped.step_ids)
             else:

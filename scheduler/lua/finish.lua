@@ -3,19 +3,27 @@ append(ARGV[5])
 computed(ARGV[6])
 publish(ARGV[7])
 copied(ARGV[8])
-release(ARGV[9])
-fork(ARGV[10])
-describe(ARGV[11])
-reserve(ARGV[12])
-close(ARGV[13])
-forget(ARGV[14])
+swapped_out(ARGV[9])
+swapped_in(ARGV[10])
+release(ARGV[11])
+fork(ARGV[12])
+describe(ARGV[13])
+reserve(ARGV[14])
+swap_out(ARGV[15])
+swap_in(ARGV[16])
+close(ARGV[17])
+forget(ARGV[18])
 if refusal then return redis.error_reply('REFUSED ' .. refusal) end
 
 write_logs()
 for _, command in ipairs(writes) do redis.call(unpack(command)) end
-for id, b in pairs(blocks) do
-  redis.call('SETRANGE', KEYS[2], id * BLOCK_BYTES, struct.pack('<I4', b[1]) .. b[2])
+local function write_pool(key, changed)
+  for id, b in pairs(changed) do
+    redis.call('SETRANGE', key, id * BLOCK_BYTES, struct.pack('<I4', b[1]) .. b[2])
+  end
 end
+write_pool(KEYS[2], blocks)
+write_pool(KEYS[8], host_blocks)
 for hash, id in pairs(index) do
   if id then redis.call('HSET', KEYS[3], hash, id) else redis.call('HDEL', KEYS[3], hash) end
 end

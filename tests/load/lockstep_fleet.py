@@ -90,7 +90,7 @@ class Fleet:
         """The mirror holds together, and Redis holds the same of the first, a middle and the last worker."""
         self.pool.check()
         for number in {0, len(self.stores) // 2, len(self.stores) - 1}:
-            held = await self.stores[number].load(self.pool.blocks.num_blocks)
+            held = await self.stores[number].load()
             assert held == self.pool.image(), f"Redis and the mirror differ on {_name(number)}"
 
     def check_nodes(self) -> list[int]:

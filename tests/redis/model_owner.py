@@ -5,13 +5,14 @@ decides what is up to the machine that drives it.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
+from scheduler.host_pool import HostPool
 from scheduler.store import WorkerImage, WorkerStore
+from scheduler.swapper import Found, Swap, Swapper
 from tests.redis.faulty_wire import FaultyWire, Message
 from tests.redis.model_state import Expected, Tracked, World, num_tables, revived
 from tests.redis.worker_model import BLOCK_SIZE, Plan, Row, Story
@@ -25,6 +26,7 @@ class Owner:
         self.store = store
         self.wire = wire
         self.blocks = BlockManager(0, Changes())
+        self.swapper = Swapper(self.blocks, HostPool(0), BLOCK_SIZE)
         self.sequences: dict[int, Tracked] = {}
         self.kept_logs: dict[int, tuple[list[int], bool]] = {}
         self.in_flight: deque[Plan] = deque()
@@ -33,12 +35,16 @@ class Owner:
         self.next_step_id = 1
         self._known: dict[int, Tracked] = {}
         self._acked_n = 0
+        self._reclaimed_n = 0
         self._forked_in: dict[int, int] = {}  # copy -> number of the script that forked it
         self._issued_copies: set[int] = set()
+        self._acked_swaps: list[Swap] = []
 
     def adopt(self, image: WorkerImage, expected: Expected, highest_step_id: int) -> None:
         """Everything from Redis; the kept logs, which nobody reads here, from the model."""
         self.blocks = BlockManager.from_image(image.pool, Changes())
+        self.swapper = Swapper(self.blocks, HostPool.from_image(image.host), BLOCK_SIZE)
+        self._acked_swaps = self.swapper.adopt(image.host)
         self._acked_n = self.store.n
         self._forked_in = dict.fromkeys(self.blocks.pending_copies, self.store.n)
         self.kept_logs = dict(expected.kept_logs)
@@ -46,7 +52,10 @@ class Owner:
         self.next_step_id = max(highest_step_id, self.applied_step_id) + 1
         for seq_id, row in image.rows.items():
             sequence = self._track(revived(self.world.stories[seq_id], row, image))
-            if not sequence.is_running:
+            if sequence.is_running:
+                self.swapper.adopt_running(sequence)
+                self.world.events["adopted while blocks arrive"] += sequence.num_arriving_blocks > 0
+            else:
                 self._lose_progress(sequence)  # its blocks were let go: what earlier plans computed in them is lost
 
     def _track(self, sequence: Tracked) -> Tracked:
@@ -60,6 +69,11 @@ class Owner:
         """Whether Redis has applied all that was decided, and said so."""
         return not self.wire.unanswered and not self.blocks.changes
 
+    @property
+    def has_acked_swaps(self) -> bool:
+        """Whether a plan is to begin some."""
+        return bool(self._acked_swaps)
+
     def image(self) -> WorkerImage:
         """What Redis will hold."""
         all_ = self.sequences.values()
@@ -69,6 +83,7 @@ class Owner:
             {s.seq_id: list(s.table) for s in all_ if s.table},
             {s.seq_id: s.num_computed for s in all_ if s.has_computed_record},
             {s.seq_id: s.outputs for s in all_},
+            self.swapper.image(),
         )
 
     def commit(self) -> None:
@@ -78,10 +93,12 @@ class Owner:
             return
         self.blocks.changes = Changes()
         self.store.commit(changes, self.applied_step_id)
+        swaps, self.swapper.started = self.swapper.started, []
         named = [self._known[i] for i in (*(row[0] for row in changes.reserve), *(row[1] for row in changes.fork))]
         self._expect(
             reserved=[(s, s.attempt, len(s.table)) for s in named],
             logged=[(i, self._known[i].num_outputs) for i, _, _ in changes.append],
+            swaps=swaps,
         )
         self._forked_in.update({row[4]: self.store.n for row in changes.fork if row[4]})
         self.world.events["scripts"] += 1
@@ -103,6 +120,8 @@ class Owner:
                 sequence.num_acked_blocks = num_blocks
         for seq_id, num_outputs in expected.logged:
             self.world.delivered[seq_id] = max(self.world.delivered.get(seq_id, 0), num_outputs)
+        if message.n > self._reclaimed_n:
+            self._acked_swaps += expected.swaps
         self._acked_n = message.n
 
     # -- sequences ----------------------------------------------------------------------------------------------------
@@ -127,20 +146,26 @@ class Owner:
             assert self.world.contents.setdefault(hash_, content) == content, "two contents, one hash"
         return hashes
 
-    def admit(self, sequence: Tracked, lookahead: int) -> list[int] | None:
-        """Look-up and reservation in one go; returns the shared blocks, or None where it does not fit."""
+    def admit(self, sequence: Tracked, lookahead: int) -> list[Found] | None:
+        """Look-up and reservation in one go; returns what it found, or None where it does not fit."""
         hashes = self.chain(sequence.story, sequence.num_tokens)
-        shared = self.blocks.find_prefix(hashes[: (sequence.num_tokens - 1) // BLOCK_SIZE])
-        num_new = -(-(sequence.num_tokens + lookahead) // BLOCK_SIZE) - len(shared)
-        if num_new > self.blocks.num_available_blocks - self.blocks.num_cached_among(shared):
+        found = self.swapper.find_prefix(hashes[: (sequence.num_tokens - 1) // BLOCK_SIZE])
+        shared = [block_id for block_id, _ in found if block_id]
+        num_blocks = -(-(sequence.num_tokens + lookahead) // BLOCK_SIZE)
+        if num_blocks - len(shared) > self.blocks.num_available_blocks - self.blocks.num_cached_among(shared):
             return None
         if sequence.attempt == 0:
             self.blocks.touch(hashes)
+            self.swapper.host.touch(hashes)
         if sequence.seq_id in self.blocks.changes.release:
             self.commit()  # a release drops the record of progress that the admission writes
-        self._reserve(sequence, shared, num_new)
-        self._start(sequence, len(shared) * BLOCK_SIZE, len(shared))
-        return shared
+        num_new = num_blocks - len(shared)
+        self.world.events["evictions"] += max(0, num_new - self.blocks.num_free_blocks)
+        self.world.events["hits"] += len(shared)
+        self.world.events["hits on the host"] += len(found) - len(shared)
+        sequence.table = self.swapper.reserve(sequence, found, num_blocks - len(found))
+        self._start(sequence, len(found) * BLOCK_SIZE, len(found))
+        return found
 
     def _start(self, sequence: Tracked, num_computed: int, num_published: int) -> None:
         sequence.num_computed = sequence.num_planned = num_computed
@@ -150,12 +175,19 @@ class Owner:
 
     def grow(self, sequence: Tracked, num_new: int) -> None:
         """Fresh blocks to the end of a table."""
-        self._reserve(sequence, [], num_new)
-
-    def _reserve(self, sequence: Tracked, shared: Sequence[int], num_new: int) -> None:
         self.world.events["evictions"] += max(0, num_new - self.blocks.num_free_blocks)
-        self.world.events["hits"] += len(shared)
-        sequence.table = [*sequence.table, *self.blocks.reserve(sequence.seq_id, shared, num_new)]
+        sequence.table = [*sequence.table, *self.blocks.reserve(sequence.seq_id, [], num_new)]
+
+    def send_out(self, block_id: int) -> None:
+        """A published block is copied to the host."""
+        self.world.events["contents that the host lost"] += not self.swapper.host.num_free_blocks
+        self.swapper.begin_out(block_id)
+
+    def finish_swap(self, swap: Swap) -> None:
+        """The worker has reported one."""
+        if self.blocks.changes.reserve or self.blocks.changes.fork or self.blocks.changes.swap_out:
+            self.commit()  # ends are applied before them
+        self.swapper.finish([swap.host_block_id] if swap.is_out else [], [] if swap.is_out else [swap.block_id])
 
     def fork(self, parent: Tracked, child_id: int) -> bool:
         """A second sequence goes on from where the first is; False where there is no block for the copy."""
@@ -182,7 +214,10 @@ class Owner:
         sequence.is_running = sequence.has_computed_record = False
 
     def preempt(self, sequence: Tracked) -> None:
-        """Its blocks go, whatever plans name them; its tokens stay."""
+        """Its blocks go, whatever plans name them; its tokens stay, and so does what the host has of it."""
+        self.world.events["preemptions while blocks arrive"] += sequence.num_arriving_blocks > 0
+        sequence.block_hashes = self.chain(sequence.story, sequence.num_computed)
+        self.swapper.set_aside(sequence)
         self._release(sequence)
         self._lose_progress(sequence)
 
@@ -191,11 +226,12 @@ class Owner:
         sequence.is_running = sequence.has_computed_record = False
         sequence.table = []
         sequence.num_acked_blocks = sequence.num_computed = sequence.num_planned = 0
-        sequence.num_planned_samples = sequence.num_published = 0
+        sequence.num_planned_samples = sequence.num_published = sequence.num_arriving_blocks = 0
         self._describe(sequence)
 
     def finish(self, sequence: Tracked) -> None:
         """It is over; its row goes later."""
+        self.swapper.give_up(sequence)
         self._release(sequence)
         sequence.is_finished = True
 
@@ -203,20 +239,24 @@ class Owner:
         """Closes an ended sequence, or forgets one that lives on elsewhere."""
         changes = self.blocks.changes
         (changes.close if expires else changes.forget).append(sequence.seq_id)
+        self.swapper.give_up(sequence)
         del self.sequences[sequence.seq_id]
         if sequence.num_outputs:
             self.kept_logs[sequence.seq_id] = (sequence.outputs, expires)
 
-    def reclaim(self, incarnation: str, num_blocks: int) -> None:
-        """The worker died: an empty pool, and everything that ran waits again, in a second script."""
+    def reclaim(self, incarnation: str, num_blocks: int, num_host_blocks: int) -> None:
+        """The worker died: empty pools, and everything that ran waits again, in a second script."""
         self.commit()
-        self.store.reclaim(incarnation, num_blocks)
+        self.store.reclaim(incarnation, num_blocks, num_host_blocks)
         self.in_flight.clear()
         self.resent.clear()
         self.applied_step_id, self.next_step_id = 0, 1
         self._forked_in.clear()
         self._issued_copies.clear()
+        self._acked_swaps.clear()
+        self._reclaimed_n = self.store.n
         self.blocks = BlockManager(num_blocks, Changes())
+        self.swapper = Swapper(self.blocks, HostPool(num_host_blocks), BLOCK_SIZE)
         lost = [s for s in self.sequences.values() if s.is_running]
         image = replace(self.image(), tables={}, computed={})
         self.world.expected[self.store.n] = Expected(image, 0, dict(self.kept_logs))
@@ -237,10 +277,13 @@ class Owner:
         pending = self.blocks.pending_copies
         acked = {copy for copy, n in self._forked_in.items() if n <= self._acked_n}
         ready = sorted(acked - self._issued_copies)
-        if not rows and not ready:
+        swaps, self._acked_swaps = tuple(self._acked_swaps), []
+        if not rows and not ready and not swaps:
             return None
         self._issued_copies.update(ready)
-        plan = Plan(self.next_step_id, tuple((copy, *pending[copy]) for copy in ready), tuple(rows))
+        plan = Plan(
+            self.next_step_id, self.store.epoch, tuple((copy, *pending[copy]) for copy in ready), tuple(rows), swaps
+        )
         self.next_step_id += 1
         self.in_flight.append(plan)
         return plan

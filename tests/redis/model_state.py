@@ -4,7 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from scheduler.block_manager import PoolImage
+from scheduler.sequence import SequenceStatus
 from scheduler.store import SequenceRow, WorkerImage
+from scheduler.swapper import Swap
 from tests.redis.worker_model import BLOCK_SIZE, Story
 
 Content = tuple[str, tuple[int, ...]]
@@ -25,6 +27,8 @@ class Tracked:
     num_planned: int = 0
     num_planned_samples: int = 0
     num_published: int = 0
+    num_arriving_blocks: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
     num_in_flight: int = 0
     has_computed_record: bool = False
 
@@ -32,6 +36,21 @@ class Tracked:
     def seq_id(self) -> int:
         """Its name."""
         return self.story.seq_id
+
+    @property
+    def status(self) -> SequenceStatus:
+        """As the swapper asks for it."""
+        return SequenceStatus.RUNNING if self.is_running else SequenceStatus.WAITING
+
+    @property
+    def block_ids(self) -> list[int]:
+        """As the swapper asks for it."""
+        return self.table
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """As the swapper asks for it."""
+        return self.num_computed
 
     @property
     def num_outputs(self) -> int:
@@ -46,8 +65,10 @@ class Tracked:
     @property
     def num_plannable(self) -> int:
         """Tokens that a plan may run now: known, or to be known by then, and with an acknowledged block."""
+        if not self.is_running or self.num_arriving_blocks:
+            return 0
         num_known = self.num_tokens + self.num_planned_samples
-        return min(num_known, self.num_acked_blocks * BLOCK_SIZE) - self.num_planned if self.is_running else 0
+        return min(num_known, self.num_acked_blocks * BLOCK_SIZE) - self.num_planned
 
     def row(self) -> SequenceRow:
         """What Redis is told of it."""
@@ -64,6 +85,7 @@ class Expected:
     """Logs without a row: (tokens, whether they expire)."""
     reserved: list[tuple[Tracked, int, int]] = field(default_factory=list)
     logged: list[tuple[int, int]] = field(default_factory=list)
+    swaps: list[Swap] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -81,7 +103,7 @@ class World:
 
 
 def num_tables(image: PoolImage, block_id: int) -> int:
-    """Tables that name a block: its references, but for those of running copies."""
+    """Tables that name a block, and swaps: its references, but for those of running copies."""
     num_copies = sum(block_id in (copy, source) for copy, (source, _) in image.copies.items())
     return image.ref_counts.get(block_id, 0) - num_copies
 

@@ -21,6 +21,7 @@ from scheduler.keys import worker_key
 from scheduler.redis_pipe import RedisPipe
 from scheduler.scripts import ALL_SCRIPTS
 from scheduler.store import WorkerImage, WorkerStore
+from scheduler.swapper import Swap
 from tests.redis.faulty_wire import FaultyWire, Message
 from tests.redis.model_owner import Owner
 from tests.redis.model_state import Expected, Tracked, World
@@ -37,7 +38,7 @@ MAX_PLANS = 3
 MAX_SEQUENCES = 8
 MAX_BLOCKS = 6
 """Of one sequence."""
-PREFIXES = ((0,), (0, 0), (0, 1), (0, 1, 0), (0, 1, 1), (1, 0), (), (1, 1, 1))
+PREFIXES = ((0,), (0, 0), (0, 1), (0, 1, 0), (0, 1, 0), (1, 0), (), (0, 1, 1))
 NOBODY = 99_999
 events: Counter[str] = Counter()
 """What happened, over all machines of this process: a case that no machine met is not tested."""
@@ -62,8 +63,9 @@ class PoolMachine(RuleBasedStateMachine):
         self._run(self.owner.store.seize(0))
         self.num_incarnations = self.num_sequences = self.num_operations = 0
         self.results: deque[Plan] = deque()
+        self.swapped: deque[tuple[int, Swap]] = deque()
         self.watcher = Watcher(self.world, self.client, WORKER, self._run)
-        self._new_worker(8)
+        self._new_worker(7, 5)
 
     async def _start(self) -> None:
         self.pipe.start()
@@ -91,18 +93,23 @@ class PoolMachine(RuleBasedStateMachine):
         owner, wire, all_ = self.owner, self.owner.wire, self.owner.sequences.values()
         num_running = sum(s.is_running for s in all_)
         num_available = owner.blocks.num_available_blocks
+        self.worker.begin_swaps()
         can_plan = not owner.resent and len(owner.in_flight) < MAX_PLANS
         has_room = len(all_) < MAX_SEQUENCES
+        is_arriving = any(s.is_running and s.num_arriving_blocks and s.num_acked_blocks for s in all_)
         weights = {
             "arrive": 3 * (has_room and num_running < 4),
-            "admit": (8 if num_available > 2 else 1) * any(_is_waiting(s) for s in all_),
+            "admit": (8 if num_available > 3 else 1) * any(_is_waiting(s) for s in all_),
             "grow": 3 * (num_available > 0 and any(_needs_a_block(s) for s in all_)),
             "fork": 4 * (has_room and any(self._is_forkable(s) for s in all_)),
-            "preempt": 1 * (num_running > 0),
-            "finish": 1 * any(not s.is_finished for s in all_) + 4 * any(_is_full(s) for s in all_),
+            "preempt": 1 * (num_running > 0) + 4 * is_arriving,
+            "send_out": 8 * bool(self._sendable()),
+            "swap": 10 * bool(self.worker.swaps),
+            "apply_swap": 10 * bool(self.swapped),
+            "finish": 2 * any(not s.is_finished for s in all_) + 4 * any(_is_full(s) for s in all_),
             "drop_row": 2 * any(s.is_finished for s in all_),
             "move": 1 * any(_is_waiting(s) for s in all_),
-            "plan": 10 * (can_plan and any(s.num_plannable > 0 for s in all_)),
+            "plan": 10 * (can_plan and (owner.has_acked_swaps or any(s.num_plannable > 0 for s in all_))),
             "run_plan": 8 * bool(self.worker.plans),
             "apply_result": 8 * bool(self.results),
             "commit": 6 * (bool(owner.blocks.changes) or owner.applied_step_id != self._committed_step_id),
@@ -112,8 +119,8 @@ class PoolMachine(RuleBasedStateMachine):
             "overtake": 1 * (wire.num_unapplied > 1),
             "deliver_a_stale_script": 1 * bool(self.stale),
             "send_wrong_content": 1,
-            "seize": 1,
-            "lose_the_worker": 1 * (self.num_operations > 60 * self.num_incarnations),
+            "seize": 1 * (self.num_operations % 3 == 0) + 9 * is_arriving,
+            "lose_the_worker": 1 * (self.num_operations > 200 * self.num_incarnations),
         }
         return [name for name, weight in weights.items() for _ in range(weight)]
 
@@ -150,11 +157,12 @@ class PoolMachine(RuleBasedStateMachine):
     def admit(self, pick: int, amount: int) -> None:
         """One that waits: hits are shared, and each holds exactly what the sequence would have written."""
         sequence = self._pick(pick, _is_waiting)
-        shared = self.owner.admit(sequence, 1 + amount // 2)
-        for i, block_id in enumerate(shared or (), start=1):
+        found = self.owner.admit(sequence, 1 + amount // 2)
+        for i, (block_id, host_block_id) in enumerate(found or (), start=1):
             content = (sequence.story.salt, sequence.story.tokens(i * BLOCK_SIZE))
-            assert self.worker.holds(block_id, *content), "served a block that nobody wrote"
-        events["does not fit" if shared is None else "readmissions" if sequence.attempt else "admissions"] += 1
+            assert not block_id or self.worker.holds(block_id, *content), "served a block that nobody wrote"
+            assert block_id or self.worker.holds_on_host(host_block_id, *content), "served a host block, as badly"
+        events["does not fit" if found is None else "readmissions" if sequence.attempt else "admissions"] += 1
 
     def grow(self, pick: int, amount: int) -> None:
         """Blocks for what a sequence will generate."""
@@ -164,7 +172,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _is_forkable(self, sequence: Tracked) -> bool:
         """Whether Redis has its table, some of it is computed, and its blocks are its own and no copies to be."""
-        is_settled = sequence.is_running and sequence.num_acked_blocks == len(sequence.table)
+        is_there = sequence.is_running and not sequence.num_arriving_blocks
+        is_settled = is_there and sequence.num_acked_blocks == len(sequence.table)
         pending = self.owner.blocks.pending_copies
         return is_settled and sequence.num_computed > 0 and pending.keys().isdisjoint(sequence.table)
 
@@ -177,6 +186,34 @@ class PoolMachine(RuleBasedStateMachine):
         sequence = self._pick(pick, _is_running)
         self.owner.preempt(sequence)
         events["preemptions with a plan in flight" if sequence.num_in_flight else "preemptions"] += 1
+
+    def _sendable(self) -> list[int]:
+        swapper = self.owner.swapper
+        if swapper.num_outs_left <= 0:
+            return []
+        blocks = self.owner.blocks
+        cached = [i for i in blocks.coldest_first() if swapper.can_go_out(i)]
+        return cached or [i for i in blocks.image().hashes if swapper.can_go_out(i)]
+
+    def send_out(self, pick: int, amount: int) -> None:
+        """A block that is published goes out, be it in use or not."""
+        block_ids = self._sendable()
+        self.owner.send_out(block_ids[pick % len(block_ids)])
+        events["swaps out"] += 1
+
+    def swap(self, pick: int, amount: int) -> None:
+        """The worker does what is under way, whatever it runs meanwhile."""
+        for _ in range(min(1 + amount // 3, len(self.worker.swaps))):
+            self.swapped.append(self.worker.swap())
+
+    def apply_swap(self, pick: int, amount: int) -> None:
+        """The owner hears of it, or, if it was another's, does not care."""
+        epoch, swap = self.swapped.popleft()
+        if epoch == self.owner.store.epoch:
+            self.owner.finish_swap(swap)
+            events["swaps in"] += not swap.is_out
+        else:
+            events["swaps of an earlier owner"] += 1
 
     def finish(self, pick: int, amount: int) -> None:
         """One has ended, or its client is gone."""
@@ -256,7 +293,7 @@ class PoolMachine(RuleBasedStateMachine):
     def send_wrong_content(self, pick: int, amount: int) -> None:
         """The right number with content that does not fit what Redis holds, between rows that would."""
         meta = self._meta()
-        image = self._run(self.owner.store.load(int(meta.get(b"num_blocks", 0))))
+        image = self._run(self.owner.store.load())
         wrongs = wrong_changes(image)
         name, wrong = wrongs[pick % len(wrongs)]
         wrong.append.insert(0, (NOBODY, 0, [1]))  # would fit, and so would the row behind
@@ -290,25 +327,26 @@ class PoolMachine(RuleBasedStateMachine):
         if pick % 3 and self.worker.plans:
             self.worker.run(old.is_published)  # it was running already
         self.worker.plans.clear()
-        image = self._run(new.store.load(meta.num_blocks))
+        image = self._run(new.store.load())
         new.adopt(image, expected, self.worker.highest_step_id)
         self.results = deque(plan for plan in self.worker.done if plan.step_id > meta.committed_step_id)
         if meta.incarnation != self.worker.incarnation:
             self.results.clear()  # its death is decided, not yet in Redis: the new owner finds out
-            new.reclaim(self.worker.incarnation, self.worker.num_blocks)
+            new.reclaim(self.worker.incarnation, self.worker.num_blocks, self.worker.num_host_blocks)
         new.resent = {plan.step_id for plan in self.results}
         self.owner = new
 
     def lose_the_worker(self, pick: int, amount: int) -> None:
         """Its incarnation is dead: nothing of it stays reachable; a new one begins with an empty pool."""
         events["dead incarnations"] += 1
-        self._new_worker(5 + amount)
+        self._new_worker(6 + amount % 5, 2 * (pick % 4))
 
-    def _new_worker(self, num_blocks: int) -> None:
+    def _new_worker(self, num_blocks: int, num_host_blocks: int) -> None:
         self.num_incarnations += 1
-        self.worker = Worker(f"i{self.num_incarnations}", num_blocks)
+        self.worker = Worker(f"i{self.num_incarnations}", num_blocks, num_host_blocks)
         self.results.clear()
-        self.owner.reclaim(self.worker.incarnation, num_blocks)
+        self.swapped.clear()
+        self.owner.reclaim(self.worker.incarnation, num_blocks, num_host_blocks)
 
     @invariant()
     def what_must_always_hold(self) -> None:

@@ -82,11 +82,11 @@ async def test_every_other_script_stays_within_its_tag(cluster: RedisCluster, pi
             await requests.create(request_id, b"digest", b"body", (worker, store.epoch), range(1, 2))
             await store.commit(Changes(describe=[(1, ROW)], reserve=[(1, [], [1, 2])]), 0)
             await store.commit(Changes(append=[(1, 0, [5])], computed=[(1, 20)], fork=[(1, 2, 1, 2, 3, 4)]), 1)
-            image = await store.load(8)
+            image = await store.load()
             assert image.tables == {1: [1, 2], 2: [1, 3]}
             assert image.pool.copies == {3: (2, 4)}
             await store.commit(Changes(copied=[3], release=[1, 2], close=[1], forget=[2]), 2)
-            assert (await store.load(8)).pool.ref_counts == {}
+            assert (await store.load()).pool.ref_counts == {}
             await store.reclaim("incarnation-2", 8)
             await requests.own(request_id, ("worker-9", 1), worker, [1])
             await requests.end(request_id, ("worker-9", 1), b"end")

@@ -29,7 +29,7 @@ async def test_a_step_is_one_script_and_nothing_scans_the_keys(server: RedisServ
         await store.commit(Changes(release=[1]), 20)
         await requests.end("r", ("worker-0", 1), b"end")
         await store.commit(Changes(close=[1]), 20)
-        image, record = await store.load(64), await requests.load("r")
+        image, record = await store.load(), await requests.load("r")
         calls = {name.removeprefix("cmdstat_"): stats["calls"] for name, stats in client.info("commandstats").items()}
     assert image.rows == {}
     assert record is not None

@@ -5,7 +5,9 @@ import asyncio
 import pytest
 from redis.exceptions import ResponseError
 
+from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
+from scheduler.host_pool import HostImage
 from scheduler.keys import worker_key
 from scheduler.redis_pipe import RedisPipe
 from scheduler.store import SequenceRow, WorkerStore
@@ -21,7 +23,7 @@ async def store(pipe: RedisPipe) -> WorkerStore:
     """A seized worker with an empty pool of 8 blocks: script 1 is applied."""
     store = WorkerStore(pipe, WORKER, 600)
     await store.seize(0)
-    await store.reclaim("incarnation-1", 8)
+    await store.reclaim("incarnation-1", 8, 2)
     return store
 
 
@@ -60,9 +62,7 @@ async def test_a_stale_epoch_is_refused_before_anything_else(
     await store.commit(Changes(append=[(1, 0, [1])]), 1)
     second = WorkerStore(pipe, WORKER, 600)
     meta = await second.seize(0)
-    assert (meta.epoch, meta.n, meta.committed_step_id, meta.incarnation, meta.num_blocks) == (
-        2, 2, 1, "incarnation-1", 8,
-    )  # fmt: skip
+    assert (meta.epoch, meta.n, meta.committed_step_id, meta.incarnation) == (2, 2, 1, "incarnation-1")
     for n in (1, 2, 3, 9):  # applied before, next, and out of order: all the same
         store.n = n - 1
         assert (await verdict(server, store.commit(Changes(), 1))).startswith("STALE epoch 1, the owner has 2")
@@ -106,15 +106,16 @@ async def test_many_owners_at_once_end_with_one(pipe: RedisPipe, store: WorkerSt
 async def test_reclaim_leaves_no_phantom_of_a_dead_incarnation(pipe: RedisPipe, store: WorkerStore) -> None:
     await store.commit(Changes(reserve=[(1, [], [1, 2, 3])], describe=[(1, ROW)], computed=[(1, 0)]), 0)
     await store.commit(Changes(publish=[(1, b"\x01" * 16)], fork=[(1, 2, 1, 2, 4, 3)], append=[(1, 0, [5])]), 1)
-    await store.reclaim("incarnation-2", 4)
-    image = await store.load(4)
-    assert (image.pool.ref_counts, image.pool.hashes, image.pool.copies) == ({}, {}, {})
+    await store.commit(Changes(swap_out=[(1, b"\x01" * 16, 2)]), 1)
+    await store.reclaim("incarnation-2", 4, 3)
+    image = await store.load()
+    assert (image.pool, image.host) == (PoolImage(4, {}, {}, {}), HostImage(3))
     assert (image.tables, image.computed) == ({}, {})
     assert await store.load_index() == {}
     assert list(image.rows) == [1], "sequences stay"
     assert image.logs == {1: [5]}, "and so do their logs"
     meta = await WorkerStore(pipe, WORKER, 600).seize(0)
-    assert (meta.incarnation, meta.num_blocks, meta.committed_step_id, meta.n) == ("incarnation-2", 4, 0, 4)
+    assert (meta.incarnation, meta.committed_step_id, meta.n) == ("incarnation-2", 0, 5)
 
 
 @pytest.mark.parametrize("num_blocks", [0, 1, 4])
@@ -129,7 +130,7 @@ async def test_reclaim_lays_a_pool_of_the_new_size(server: RedisServer, store: W
 async def test_scripts_in_flight_need_no_answer_to_the_one_before(store: WorkerStore) -> None:
     replies = [store.commit(Changes(append=[(1, i, [i])]), i) for i in range(100)]
     assert await asyncio.gather(*replies) == [b"ok"] * 100
-    image = await store.load(8)
+    image = await store.load()
     assert image.logs == {}, "a log without a row belongs to nobody here"
 
 

@@ -14,14 +14,21 @@ from tests.redis.pool_machine import PoolMachine, events
 from tests.redis_servers import RedisServer
 
 IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
-NUM_STEPS = 100
-NUM_MACHINES = {"valkey": 40, "redis6": 8, "redis": 8}
+NUM_STEPS = 400
+NUM_MACHINES = {"valkey": 30, "redis6": 3, "redis": 3}
 MUST_HAPPEN = (
     "admissions",
     "readmissions",
     "hits",
     "evictions",
     "copies",
+    "swaps out",
+    "swaps in",
+    "hits on the host",
+    "contents that the host lost",
+    "swaps of an earlier owner",
+    "adopted while blocks arrive",
+    "preemptions while blocks arrive",
     "preemptions with a plan in flight",
     "rows of an earlier attempt",
     "rows of ended sequences",

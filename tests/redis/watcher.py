@@ -7,12 +7,14 @@ from redis import Redis
 
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
+from scheduler.host_pool import HostPool
 from scheduler.keys import log_key, worker_key
 from scheduler.store import WorkerImage
+from scheduler.swapper import Swapper
 from tests.redis.model_owner import Owner
 from tests.redis.model_state import World
 from tests.redis.redis_dump import Dump, dump, parse_pool, parse_u32
-from tests.redis.worker_model import Worker
+from tests.redis.worker_model import BLOCK_SIZE, Worker
 
 
 class Watcher:
@@ -35,11 +37,13 @@ class Watcher:
         self._check_numbers(meta)
         self._check_partition(raw)
         self._check_logs(raw)
-        image = self._run(owner.store.load(int(meta.get("num_blocks", 0))))
+        image = self._run(owner.store.load())
         self._check_image(image, owner)
         if meta.get("incarnation", "") == worker.incarnation:
             for block_id, hash_ in image.pool.hashes.items():  # rule 2, and rule 4: nothing was written there since
                 assert worker.holds(block_id, *self._world.contents[hash_]), "an index entry of an unfilled block"
+            for block_id, hash_ in image.host.hashes.items():
+                assert worker.holds_on_host(block_id, *self._world.contents[hash_]), "a host block that is not filled"
 
     def _check_numbers(self, meta: dict[str, str]) -> None:
         """Rules 7 and 8: numbers only grow."""
@@ -56,6 +60,10 @@ class Watcher:
         for copy, row in self._hash(raw, "copies").items():
             counts[int(copy)] += 1
             counts[parse_u32(row)[0]] += 1
+        swap_outs = {int(h): parse_u32(row)[0] for h, row in self._hash(raw, "swap_outs").items()}
+        swap_ins = {int(block_id): parse_u32(row)[0] for block_id, row in self._hash(raw, "swap_ins").items()}
+        counts.update([*swap_outs.values(), *swap_ins])
+        self._check_host(raw, Counter([*swap_outs, *swap_ins.values()]))
         num_free = num_referenced = num_cached = 0
         for block_id, (ref_count, hash_) in enumerate(pool):
             assert ref_count == counts[block_id], f"block {block_id} has {ref_count} references"
@@ -67,16 +75,29 @@ class Watcher:
         index = {hash_: int(block_id) for hash_, block_id in self._hash(raw, "index").items()}
         assert index == {hash_: block_id for block_id, (_, hash_) in enumerate(pool) if hash_ is not None}
 
+    def _check_host(self, raw: Dump, counts: Counter[int]) -> None:
+        """The same for the host pool; one content is in one host block."""
+        host = parse_pool(self._bytes(raw, "host"))
+        for block_id, (ref_count, hash_) in enumerate(host):
+            assert ref_count == counts[block_id], f"host block {block_id} has {ref_count} references"
+            assert block_id > 0 or (ref_count, hash_) == (0, None), "host block 0 is in use"
+        hashes = [hash_ for _, hash_ in host if hash_ is not None]
+        assert len(set(hashes)) == len(hashes), "one content in two host blocks"
+
     def _check_image(self, image: WorkerImage, owner: Owner) -> None:
         """A mirror rebuilt from Redis alone is what its last script left; once all is settled, it is the live one."""
         assert image == self._world.expected[self._n_seen].image
         rebuilt = BlockManager.from_image(image.pool, Changes())
-        rebuilt.check(image.tables.values())
-        assert rebuilt.image() == image.pool
+        swapper = Swapper(rebuilt, HostPool.from_image(image.host), BLOCK_SIZE)
+        assert len(swapper.adopt(image.host)) == len(image.host.swap_outs) + len(image.host.swap_ins)
+        rebuilt.check(image.tables.values(), swapper.held_block_ids)
+        swapper.check()
+        assert (rebuilt.image(), swapper.image()) == (image.pool, image.host)
         live = owner.blocks
-        live.check(s.table for s in owner.sequences.values())
+        live.check([s.table for s in owner.sequences.values()], owner.swapper.held_block_ids)
+        owner.swapper.check()
         if owner.is_settled:
-            assert rebuilt.image() == live.image()
+            assert (rebuilt.image(), swapper.image()) == (live.image(), owner.swapper.image())
             assert rebuilt.num_free_blocks == live.num_free_blocks
             assert rebuilt.num_cached_blocks == live.num_cached_blocks
             assert rebuilt.num_referenced_blocks == live.num_referenced_blocks

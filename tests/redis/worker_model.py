@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from scheduler.swapper import Swap
+
 BLOCK_SIZE = 4
 
 Slot = tuple[str, tuple[int, ...]] | None
@@ -62,9 +64,12 @@ class Plan:
     """One step: copies first, then rows."""
 
     step_id: int
+    epoch: int
     copies: tuple[tuple[int, int, int], ...]
     """(destination, source, tokens)."""
     rows: tuple[Row, ...]
+    swaps: tuple[Swap, ...]
+    """To begin as soon as all plans before this one are done."""
 
 
 @dataclass(slots=True)
@@ -73,12 +78,18 @@ class Worker:
 
     incarnation: str
     num_blocks: int
+    num_host_blocks: int
     plans: deque[Plan] = field(default_factory=deque)
+    swaps: deque[tuple[int, Swap]] = field(default_factory=deque)
+    """Under way, in order, with the epoch of their plan."""
     done: list[Plan] = field(default_factory=list)
     """Every plan that ran: its results, for whoever asks again."""
     pool: dict[int, list[Slot]] = field(default_factory=dict)
+    host: dict[int, list[Slot]] = field(default_factory=dict)
+    _begun_step_id: int = 0
 
     def __post_init__(self) -> None:
+        self.host = {block_id: [None] * BLOCK_SIZE for block_id in range(1, self.num_host_blocks + 1)}
         self.pool = {block_id: [None] * BLOCK_SIZE for block_id in range(1, self.num_blocks + 1)}
 
     @property
@@ -88,6 +99,7 @@ class Worker:
 
     def run(self, is_readonly: Callable[[int], bool]) -> Plan:
         """Runs the oldest plan; asserts that it reads only what is written, and writes only where it may."""
+        self.begin_swaps()
         plan = self.plans.popleft()
         for destination, source, num_tokens in plan.copies:
             assert None not in self.pool[source][:num_tokens], f"copy of unwritten slots of block {source}"
@@ -102,11 +114,35 @@ class Worker:
         self.done.append(plan)
         return plan
 
+    def begin_swaps(self) -> None:
+        """Those of the plan whose turn it is."""
+        if self.plans and self.plans[0].step_id > self._begun_step_id:
+            self._begun_step_id = self.plans[0].step_id
+            self.swaps += [(self.plans[0].epoch, swap) for swap in self.plans[0].swaps]
+
+    def swap(self) -> tuple[int, Swap]:
+        """Does the oldest swap that is under way."""
+        epoch, swap = self.swaps.popleft()
+        if swap.is_out:
+            assert None not in self.pool[swap.block_id], f"unwritten slots of block {swap.block_id} go out"
+            self.host[swap.host_block_id] = list(self.pool[swap.block_id])
+        else:
+            self.pool[swap.block_id] = list(self.host[swap.host_block_id])
+        return epoch, swap
+
     def _read(self, row: Row, position: int) -> None:
         held = self.pool[row.block_ids[position // BLOCK_SIZE]][position % BLOCK_SIZE]
         assert held == row.story.slot(position), f"sequence {row.story.seq_id} reads {held} at {position}"
 
     def holds(self, block_id: int, salt: str, tokens: tuple[int, ...]) -> bool:
         """Whether a block holds the last full block of these tokens."""
-        first = len(tokens) - BLOCK_SIZE
-        return self.pool[block_id] == [(salt, tokens[: first + i + 1]) for i in range(BLOCK_SIZE)]
+        return self.pool[block_id] == _content(salt, tokens)
+
+    def holds_on_host(self, host_block_id: int, salt: str, tokens: tuple[int, ...]) -> bool:
+        """Whether a host block does."""
+        return self.host[host_block_id] == _content(salt, tokens)
+
+
+def _content(salt: str, tokens: tuple[int, ...]) -> list[Slot]:
+    first = len(tokens) - BLOCK_SIZE
+    return [(salt, tokens[: first + i + 1]) for i in range(BLOCK_SIZE)]

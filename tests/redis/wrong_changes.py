@@ -12,7 +12,7 @@ OTHER_HASH = b"\xee" * 16
 
 def wrong_changes(image: WorkerImage) -> list[tuple[str, Changes]]:
     """(what is wrong, the rows) for every case that this state allows."""
-    cases = (_appends, _publishes, _reservations, _shares, _forks, _ends)
+    cases = (_appends, _publishes, _reservations, _shares, _forks, _swaps, _ends)
     return [case for make in cases for case in make(image)]
 
 
@@ -80,6 +80,38 @@ def _forks(image: WorkerImage) -> Cases:
         yield "copy onto a referenced block", Changes(fork=[(seq_id, NOBODY, 0, table[0], table[-1], 1)])
         yield "copy from outside the pool", Changes(fork=[(seq_id, NOBODY, 0, pool.num_blocks + 1, unused or 1, 1)])
         return
+
+
+def _swaps(image: WorkerImage) -> Cases:
+    pool, host = image.pool, image.host
+    room = next(_first(host.num_blocks, lambda i: not host.ref_counts.get(i)), 0)
+    yield "end of a swap out that does not run", Changes(swapped_out=[host.num_blocks + 1])
+    yield "end of a swap in that does not run", Changes(swapped_in=[pool.num_blocks + 1])
+    for block_id in _first(pool.num_blocks, lambda i: i in pool.hashes):
+        yield "swap out of another content", Changes(swap_out=[(block_id, OTHER_HASH, room)])
+        yield "swap out to outside the host", Changes(swap_out=[(block_id, pool.hashes[block_id], host.num_blocks + 1)])
+        yield "swap out to one block twice", Changes(swap_out=[(block_id, pool.hashes[block_id], room)] * 2)
+        for held in host.ref_counts:
+            yield "swap out to a held block", Changes(swap_out=[(block_id, pool.hashes[block_id], held)])
+            break
+    for block_id in _first(pool.num_blocks, lambda i: i not in pool.hashes):
+        yield "swap out of an unpublished block", Changes(swap_out=[(block_id, NO_HASH, room)])
+    for host_id, hash_ in host.hashes.items():
+        unused = _unused(image)
+        yield (
+            "swap in of another content",
+            Changes(reserve=[(NOBODY, [], [unused])], swap_in=[(host_id, OTHER_HASH, unused)]),
+        )
+        yield "swap in to a block that nobody reserved", Changes(swap_in=[(host_id, hash_, unused)])
+        for block_id in _first(pool.num_blocks, lambda i: i in pool.hashes):
+            yield "swap in to a published block", Changes(swap_in=[(host_id, hash_, block_id)])
+        break
+    for host_id in host.swap_outs:
+        yield "end of a swap out twice", Changes(swapped_out=[host_id, host_id])
+        break
+    for block_id in host.swap_ins:
+        yield "end of a swap in twice", Changes(swapped_in=[block_id, block_id])
+        break
 
 
 def _ends(image: WorkerImage) -> Cases:

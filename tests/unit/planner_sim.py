@@ -21,11 +21,14 @@ from scheduler.block_hash import root_hash
 from scheduler.block_manager import BlockCopy, BlockManager
 from scheduler.changes import Changes
 from scheduler.committer import Committer
+from scheduler.host_pool import HostPool
 from scheduler.live_request import Ending, LiveChoice, LiveRequest
 from scheduler.planner import Planner, ScheduledRow
 from scheduler.request import RequestBody
 from scheduler.results import Results, Step
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
+from scheduler.swap_ahead import Preemption, SwapAhead, SwapCosts
+from scheduler.swapper import Swap, Swapper
 from scheduler.wire import StepNumbers, StepWork, build_plan
 
 END = 0
@@ -71,6 +74,10 @@ class SimLimits:
     """Rounds from a script to its answer; 0: before the next round begins."""
     plans_ahead: int = 1
     """Plans that wait behind the one that runs."""
+    num_host_blocks: int = 0
+    preemption: Preemption = Preemption.SWAP
+    swap_rounds: int = 2
+    """Rounds that the worker takes for swaps."""
 
 
 @dataclass(slots=True)
@@ -96,6 +103,9 @@ class SimWorker:
     salts: dict[int, str] = field(default_factory=dict)
     pool: dict[int, list[int | None]] = field(default_factory=dict)
     held: dict[int, _Held] = field(default_factory=dict)
+    host: dict[int, list[int | None]] = field(default_factory=dict)
+    swaps: deque[Swap] = field(default_factory=deque)
+    """Begun, and done later, in their order."""
     last_step_id: int = 0
 
     def run(self, plan: pb.StepPlan) -> pb.StepResult:
@@ -126,6 +136,8 @@ class SimWorker:
         copies = (plan.copy_src_block_ids, plan.copy_dst_block_ids, plan.copy_num_tokens)
         for source, copy, count in zip(*copies, strict=True):
             self.pool[copy] = [*self.pool[source][:count], *[None] * (self.block_size - count)]
+        self.swaps += [Swap(True, *out) for out in zip(plan.out_block_ids, plan.out_host_block_ids, strict=True)]
+        self.swaps += [Swap(False, *in_) for in_ in zip(plan.in_block_ids, plan.in_host_block_ids, strict=True)]
         result = pb.StepResult(epoch=plan.epoch, step_id=plan.step_id)
         parent = 0
         for seq_id, count in zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True):
@@ -135,6 +147,17 @@ class SimWorker:
             else:
                 self._fork_row(parent, seq_id, result)
         return result
+
+    def swap(self, count: int) -> list[Swap]:
+        """Does the oldest swaps that have begun, at the last moment."""
+        done = [self.swaps.popleft() for _ in range(min(count, len(self.swaps)))]
+        for swap in done:
+            if swap.is_out:
+                assert None not in self.pool[swap.block_id], "what nobody has written goes out"
+                self.host[swap.host_block_id] = list(self.pool[swap.block_id])
+            else:
+                self.pool[swap.block_id] = list(self.host[swap.host_block_id])
+        return done
 
     def _fork_row(self, parent_id: int, seq_id: int, result: pb.StepResult) -> None:
         parent, held = self.held[parent_id], self.held[seq_id]
@@ -182,6 +205,16 @@ def likeliest(token_ids: list[int], count: int) -> list[tuple[int, float]]:
     return list(zip(rng.sample(range(40), count), logprobs, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class _Script:
+    """What is so once it is answered."""
+
+    answer_round: int
+    reserved: list[tuple[Sequence, int, int]]
+    copies: list[BlockCopy]
+    swaps: list[Swap]
+
+
 class SimCommitter:
     """Has the face of a Committer that Results needs; scripts are answered some rounds later."""
 
@@ -190,7 +223,8 @@ class SimCommitter:
         self.logs: dict[int, list[int]] = {}
         self.ended: list[LiveChoice] = []
         self.acked_copies: list[BlockCopy] = []
-        self._in_flight: deque[tuple[int, list[tuple[Sequence, int, int]], list[BlockCopy]]] = deque()
+        self.acked_swaps: list[Swap] = []
+        self._in_flight: deque[_Script] = deque()
 
     def log_tokens(self, live: LiveChoice, first_index: int, token_ids: list[int]) -> None:
         """Appends to the log, which is contiguous."""
@@ -217,18 +251,21 @@ class SimCommitter:
         """A sequence is over."""
         self.ended.append(live)
 
-    def send(self, reserved: Iterable[Sequence], copies: Iterable[BlockCopy], answer_round: int) -> Changes:
-        """The next script."""
-        named = [(s, s.attempt, len(s.block_ids)) for s in reserved]
-        self._in_flight.append((answer_round, named, list(copies)))
+    def send(self, planner: Planner, answer_round: int) -> Changes:
+        """The next script, with all that the planner has to tell."""
+        named = [(s, s.attempt, len(s.block_ids)) for s in planner.reserved]
+        self._in_flight.append(_Script(answer_round, named, list(planner.forks.copies), list(planner.swapper.started)))
+        for told in (planner.reserved, planner.redescribed, planner.forks.copies, planner.swapper.started):
+            told.clear()
         return self.changes.take()
 
     def answer(self, now: int) -> None:
         """Everything whose answer is due."""
-        while self._in_flight and self._in_flight[0][0] <= now:
-            _, named, copies = self._in_flight.popleft()
-            self.acked_copies += copies
-            for sequence, attempt, num_blocks in named:
+        while self._in_flight and self._in_flight[0].answer_round <= now:
+            script = self._in_flight.popleft()
+            self.acked_copies += script.copies
+            self.acked_swaps += script.swaps
+            for sequence, attempt, num_blocks in script.reserved:
                 if sequence.attempt == attempt:
                     sequence.num_acked_blocks = num_blocks
 
@@ -252,7 +289,9 @@ class Simulation:
         planner_limits = PlannerLimits(
             limits.block_size, limits.max_num_seqs, limits.max_num_batched_tokens, limits.overcommit
         )
-        self.planner = Planner(planner_limits, self.blocks)
+        swapper = Swapper(self.blocks, HostPool(limits.num_host_blocks), limits.block_size)
+        costs = SwapCosts(block_bytes=1, bytes_per_s=2.0 / limits.block_size, s_per_token=1.0, step_s=1.0)
+        self.planner = Planner(planner_limits, self.blocks, SwapAhead(self.blocks, swapper, limits.preemption, costs))
         self.committer = SimCommitter(self.blocks.changes)
         self.live: dict[int, LiveChoice] = {}
         self.results = Results(self.planner, cast(Committer, self.committer), self.live)
@@ -269,6 +308,7 @@ class Simulation:
         self._in_flight: deque[Step] = deque()
         self._plans: deque[pb.StepPlan] = deque()
         self._arrived_results: list[pb.StepResult] = []
+        self._swap_dues: deque[tuple[int, int]] = deque()  # (round, swaps that are done in it)
         self._next_step_id = 1
 
     def __repr__(self) -> str:
@@ -302,6 +342,9 @@ class Simulation:
             assert self.round_number < max_rounds, f"stuck: {self.describe()}"
             self.step()
         for _ in range(self.limits.plans_ahead + 2):
+            self.step()
+        while self.planner.swapper.held_block_ids:
+            assert self.round_number < max_rounds, f"stuck: {self.describe()}"
             self.step()
         for seq_id, live in self.live.items():
             expected, log = self.expected_output(seq_id), self.committer.logs.get(seq_id, [])
@@ -342,16 +385,15 @@ class Simulation:
         running_before = {s.seq_id for s in self.planner.running}
         self.planner.grow_and_admit(self.limits.lookahead)
         self.admitted_order += [s.seq_id for s in self.planner.running if s.seq_id not in running_before]
-        self.planner.redescribed.clear()
-        forks = self.planner.forks
-        changes = self.committer.send(self.planner.reserved, forks.copies, self.round_number + self.limits.ack_rounds)
-        self.planner.reserved.clear()
-        forks.copies.clear()
+        changes = self.committer.send(self.planner, self.round_number + self.limits.ack_rounds)
         if not self.limits.ack_rounds:
             self.committer.answer(self.round_number)
         self._check()
         if self._plans:
+            num_before = len(self.worker.swaps)
             self._arrived_results.append(self.worker.run(self._plans.popleft()))
+            num_begun = len(self.worker.swaps) - num_before
+            self._swap_dues.append((self.round_number + self.limits.swap_rounds, num_begun))
         self.rounds.append(Round(self.round_number, results, plans, changes))
         self.round_number += 1
         return self.rounds[-1]
@@ -404,6 +446,13 @@ class Simulation:
             self.results.apply(step, result)
             applied.append((result, step))
         self._arrived_results.clear()
+        while self._swap_dues and self._swap_dues[0][0] <= self.round_number:
+            done = self.worker.swap(self._swap_dues.popleft()[1])
+            outs, ins = (
+                [swap.host_block_id for swap in done if swap.is_out],
+                [swap.block_id for swap in done if not swap.is_out],
+            )
+            self.planner.swapper.finish(outs, ins)
         return applied
 
     def _plan_ahead(self) -> list[tuple[pb.StepPlan, list[ScheduledRow]]]:
@@ -412,11 +461,12 @@ class Simulation:
             before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
             rows = self.planner.schedule()
             copies, self.committer.acked_copies = self.committer.acked_copies, []
-            if not rows and not copies:
+            swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
+            if not rows and not copies and not swaps:
                 break
             self._check_rows(rows, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
-            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed), self._samplers)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps), self._samplers)
             self.planner.removed.clear()
             plan.freed_block_ids.extend(self.blocks.freed_block_ids)
             self.blocks.freed_block_ids.clear()
@@ -448,7 +498,7 @@ class Simulation:
             for sequence in self.planner.running:
                 num_planned = sequence.num_planned_tokens
                 has_room = num_planned < sequence.num_acked_blocks * self.limits.block_size
-                is_decode = unplanned_before[sequence.seq_id] == 1 and has_room
+                is_decode = unplanned_before[sequence.seq_id] == 1 and has_room and not sequence.num_arriving_blocks
                 assert not is_decode or sequence.seq_id in planned, "a decode starves beside prefills"
 
         for parent, row in pairwise(rows):
@@ -458,7 +508,9 @@ class Simulation:
     def _check(self) -> None:
         assert len(self.planner.running) <= self.limits.max_num_seqs
         sequences = [live.sequence for live in self.live.values()]
-        self.blocks.check(s.block_ids for s in sequences)
+        swapper = self.planner.swapper
+        self.blocks.check([s.block_ids for s in sequences], swapper.held_block_ids)
+        swapper.check()
         waiting = {s.seq_id for s in (*self.planner.waiting, *self._followers())}
         running = {s.seq_id for s in self.planner.running}
         assert not waiting & running
@@ -476,6 +528,8 @@ class Simulation:
             assert content is not None, "published before it was written"
             assert None not in slots, "published before it was written"
             assert self._contents.setdefault(hash_, content) == content, "one hash, two contents"
+        for block_id, hash_ in swapper.image().hashes.items():
+            assert self.worker.host[block_id][-1] == self._contents[hash_], "the host does not hold what it says"
 
     def _followers(self) -> list[Sequence]:
         return [s for s in (live.sequence for live in self.live.values()) if s.leader is not None]

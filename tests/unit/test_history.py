@@ -13,7 +13,7 @@ from scheduler.request import RequestBody
 from scheduler.sequence import Admission, BlockSource, EvictedRun, Sequence, SequenceLimits
 from tests.unit.traffic import Pool, prompts
 
-HIT, COMPUTED, EVICTED, LAST = BlockSource
+HIT, COMPUTED, EVICTED, LAST, HOST_HIT = BlockSource
 
 
 def served(pool: Pool, prompt: list[int], now_s: float) -> Sequence:
@@ -76,7 +76,7 @@ def admitted(history: PoolHistory, hashes: list[bytes]) -> Sequence:
         1, "r1", 0, [1] * (16 * len(hashes) + 1), 16 * len(hashes) + 1, SequenceLimits(1, frozenset(), True), b""
     )
     sequence.block_hashes = hashes
-    history.note_admission(sequence, 0)
+    history.note_admission(sequence, [])
     return sequence
 
 

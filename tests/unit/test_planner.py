@@ -11,6 +11,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler.swap_ahead import Preemption
 from tests.unit.planner_sim import Arrival, SimLimits, Simulation
 
 IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
@@ -67,6 +68,9 @@ def simulations(draw: st.DrawFn) -> Simulation:
         lookahead=draw(st.integers(2, 9)),
         ack_rounds=draw(st.integers(0, 4)),
         plans_ahead=draw(st.sampled_from([1, 2])),
+        num_host_blocks=draw(st.sampled_from([0, 0, 1, 5, 40])),
+        preemption=draw(st.sampled_from(list(Preemption))),
+        swap_rounds=draw(st.integers(0, 6)),
     )
     return Simulation(limits, requests)
 
@@ -82,11 +86,15 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
         met["hits"] += counters.num_prefix_hit_tokens > 0
         met["copies"] += sum(len(plan.copy_src_block_ids) for round_ in simulation.rounds for plan, _ in round_.plans)
         met["forks"] += sum(len(round_.changes.fork) for round_ in simulation.rounds)
+        met["host hits"] += counters.num_host_hit_tokens > 0
+        met["blocks out"] += simulation.planner.swapper.num_blocks_out
+        met["blocks in"] += simulation.planner.swapper.num_blocks_in
         met["runs"] += 1
 
     runs()
-    runs_, others = met["runs"], ", ".join(f"{met[what]} {what}" for what in ("preemptions", "forks", "copies"))
-    print(f"\n{runs_} runs, {met['hits']} with hits, {others}")
+    others = ", ".join(f"{met[what]} {what}" for what in ("preemptions", "forks", "copies", "blocks out", "blocks in"))
+    print(f"\n{met['runs']} runs, {met['hits']} with hits, {met['host hits']} with some on the host, {others}")
     assert met["hits"] > met["runs"] // 10
     assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"
+    assert met["host hits"] > met["runs"] // 20, "a case that no run met is not tested"
     assert met["forks"] > met["copies"] > met["runs"] // 4, "a case that no run met is not tested"

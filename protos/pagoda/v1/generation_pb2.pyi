@@ -113,11 +113,13 @@ class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState
     BLOCK_STATE_FREE: _BlockState.ValueType  # 1
     """Holds nothing."""
     BLOCK_STATE_REFERENCED: _BlockState.ValueType  # 2
-    """Some table or running copy names it."""
+    """Some table, running copy or swap names it."""
     BLOCK_STATE_CACHED: _BlockState.ValueType  # 3
     """Only the prefix index names it, and one request has asked for it: on probation, evicted first."""
     BLOCK_STATE_PROTECTED: _BlockState.ValueType  # 4
     """Only the prefix index names it, and a second request has asked for it: protected, evicted after the others."""
+    BLOCK_STATE_SET_ASIDE: _BlockState.ValueType  # 5
+    """A host block that is kept for a preempted sequence."""
 
 class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper):
     """What a block is; every block is exactly one of these."""
@@ -127,11 +129,13 @@ BLOCK_STATE_UNSPECIFIED: BlockState.ValueType  # 0
 BLOCK_STATE_FREE: BlockState.ValueType  # 1
 """Holds nothing."""
 BLOCK_STATE_REFERENCED: BlockState.ValueType  # 2
-"""Some table or running copy names it."""
+"""Some table, running copy or swap names it."""
 BLOCK_STATE_CACHED: BlockState.ValueType  # 3
 """Only the prefix index names it, and one request has asked for it: on probation, evicted first."""
 BLOCK_STATE_PROTECTED: BlockState.ValueType  # 4
 """Only the prefix index names it, and a second request has asked for it: protected, evicted after the others."""
+BLOCK_STATE_SET_ASIDE: BlockState.ValueType  # 5
+"""A host block that is kept for a preempted sequence."""
 Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
 
 class _BlockSource:
@@ -150,6 +154,8 @@ class _BlockSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockSour
     """Computed again; it was cached by this worker, and evicted."""
     BLOCK_SOURCE_LAST: _BlockSource.ValueType  # 4
     """Computed whatever is cached: it holds the last token, which is always run."""
+    BLOCK_SOURCE_HOST_HIT: _BlockSource.ValueType  # 5
+    """A hit on the host: copied from the host pool."""
 
 class BlockSource(_BlockSource, metaclass=_BlockSourceEnumTypeWrapper):
     """Where a block of a prompt came from."""
@@ -164,6 +170,8 @@ BLOCK_SOURCE_EVICTED: BlockSource.ValueType  # 3
 """Computed again; it was cached by this worker, and evicted."""
 BLOCK_SOURCE_LAST: BlockSource.ValueType  # 4
 """Computed whatever is cached: it holds the last token, which is always run."""
+BLOCK_SOURCE_HOST_HIT: BlockSource.ValueType  # 5
+"""A hit on the host: copied from the host pool."""
 Global___BlockSource: _TypeAlias = BlockSource  # noqa: Y015
 
 @_typing.final
@@ -819,6 +827,12 @@ class WorkerStatus(_message.Message):
     GAP_P50_S_FIELD_NUMBER: _builtins.int
     GAP_P99_S_FIELD_NUMBER: _builtins.int
     BACK_TO_BACK_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_FREE_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SWAPPED_OUT_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_SWAPPED_IN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The worker's stable name."""
     state: Global___WorkerState.ValueType
@@ -861,6 +875,18 @@ class WorkerStatus(_message.Message):
     """Of the same gaps, the 99th percentile, seconds."""
     back_to_back: _builtins.float
     """Of the last 4,096 steps, the share whose plan was there when the step before ended: 0 to 1."""
+    num_host_blocks: _builtins.int
+    """Blocks of the host pool: free, cached, or held by a swap; 0: there is none."""
+    num_free_host_blocks: _builtins.int
+    """Host blocks that hold nothing."""
+    num_cached_host_blocks: _builtins.int
+    """Host blocks that hold a block's content."""
+    num_host_hit_tokens: _builtins.int
+    """Of the tokens found in the prefix index, those that were found on the host."""
+    num_blocks_swapped_out: _builtins.int
+    """Blocks copied to the host since this owner began."""
+    num_blocks_swapped_in: _builtins.int
+    """Blocks copied from the host since this owner began."""
     @_builtins.property
     def phase_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Processor seconds since this owner began, by phase of the loop: "apply", "plan", "commit", "link" (the last with
@@ -892,10 +918,16 @@ class WorkerStatus(_message.Message):
         gap_p50_s: _builtins.float = ...,
         gap_p99_s: _builtins.float = ...,
         back_to_back: _builtins.float = ...,
+        num_host_blocks: _builtins.int = ...,
+        num_free_host_blocks: _builtins.int = ...,
+        num_cached_host_blocks: _builtins.int = ...,
+        num_host_hit_tokens: _builtins.int = ...,
+        num_blocks_swapped_out: _builtins.int = ...,
+        num_blocks_swapped_in: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_to_back", b"back_to_back", "device", b"device", "epoch", b"epoch", "gap_p50_s", b"gap_p50_s", "gap_p99_s", b"gap_p99_s", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_commits", b"num_commits", "num_free_blocks", b"num_free_blocks", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_referenced_blocks", b"num_referenced_blocks", "num_running", b"num_running", "num_step_tokens", b"num_step_tokens", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_s", b"phase_s", "redis_round_trip_s", b"redis_round_trip_s", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["back_to_back", b"back_to_back", "device", b"device", "epoch", b"epoch", "gap_p50_s", b"gap_p50_s", "gap_p99_s", b"gap_p99_s", "name", b"name", "num_blocks", b"num_blocks", "num_blocks_swapped_in", b"num_blocks_swapped_in", "num_blocks_swapped_out", b"num_blocks_swapped_out", "num_cached_blocks", b"num_cached_blocks", "num_cached_host_blocks", b"num_cached_host_blocks", "num_commits", b"num_commits", "num_free_blocks", b"num_free_blocks", "num_free_host_blocks", b"num_free_host_blocks", "num_host_blocks", b"num_host_blocks", "num_host_hit_tokens", b"num_host_hit_tokens", "num_output_tokens", b"num_output_tokens", "num_preemptions", b"num_preemptions", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_referenced_blocks", b"num_referenced_blocks", "num_running", b"num_running", "num_step_tokens", b"num_step_tokens", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phase_s", b"phase_s", "redis_round_trip_s", b"redis_round_trip_s", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1077,6 +1109,7 @@ class PoolBlocks(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     REF_COUNTS_FIELD_NUMBER: _builtins.int
     NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
+    HOST_STATES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's stable name."""
     state: Global___WorkerState.ValueType
@@ -1089,6 +1122,8 @@ class PoolBlocks(_message.Message):
     """Four bytes per block, little-endian: how many tables and running copies name it."""
     num_evictions: _builtins.int
     """Blocks evicted since this owner began."""
+    host_states: _builtins.bytes
+    """A byte per host block, from id 1 on: its BlockState."""
     def __init__(
         self,
         *,
@@ -1098,10 +1133,11 @@ class PoolBlocks(_message.Message):
         states: _builtins.bytes = ...,
         ref_counts: _builtins.bytes = ...,
         num_evictions: _builtins.int = ...,
+        host_states: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "num_evictions", b"num_evictions", "ref_counts", b"ref_counts", "state", b"state", "states", b"states", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "host_states", b"host_states", "num_evictions", b"num_evictions", "ref_counts", b"ref_counts", "state", b"state", "states", b"states", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

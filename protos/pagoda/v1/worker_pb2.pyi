@@ -62,6 +62,7 @@ class ConnectRequest(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     PLANS_DROPPED_FIELD_NUMBER: _builtins.int
+    SWAPS_DONE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First."""
@@ -78,6 +79,10 @@ class ConnectRequest(_message.Message):
     def plans_dropped(self) -> Global___PlansDropped:
         """Answer to a newer epoch: which plans were not started."""
 
+    @_builtins.property
+    def swaps_done(self) -> Global___SwapsDone:
+        """Swaps that have ended since the last of these."""
+
     def __init__(
         self,
         *,
@@ -85,12 +90,13 @@ class ConnectRequest(_message.Message):
         result: Global___StepResult | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         plans_dropped: Global___PlansDropped | None = ...,
+        swaps_done: Global___SwapsDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "plans_dropped", b"plans_dropped", "register", b"register", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "plans_dropped", b"plans_dropped", "register", b"register", "result", b"result", "swaps_done", b"swaps_done"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "plans_dropped", b"plans_dropped", "register", b"register", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "plans_dropped", b"plans_dropped", "register", b"register", "result", b"result", "swaps_done", b"swaps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "result", "heartbeat", "plans_dropped"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "result", "heartbeat", "plans_dropped", "swaps_done"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -189,6 +195,9 @@ class Register(_message.Message):
     HIGHEST_STEP_ID_FIELD_NUMBER: _builtins.int
     POISON_FREED_BLOCKS_FIELD_NUMBER: _builtins.int
     CALIBRATED_STEP_S_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    SWAP_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    CALIBRATED_S_PER_TOKEN_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this contract; equal on both sides."""
     worker_name: _builtins.str
@@ -221,6 +230,12 @@ class Register(_message.Message):
     """Tests: name freed blocks in plans, so that the worker can poison them."""
     calibrated_step_s: _builtins.float
     """Seconds that a step of one token takes, measured in warm-up; seeds the deadline of the first steps."""
+    num_host_blocks: _builtins.int
+    """Blocks of the host pool, each as large as a block: usable ids are 1 to num_host_blocks. 0: there is none."""
+    swap_bytes_per_s: _builtins.float
+    """Bytes per second between the two pools, measured in warm-up; 0: not measured."""
+    calibrated_s_per_token: _builtins.float
+    """Seconds that one more token of a prompt adds to a step, measured in warm-up; 0: not measured."""
     @_builtins.property
     def kv_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___KVGroup]:
         """One entry per KV group; most models have one."""
@@ -245,10 +260,13 @@ class Register(_message.Message):
         highest_step_id: _builtins.int = ...,
         poison_freed_blocks: _builtins.bool = ...,
         calibrated_step_s: _builtins.float = ...,
+        num_host_blocks: _builtins.int = ...,
+        swap_bytes_per_s: _builtins.float = ...,
+        calibrated_s_per_token: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_step_s", b"calibrated_step_s", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_s_per_token", b"calibrated_s_per_token", "calibrated_step_s", b"calibrated_step_s", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "swap_bytes_per_s", b"swap_bytes_per_s", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -361,6 +379,44 @@ class Heartbeat(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class SwapsDone(_message.Message):
+    """Swaps between the pools that are done, by their destinations. Not kept: a new owner issues again what Redis holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    HOST_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Epoch of the plans that asked for them."""
+    seconds: _builtins.float
+    """Seconds that they took, one after the other."""
+    @_builtins.property
+    def host_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Host blocks that were written."""
+
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that were written."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        host_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "epoch", b"epoch", "host_block_ids", b"host_block_ids", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapsDone: _TypeAlias = SwapsDone  # noqa: Y015
 
 @_typing.final
 class PlansDropped(_message.Message):
@@ -522,6 +578,10 @@ class StepPlan(_message.Message):
     FREED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     REPLACED_SEQ_IDS_FIELD_NUMBER: _builtins.int
     REPLACED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    OUT_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    OUT_HOST_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    IN_HOST_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    IN_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The owner's epoch."""
     step_id: _builtins.int
@@ -584,6 +644,24 @@ class StepPlan(_message.Message):
     def replaced_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """which."""
 
+    @_builtins.property
+    def out_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks to swap beside the steps, once all plans before this one are done, out before in, in the order of plans; the
+        worker reports them in SwapsDone. Out (columns): from these blocks,
+        """
+
+    @_builtins.property
+    def out_host_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """to these host blocks."""
+
+    @_builtins.property
+    def in_host_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In: from these host blocks,"""
+
+    @_builtins.property
+    def in_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """to these blocks."""
+
     def __init__(
         self,
         *,
@@ -603,10 +681,14 @@ class StepPlan(_message.Message):
         freed_block_ids: _abc.Iterable[_builtins.int] | None = ...,
         replaced_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
         replaced_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        out_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        out_host_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        in_host_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        in_block_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "removed_seq_ids", b"removed_seq_ids", "replaced_seq_ids", b"replaced_seq_ids", "replaced_token_ids", b"replaced_token_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "in_block_ids", b"in_block_ids", "in_host_block_ids", b"in_host_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "out_block_ids", b"out_block_ids", "out_host_block_ids", b"out_host_block_ids", "removed_seq_ids", b"removed_seq_ids", "replaced_seq_ids", b"replaced_seq_ids", "replaced_token_ids", b"replaced_token_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from deploy.call import call_at
-from deploy.pool_map import LEGEND, SHADED_LEGEND, MapSize, draw_pool
+from deploy.pool_map import HOST_LEGEND, LEGEND, SHADED_LEGEND, MapSize, draw_pool
 from scheduler.client import PagodaClient, is_broken
 
 REFRESH_INTERVAL_S = 0.5
@@ -41,7 +41,8 @@ async def _watch(client: PagodaClient, worker: str, console: Console, pools: pb.
     note = ""
     with suppress(asyncio.CancelledError), Live(console=console, auto_refresh=False) as live:
         while True:
-            rows_each = (console.height - 4) // max(1, len(pools.pools)) - 3
+            num_maps = sum(1 + bool(pool.host_states) for pool in pools.pools)
+            rows_each = (console.height - 4) // max(1, num_maps) - 3
             size = MapSize(console.width, max(MIN_ROWS, min(MAX_ROWS, rows_each)))
             live.update(frame(pools, size, note), refresh=True)
             await asyncio.sleep(REFRESH_INTERVAL_S)
@@ -58,14 +59,15 @@ def frame(pools: pb.GetBlocksResponse, size: MapSize, note: str = "") -> Group:
     if not pools.pools:
         return Group(Text("no workers"))
     scales = {size.blocks_per_cell(len(pool.states)) for pool in pools.pools if pool.states}
-    legends = [LEGEND] * (1 in scales) + [SHADED_LEGEND] * bool(scales - {1})
+    has_host = any(pool.host_states for pool in pools.pools)
+    legends = [LEGEND] * (1 in scales) + [SHADED_LEGEND] * bool(scales - {1}) + [HOST_LEGEND] * has_host
     lines = [Text(line, "dim") for line in legends] + [Text(note, "bold red")] * bool(note)
     return Group(*(draw_pool(pool, size) for pool in pools.pools), *lines)
 
 
 def to_json(pools: pb.GetBlocksResponse) -> str:
-    """One object on one line; `states` has a letter per block: f(ree), r(eferenced), c(ached), p(rotected)."""
-    letters = bytes.maketrans(bytes(range(5)), b"?frcp")
+    """One object on one line; states have a letter per block: free, referenced, cached, protected, set aside."""
+    letters = bytes.maketrans(bytes(range(6)), b"?frcps")
     rows = [
         {
             "worker": pool.worker,
@@ -74,6 +76,7 @@ def to_json(pools: pb.GetBlocksResponse) -> str:
             "num_evictions": pool.num_evictions,
             "states": pool.states.translate(letters).decode(),
             "ref_counts": struct.unpack(f"<{len(pool.states)}I", pool.ref_counts),
+            "host_states": pool.host_states.translate(letters).decode(),
         }
         for pool in pools.pools
     ]

@@ -57,6 +57,11 @@ def up(
     kv_cache_dtype: KvCacheDtype = None,
     kv_memory: KvMemory = None,
     num_blocks: NumBlocks = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Main memory of each worker for blocks that its pool evicts, as in 4GiB."),
+    ] = None,
+    num_host_blocks: Annotated[int | None, typer.Option(help="The same in blocks.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens per KV block: 16 or 32.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step at most.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.")] = None,
@@ -73,6 +78,9 @@ def up(
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait at most.")] = None,
     overcommit: Annotated[
         float | None, typer.Option(help="Share of the pool that the batch's expected peak may reach.")
+    ] = None,
+    preemption: Annotated[
+        str | None, typer.Option(help="auto, swap or recompute: what a preempted sequence comes back by.")
     ] = None,
     pids: Annotated[
         Path | None, typer.Option(help="File that always holds the processes' ids, as a JSON object by name.")

@@ -12,6 +12,7 @@ from scheduler.client import PagodaClient
 
 _WORDS: dict[int, str] = {
     pb.BLOCK_SOURCE_HIT: "hit on the device",
+    pb.BLOCK_SOURCE_HOST_HIT: "hit on the host",
     pb.BLOCK_SOURCE_COMPUTED: "computed",
     pb.BLOCK_SOURCE_EVICTED: "computed again: evicted",
     pb.BLOCK_SOURCE_LAST: "computed: the last token is always run",
@@ -37,7 +38,7 @@ def lines_of(explanation: pb.ExplainResponse) -> Iterator[str]:
     if not explanation.admissions:
         yield "it ended before it was admitted" if explanation.has_ended else "it waits for its admission"
     for admission in explanation.admissions:
-        num_hits = admission.sources.count(pb.BLOCK_SOURCE_HIT)
+        num_hits = sum(admission.sources.count(source) for source in (pb.BLOCK_SOURCE_HIT, pb.BLOCK_SOURCE_HOST_HIT))
         again = f"again, attempt {admission.attempt + 1}, " if admission.attempt else ""
         yield f"admitted {again}at {_clock(admission.admitted_at_s)} on {admission.worker}: {num_hits} of {blocks} hit"
         for first, count, words in stretches(admission):

@@ -13,12 +13,15 @@ MIN_CELLS_PER_ROW, MAX_CELLS_PER_ROW = 16, 128
 _MARGIN = 15
 """Columns beside a row's cells: the id of its first block, and the shares of a large pool."""
 LEGEND = "· free   - cached   = cached and hit: kept longer   1-9, + in so many tables"
+HOST_LEGEND = "on the host: * kept for a preempted sequence   ~ moving"
 SHADED_LEGEND = "· - = mostly free, cached, cached and hit   ░▒▓█ to 25, 50, 75, 100 % in tables"
 _SHADES = "░▒▓█"
+_MOVING = ("~", "green")
 _LOOKS: dict[int, tuple[str, str]] = {
     pb.BLOCK_STATE_FREE: ("·", "dim"),
     pb.BLOCK_STATE_CACHED: ("-", "blue"),
     pb.BLOCK_STATE_PROTECTED: ("=", "cyan"),
+    pb.BLOCK_STATE_SET_ASIDE: ("*", "magenta"),
 }
 
 
@@ -49,28 +52,35 @@ class MapSize:
 
 
 def draw_pool(pool: pb.PoolBlocks, size: MapSize) -> Text:
-    """A line that counts, then the map; each row begins with the id of its first block."""
+    """A line that counts, then the map; each row begins with the id of its first block. Then the same for the host."""
     text = Text()
     text.append(pool.worker, "bold")
     if pool.state != pb.WORKER_STATE_LIVE:
         text.append("  lost: its pool is void\n", "red")
         return text
-    num_blocks = len(pool.states)
-    num_cells, per_cell = size.cells_per_row, size.blocks_per_cell(num_blocks)
     _append_counts(text, pool)
-    ref_counts = struct.unpack(f"<{num_blocks}I", pool.ref_counts)
-    for first in range(0, num_blocks, num_cells * per_cell):
-        states = pool.states[first : first + num_cells * per_cell]
+    ref_counts = struct.unpack(f"<{len(pool.states)}I", pool.ref_counts)
+    _append_map(text, pool.states, list(map(_block, pool.states, ref_counts)), size)
+    if pool.host_states:
+        text.append(pool.worker, "bold")
+        _append_host_counts(text, pool)
+        _append_map(text, pool.host_states, [_LOOKS.get(state, _MOVING) for state in pool.host_states], size)
+    return text
+
+
+def _append_map(text: Text, all_states: bytes, signs: list[tuple[str, str]], size: MapSize) -> None:
+    num_cells, per_cell = size.cells_per_row, size.blocks_per_cell(len(all_states))
+    for first in range(0, len(all_states), num_cells * per_cell):
+        states = all_states[first : first + num_cells * per_cell]
         text.append(f"{first + 1:>6} ", "dim")
         if per_cell == 1:
-            _append_cells(text, map(_block, states, ref_counts[first:]))
+            _append_cells(text, signs[first : first + num_cells])
         else:
             _append_cells(text, (_cell(states[at : at + per_cell]) for at in range(0, len(states), per_cell)))
             text.append(" " * (num_cells - -(-len(states) // per_cell)) + _percents(states), "dim")
         text.append("\n")
     if per_cell > 1:
         text.append(f"{'':7}{per_cell} blocks a cell; on the right, percent of a row referenced and cached\n", "dim")
-    return text
 
 
 def _append_counts(text: Text, pool: pb.PoolBlocks) -> None:
@@ -82,6 +92,16 @@ def _append_counts(text: Text, pool: pb.PoolBlocks) -> None:
     text.append(f", {counts[pb.BLOCK_STATE_CACHED] + num_hit:,} cached", "blue")
     text.append(f" ({num_hit:,} hit)", "cyan")
     text.append(f", {pool.num_evictions:,} evicted so far\n")
+
+
+def _append_host_counts(text: Text, pool: pb.PoolBlocks) -> None:
+    counts = Counter(pool.host_states)
+    num_hit, num_kept = counts[pb.BLOCK_STATE_PROTECTED], counts[pb.BLOCK_STATE_SET_ASIDE]
+    text.append(f"  on the host, {len(pool.host_states):,} blocks: {counts[pb.BLOCK_STATE_FREE]:,} free, ")
+    text.append(f"{counts[pb.BLOCK_STATE_REFERENCED]:,} moving", "green")
+    text.append(f", {counts[pb.BLOCK_STATE_CACHED] + num_hit:,} cached", "blue")
+    text.append(f" ({num_hit:,} hit)", "cyan")
+    text.append(f", {num_kept:,} kept for preempted sequences\n", "magenta")
 
 
 def _append_cells(text: Text, cells: Iterable[tuple[str, str]]) -> None:

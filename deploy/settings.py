@@ -29,6 +29,8 @@ class UpSettings:
     kv_cache_dtype: str | None = None
     kv_memory: str | None = None
     num_blocks: int | None = None
+    host_memory: str | None = None
+    num_host_blocks: int | None = None
     block_size: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
@@ -41,6 +43,7 @@ class UpSettings:
     record_ttl_s: int | None = None
     max_waiting: int | None = None
     overcommit: float | None = None
+    preemption: str | None = None
 
 
 def check(settings: UpSettings) -> None:
@@ -55,6 +58,10 @@ def check(settings: UpSettings) -> None:
         raise DeployError(f"--workers {settings.workers}: must be at least 1", 2)
     if settings.kv_memory is not None and settings.num_blocks is not None:
         raise DeployError("--kv-memory and --num-blocks: give one of them", 2)
+    if settings.host_memory is not None and settings.num_host_blocks is not None:
+        raise DeployError("--host-memory and --num-host-blocks: give one of them", 2)
+    if settings.preemption not in (None, "auto", "swap", "recompute"):
+        raise DeployError(f"--preemption {settings.preemption}: must be auto, swap or recompute", 2)
     if settings.port is not None:
         _check_port(settings.port)
 
@@ -70,6 +77,7 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
         "record-ttl-s": settings.record_ttl_s,
         "max-waiting": settings.max_waiting,
         "overcommit": settings.overcommit,
+        "preemption": settings.preemption,
     }
     addresses = [part for address in listen for part in ("--listen", address)]
     argv = (sys.executable, "-m", "scheduler", *addresses, *_flags(flags))
@@ -92,6 +100,8 @@ def worker_commands(settings: UpSettings, socket_path: Path) -> list[Command]:
             "block-size": settings.block_size,
             "num-blocks": settings.num_blocks,
             "kv-memory": kv_memory,
+            "host-memory": settings.host_memory,
+            "num-host-blocks": settings.num_host_blocks,
             "max-num-batched-tokens": settings.max_num_batched_tokens,
             "max-num-seqs": settings.max_num_seqs,
             "max-model-len": settings.max_model_len,

@@ -43,7 +43,8 @@ def print_table(status: pb.GetStatusResponse) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("worker", "state", "device"):
         table.add_column(column, no_wrap=True)
-    for column in ("running", "waiting", "free", "referenced", "cached", "blocks", "prefix hits", "preempted"):
+    columns = ("running", "waiting", "free", "referenced", "cached", "blocks", "on host", "prefix hits", "preempted")
+    for column in columns:
         table.add_column(column, no_wrap=True, justify="right")
     for worker in sorted(status.workers, key=lambda worker: worker.name):
         rate = hit_rate(worker)
@@ -54,6 +55,7 @@ def print_table(status: pb.GetStatusResponse) -> None:
             worker.num_referenced_blocks,
             worker.num_cached_blocks,
             worker.num_blocks,
+            f"{worker.num_cached_host_blocks} of {worker.num_host_blocks}" if worker.num_host_blocks else "-",
             "-" if rate is None else f"{rate:.1%}",
             worker.num_preemptions,
         )

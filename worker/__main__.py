@@ -45,7 +45,7 @@ def _serve(config: WorkerConfig) -> None:
     link = Link(config.schedulers, parts.description)
     link.start()
     try:
-        Executor(link, Batch(parts.limits), parts.runner).run()
+        Executor(link, Batch(parts.limits), parts.runner, parts.swaps(link)).run()
     finally:
         link.close()
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from pagoda.fingerprint import model_fingerprint
 
 from worker.config import WorkerConfig
 from worker.errors import ConfigError, ModelError
-from worker.link import Description, PoolFacts
+from worker.link import Description, PoolFacts, Speed
 from worker.models.spec import read_spec
 from worker.runner import Runner, TimedRunner
 from worker.step import BatchLimits
+from worker.swaps import NoSwaps, Reporter, Swaps
 from worker.torch_start import import_torch
 
 log = logging.getLogger("pagoda.worker")
@@ -29,6 +31,8 @@ class Assembly:
     runner: Runner
     limits: BatchLimits
     description: Description
+    swaps: Callable[[Reporter], Swaps]
+    """Made once it is known to whom they are reported."""
 
 
 def assemble(config: WorkerConfig) -> Assembly:
@@ -51,9 +55,10 @@ def _assemble_timed(config: WorkerConfig, step_s: float) -> Assembly:
         pool=PoolFacts(kv_dtype="float32", num_blocks=num_blocks, block_bytes=1, num_layers=1),
         device="timed",
         poison_freed_blocks=False,
-        calibrated_step_s=step_s,
+        speed=Speed(step_s),
     )
-    return Assembly(TimedRunner(step_s, spec.vocab_size if spec else TIMED_VOCAB_SIZE), limits, description)
+    runner = TimedRunner(step_s, spec.vocab_size if spec else TIMED_VOCAB_SIZE)
+    return Assembly(runner, limits, description, lambda _: NoSwaps())
 
 
 def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
@@ -72,7 +77,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     loaded = loading.load(config, spec, model_dir)
-    calibrated_step_s, runner = loading.start(config, loaded, limits)
+    speed, runner = loading.start(config, loaded, limits)
     dtype = loading.kv_dtype_name(loaded)
     log.info(
         "loaded %s as %s on %s: %d blocks of %d tokens, %.0f MiB; %.2f s to import, %.2f s to load, step %.1f ms",
@@ -84,18 +89,21 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
         loaded.pool.num_blocks * loaded.pool.block_bytes / 2**20,
         imported_s - started_s,
         time.perf_counter() - imported_s,
-        calibrated_step_s * 1e3,
+        speed.step_s * 1e3,
     )
+    num_host_blocks = loaded.host.num_blocks if loaded.host else 0
+    if num_host_blocks:
+        log.info("%d host blocks, %.1f GB/s", num_host_blocks, speed.swap_bytes_per_s / 1e9)
     description = Description(
         worker_name=config.name,
         model_fingerprint=fingerprint,
         limits=limits,
-        pool=PoolFacts(dtype, loaded.pool.num_blocks, loaded.pool.block_bytes, spec.num_layers),
+        pool=PoolFacts(dtype, loaded.pool.num_blocks, loaded.pool.block_bytes, spec.num_layers, num_host_blocks),
         device=str(loaded.pool.blocks.device),
         poison_freed_blocks=config.poison_freed_blocks,
-        calibrated_step_s=calibrated_step_s,
+        speed=speed,
     )
-    return Assembly(runner, limits, description)
+    return Assembly(runner, limits, description, lambda reporter: loading.swaps(loaded, reporter))
 
 
 def _limits(config: WorkerConfig, longest: int) -> BatchLimits:

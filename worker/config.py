@@ -31,6 +31,8 @@ class WorkerConfig:
     block_size: int
     kv_memory_bytes: int | None
     num_blocks: int | None
+    host_memory_bytes: int | None
+    num_host_blocks: int | None
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int | None
@@ -57,6 +59,8 @@ def parse_config(argv: Sequence[str]) -> WorkerConfig:
         block_size=flags.block_size,
         kv_memory_bytes=flags.kv_memory,
         num_blocks=flags.num_blocks,
+        host_memory_bytes=flags.host_memory,
+        num_host_blocks=flags.num_host_blocks,
         max_num_batched_tokens=flags.max_num_batched_tokens,
         max_num_seqs=flags.max_num_seqs,
         max_model_len=flags.max_model_len,
@@ -95,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=int, default=16, help="tokens per KV block, 16 or 32 (default %(default)s)")
     add("--kv-memory", type=_bytes_flag, metavar="BYTES", help="KV pool, e.g. 2GiB (default: from free memory)")
     add("--num-blocks", type=int, help="KV pool in blocks, instead of --kv-memory")
+    add("--host-memory", type=_bytes_flag, metavar="BYTES", help="host pool (default: 4GiB beside a GPU, else none)")
+    add("--num-host-blocks", type=int, help="host pool in blocks, instead of --host-memory")
     add("--max-num-batched-tokens", type=int, default=2048, help="most tokens in a step (default %(default)s)")
     add("--max-num-seqs", type=int, default=256, help="most sequences in a step (default %(default)s)")
     add("--max-model-len", type=int, help="longest sequence in tokens (default: the model's, or what the pool holds)")
@@ -125,6 +131,10 @@ def _check(config: WorkerConfig) -> None:
             raise ConfigError(f"scheduler={address!r}: must be host:port or unix:PATH")
     if config.kv_memory_bytes is not None and config.num_blocks is not None:
         raise ConfigError(f"kv-memory={config.kv_memory_bytes} and num-blocks={config.num_blocks}: give one of them")
+    if config.host_memory_bytes is not None and config.num_host_blocks is not None:
+        raise ConfigError(
+            f"host-memory={config.host_memory_bytes} and num-host-blocks={config.num_host_blocks}: give one of them"
+        )
     if config.model_dir is None and config.timed_step_s is None:
         raise ConfigError("model: --model DIR is missing")
     if config.timed_step_s is not None and not (config.timed_step_s >= 0 and math.isfinite(config.timed_step_s)):
@@ -146,3 +156,6 @@ def _check_counts(config: WorkerConfig) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name}={count}: must be 1 or more")
+    for name, count in (("host-memory", config.host_memory_bytes), ("num-host-blocks", config.num_host_blocks)):
+        if count is not None and count < 0:
+            raise ConfigError(f"{name}={count}: must be 0 or more")

@@ -15,6 +15,7 @@ from worker.errors import ProtocolError
 from worker.ledger import Order
 from worker.runner import Runner, RunningStep
 from worker.step import Progress, Sampled, StepInputs
+from worker.swaps import Swaps
 from worker.wire import StepOutput
 
 
@@ -58,10 +59,11 @@ class _Ran:
 class Executor:
     """Runs plans in order for as long as the process lives."""
 
-    def __init__(self, source: PlanSource, batch: Batch, runner: Runner) -> None:
+    def __init__(self, source: PlanSource, batch: Batch, runner: Runner, swaps: Swaps) -> None:
         self._source = source
         self._batch = batch
         self._runner = runner
+        self._swaps = swaps
         self._registration = 0
         self._launched: deque[_Launched] = deque()
         self._unreported: _Ran | None = None
@@ -91,8 +93,10 @@ class Executor:
         if order.registration != self._registration:
             # After each registration the owner sends its sequences in full: what it does not send has ended.
             self._batch.clear()
+            self._swaps.settle()
             self._registration = order.registration
         try:
+            self._swaps.check(order.plan)
             inputs = self._batch.apply(order.plan)
         except ProtocolError as error:
             if self._launched:
@@ -102,6 +106,7 @@ class Executor:
             self._source.reject(order, error)
             return
         self._runner.prepare(order.plan)
+        self._swaps.begin(order.plan)
         start = time.perf_counter()
         self._launched.append(_Launched(order, inputs, self._runner.launch(inputs), start, is_back_to_back))
         self._batch.begin(inputs)

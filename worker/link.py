@@ -20,7 +20,7 @@ from worker.errors import MismatchError, NameTakenError, ProtocolError
 from worker.ledger import Ledger, Order
 from worker.step import BatchLimits
 from worker.stream import Stream, reason
-from worker.wire import PROTOCOL_VERSION, StepOutput, decode_plan
+from worker.wire import PROTOCOL_VERSION, StepOutput, SwapReport, decode_plan, encode_swaps
 
 log = logging.getLogger("pagoda.worker")
 
@@ -39,6 +39,17 @@ class PoolFacts:
     num_blocks: int
     block_bytes: int
     num_layers: int
+    num_host_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What warm-up measured; 0: not measured. Seconds of a step of one token, and that one token more of a prompt adds;
+    bytes per second between the pools."""
+
+    step_s: float
+    s_per_token: float = 0.0
+    swap_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Description:
     pool: PoolFacts
     device: str
     poison_freed_blocks: bool
-    calibrated_step_s: float
+    speed: Speed
 
 
 class Link:
@@ -73,7 +84,7 @@ class Link:
     def start(self) -> None:
         """Connect, in threads of their own, from now on."""
         for name, target in (("link", self._connect_forever), ("heartbeat", self._beat_forever)):
-            threading.Thread(target=self._guard, args=(target,), name=name, daemon=True).start()
+            threading.Thread(target=self.guard, args=(target,), name=name, daemon=True).start()
 
     def close(self) -> None:
         """End the stream and connect no more."""
@@ -109,6 +120,12 @@ class Link:
             if is_kept and self._stream is not None and self._stream.is_registered:
                 self._stream.send(output)
 
+    def report_swaps(self, report: SwapReport) -> None:
+        """See worker.swaps.Reporter. Without a stream nobody needs to know: the next owner issues them again."""
+        with self._lock:
+            if self._stream is not None and self._stream.is_registered:
+                self._stream.send(encode_swaps(report))
+
     def reject(self, order: Order, error: ProtocolError) -> None:
         """See PlanSource."""
         log.error("ended the stream: %s", error)
@@ -130,7 +147,7 @@ class Link:
                 self._running_since_s = time.monotonic()
             return self._ledger.take()
 
-    def _guard(self, target: Callable[[], None]) -> None:
+    def guard(self, target: Callable[[], None]) -> None:
         """A thread that fails by our own mistake takes the process with it: half a link would hang in silence."""
         try:
             target()
@@ -285,6 +302,9 @@ class Link:
                 highest_epoch=self._ledger.highest_epoch,
                 highest_step_id=self._ledger.highest_step_id,
                 poison_freed_blocks=own.poison_freed_blocks,
-                calibrated_step_s=own.calibrated_step_s,
+                calibrated_step_s=own.speed.step_s,
+                calibrated_s_per_token=own.speed.s_per_token,
+                num_host_blocks=pool.num_host_blocks,
+                swap_bytes_per_s=own.speed.swap_bytes_per_s,
             )
         )

@@ -1,6 +1,6 @@
 """From a checkpoint to a warm ModelRunner: device, dtype, weights, pool. Everything that needs torch at the start."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,15 @@ from worker.config import WorkerConfig
 from worker.errors import ConfigError
 from worker.forward import EagerForward, Forward
 from worker.graphs import CudaGraphRecorder, GraphForward, Recorder
+from worker.host_pool import HostPool, count_host_blocks, free_host_memory
 from worker.kv_pool import FreeMemory, KVPool, PoolRequest, block_bytes, count_blocks, free_cpu_memory, free_gpu_memory
-from worker.model_runner import ModelRunner, PoisoningRunner, profile, warm_up
+from worker.link import Speed
+from worker.model_runner import ModelRunner, PoisoningRunner, prefill_s_per_token, profile, warm_up
 from worker.models.decoder import Decoder
 from worker.models.spec import ModelSpec
 from worker.runner import Runner
 from worker.step import BatchLimits
+from worker.swaps import NoSwaps, Reporter, Swaps, SwapThread
 from worker.weights import load_weights
 
 # By the flag's value; `auto` is the model's own.
@@ -32,6 +35,7 @@ class Loaded:
     decoder: Decoder
     kernels: Kernels
     pool: KVPool
+    host: HostPool | None
 
 
 def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
@@ -46,7 +50,11 @@ def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
     bytes_per_block = block_bytes(spec.num_layers, kernels.kv_format)
     num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))
-    return Loaded(decoder, kernels, KVPool(spec.num_layers, num_blocks, kernels.kv_format, device))
+    pool = KVPool(spec.num_layers, num_blocks, kernels.kv_format, device)
+    num_host_blocks = count_host_blocks(
+        config.host_memory_bytes, config.num_host_blocks, bytes_per_block, free_host_memory(device)
+    )
+    return Loaded(decoder, kernels, pool, HostPool(num_host_blocks, pool) if num_host_blocks else None)
 
 
 def kv_dtype_name(loaded: Loaded) -> str:
@@ -78,12 +86,22 @@ def _free_memory(config: WorkerConfig, spec: ModelSpec, kernels: Kernels, decode
     return free_gpu_memory(device, profile(runner, config.max_num_batched_tokens, config.block_size, device))
 
 
-def start(config: WorkerConfig, loaded: Loaded, limits: BatchLimits) -> tuple[float, Runner]:
-    """Warm the model up: seconds that a small step takes, and what will run the plans."""
+def start(config: WorkerConfig, loaded: Loaded, limits: BatchLimits) -> tuple[Speed, Runner]:
+    """Warm the model up: how fast it is, and what will run the plans."""
     forward = _select_forward(config, loaded, limits)
     runner = ModelRunner(loaded.decoder, loaded.kernels, loaded.pool, forward)
-    calibrated_step_s = warm_up(runner, config.block_size)
-    return calibrated_step_s, PoisoningRunner(runner, loaded.pool) if config.poison_freed_blocks else runner
+    speed = Speed(warm_up(runner, config.block_size))
+    if loaded.host is not None:
+        s_per_token = prefill_s_per_token(runner, config.block_size, limits.max_num_batched_tokens)
+        speed = replace(speed, s_per_token=s_per_token, swap_bytes_per_s=loaded.host.measure())
+    return speed, PoisoningRunner(runner, loaded.pool) if config.poison_freed_blocks else runner
+
+
+def swaps(loaded: Loaded, reporter: Reporter) -> Swaps:
+    """What moves blocks between the pools."""
+    if loaded.host is None:
+        return NoSwaps()
+    return SwapThread(loaded.host.copier(), loaded.pool.num_blocks, loaded.host.num_blocks, reporter)
 
 
 def _select_forward(config: WorkerConfig, loaded: Loaded, limits: BatchLimits) -> Forward:

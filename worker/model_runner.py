@@ -17,6 +17,9 @@ from worker.sampler import Choices, choose, to_sampled
 from worker.step import Sampled, StepInputs, null_inputs
 from worker.wire import Plan
 
+# A prompt long enough to tell what a token takes.
+LONG_STEP_S = 0.05
+
 
 class ModelRunner:
     """See `worker.runner.Runner`."""
@@ -139,6 +142,18 @@ def warm_up(runner: ModelRunner, block_size: int) -> float:
         runner.launch(null_inputs(1, 1)).wait()
         times_s.append(time.perf_counter() - start)
     return min(times_s)
+
+
+def prefill_s_per_token(runner: ModelRunner, block_size: int, max_num_tokens: int) -> float:
+    """Seconds that one token more of a prompt adds to a step, from steps in the null block that take ever longer."""
+    num_blocks, first_s, step_s = 1, 0.0, 0.0
+    while step_s < LONG_STEP_S and num_blocks * block_size <= max_num_tokens:
+        start = time.perf_counter()
+        runner.launch(null_inputs(num_blocks, block_size)).wait()
+        step_s = time.perf_counter() - start
+        first_s = first_s or step_s
+        num_blocks *= 2
+    return max(0.0, step_s - first_s) / max(1, (num_blocks // 2 - 1) * block_size)
 
 
 def profile(runner: ModelRunner, max_num_batched_tokens: int, block_size: int, device: torch.device) -> int:

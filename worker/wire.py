@@ -64,6 +64,25 @@ class Plan:
     freed_block_ids: list[int]
     replaced_seq_ids: list[int]
     replaced_token_ids: list[int]
+    out_block_ids: NDArray[np.int64]
+    out_host_block_ids: NDArray[np.int64]
+    in_host_block_ids: NDArray[np.int64]
+    in_block_ids: NDArray[np.int64]
+
+    @property
+    def has_swaps(self) -> bool:
+        """Whether blocks move between the pools."""
+        return bool(len(self.out_block_ids) or len(self.in_block_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """Swaps of one plan that are done, by their destinations; seconds that they took."""
+
+    epoch: int
+    host_block_ids: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +121,17 @@ def decode_plan(message: pb.StepPlan) -> Plan:
         freed_block_ids=list(message.freed_block_ids),
         replaced_seq_ids=list(message.replaced_seq_ids),
         replaced_token_ids=list(message.replaced_token_ids),
+        out_block_ids=_int64(message.out_block_ids),
+        out_host_block_ids=_int64(message.out_host_block_ids),
+        in_host_block_ids=_int64(message.in_host_block_ids),
+        in_block_ids=_int64(message.in_block_ids),
     )
     _require(len(plan.scheduled_seq_ids) == len(plan.num_scheduled_tokens), plan, "scheduled")
     _require(len(plan.appended_seq_ids) == len(plan.appended_num_blocks), plan, "appended")
     _require(int(plan.appended_num_blocks.sum()) == len(plan.appended_block_ids), plan, "appended_block_ids")
     _require(len(plan.replaced_seq_ids) == len(plan.replaced_token_ids), plan, "replaced")
+    _require(len(plan.out_block_ids) == len(plan.out_host_block_ids), plan, "out")
+    _require(len(plan.in_block_ids) == len(plan.in_host_block_ids), plan, "in")
     lengths = {len(message.copy_src_block_ids), len(message.copy_dst_block_ids), len(message.copy_num_tokens)}
     _require(len(lengths) == 1, plan, "copy")
     return plan
@@ -132,6 +157,18 @@ def encode_result(output: StepOutput) -> pb.ConnectRequest:
         result.candidate_token_ids.extend(candidates.token_ids)
         result.candidate_logprobs.extend(candidates.logprobs)
     return request
+
+
+def encode_swaps(report: SwapReport) -> pb.ConnectRequest:
+    """The message up for swaps that are done."""
+    return pb.ConnectRequest(
+        swaps_done=pb.SwapsDone(
+            epoch=report.epoch,
+            host_block_ids=report.host_block_ids.tolist(),
+            block_ids=report.block_ids.tolist(),
+            seconds=report.seconds,
+        )
+    )
 
 
 def _decode_added(added: pb.AddedSequence) -> AddedSequence:

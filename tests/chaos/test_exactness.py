@@ -21,19 +21,21 @@ PREFIX_TOKENS = 40
 OWN_LENGTHS = (1, 60, 16, 17, 5, 33)
 SMALL_POOL = 11
 """Blocks: the longest request takes 9 of them, all requests together 35."""
+HOST_POOL = 40
 FACTORS = {
     "family": (*FAMILIES, "demo"),
     "chunk": (1, 7, 16, 2048),
     "hits": (False, True),
     "workers": (1, 2),
-    "pool": ("ample", "small"),
+    "pool": ("ample", "small", "swapped"),
     "kill": ("none", "worker", "worker-gone", "scheduler", "redis"),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row. `hits`: prompts were run before; `kill`: which process dies in mid-stream."""
+    """One row. `hits`: prompts were run before; `pool`: small, and perhaps with a host pool to swap with; `kill`: which
+    process dies in mid-stream."""
 
     family: str
     chunk: int
@@ -86,8 +88,9 @@ async def check_case(case: Case, model: Path) -> None:
     if not (model / "config.json").is_file():
         pytest.skip("the demo model is not there")
     num_blocks = 200 if case.pool == "ample" else SMALL_POOL
-    flags = ("--num-blocks", str(num_blocks), "--max-num-batched-tokens", str(case.chunk), "--poison-freed-blocks")
-    stack = Stack(model, case.workers, ("--overcommit", "8"), flags)
+    flags = ["--num-blocks", str(num_blocks), "--max-num-batched-tokens", str(case.chunk), "--poison-freed-blocks"]
+    flags += ["--num-host-blocks", str(HOST_POOL)] if case.pool == "swapped" else []
+    stack = Stack(model, case.workers, ("--overcommit", "8", "--preemption", "swap"), flags)
     prompts = prompts_of()
     salts = ["" if case.hits else f"salt {i}" for i in range(len(prompts))]
     requests = [greedy(p, NUM_TOKENS, resumable=True, cache_salt=s) for p, s in zip(prompts, salts, strict=True)]
@@ -109,6 +112,8 @@ async def check_case(case: Case, model: Path) -> None:
         assert num_hits or not case.hits
     elif case.kill in ("none", "redis") and case.chunk >= 16:  # smaller chunks hold admission back
         assert sum(w.num_preemptions for w in status.workers) > 0
+        is_swapped = case.pool == "swapped"
+        assert (sum(w.num_blocks_swapped_in for w in status.workers) > 0) == is_swapped
 
 
 def hurt(stack: Stack, kill: str) -> None:

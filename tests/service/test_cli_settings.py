@@ -57,18 +57,22 @@ def test_what_is_not_given_is_left_to_the_processes():
 
 def test_every_flag_is_one_that_the_processes_know(monkeypatch):
     from scheduler.config import parse_flags
+    from scheduler.swap_ahead import Preemption
     from worker.config import parse_config
 
     everything = UpSettings(
-        Path("m"), 2, "cpu", "float32", "int8", "1GiB", None, 16, 64, 8, 128, 5, None, None, None, 3, 7, 1.5
+        *(Path("m"), 2, "cpu", "float32", "int8", "1GiB", None, "2GiB", None, 16, 64, 8, 128, 5),
+        *(None, None, None, 3, 7, 1.5, "swap"),
     )
     command = scheduler_command(everything, SOCKET, "unix:///r")
     for name, value in command.environment:
         monkeypatch.setenv(name, value)
     config = parse_flags(command.argv[3:])
     assert (config.overcommit, config.redis_url, config.kv_dtype) == (1.5, "unix:///r", "auto")
+    assert config.preemption is Preemption.SWAP
     worker = parse_config(worker_commands(everything, SOCKET)[1].argv[3:])
     assert (worker.max_num_seqs, worker.dtype, worker.kv_cache_dtype) == (8, "float32", "int8")
+    assert worker.host_memory_bytes == 2 * 2**30
 
 
 def test_cores_are_counted():

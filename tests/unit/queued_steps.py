@@ -17,6 +17,7 @@ from worker.executor import Executor
 from worker.ledger import Order
 from worker.runner import Runner
 from worker.step import Sampled, StepInputs
+from worker.swaps import NoSwaps
 from worker.wire import Plan, StepOutput, decode_plan
 
 UNKNOWN = -1
@@ -94,7 +95,7 @@ def play(
     """The script after its end."""
     script = Script(plans, is_there)
     with contextlib.suppress(Script.Done):
-        Executor(script, Batch(assembly.limits), runner).run()
+        Executor(script, Batch(assembly.limits), runner, NoSwaps()).run()
     return script
 
 

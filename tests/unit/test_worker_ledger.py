@@ -13,7 +13,7 @@ _NONE32 = np.zeros(0, np.int32)
 
 
 def plan(epoch: int, step_id: int, committed_step_id: int) -> Plan:
-    return Plan(epoch, step_id, committed_step_id, [], [], [], _NONE, _NONE32, [], [], _NONE, [], [], [])
+    return Plan(epoch, step_id, committed_step_id, [], [], [], _NONE, _NONE32, [], [], _NONE, [], [], [], *[_NONE] * 4)
 
 
 def output(order: Order) -> StepOutput:

@@ -19,8 +19,9 @@ from tests.unit.worker_harness import TIMEOUT_S, Planner, SchedulerServer, Serve
 from worker.batch import Batch
 from worker.errors import MismatchError, NameTakenError
 from worker.executor import Executor
-from worker.link import Description, Link, PoolFacts
+from worker.link import Description, Link, PoolFacts, Speed
 from worker.step import BatchLimits, Sampled, StepInputs
+from worker.swaps import NoSwaps
 from worker.wire import Plan
 
 LIMITS = BatchLimits(block_size=16, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=256)
@@ -31,7 +32,7 @@ DESCRIPTION = Description(
     pool=PoolFacts(kv_dtype="float32", num_blocks=50, block_bytes=64, num_layers=3),
     device="cpu",
     poison_freed_blocks=True,
-    calibrated_step_s=0.25,
+    speed=Speed(0.25),
 )
 
 
@@ -92,7 +93,7 @@ class RunningWorker:
 
     def _run(self) -> None:
         try:
-            Executor(self.link, Batch(LIMITS), self.runner).run()
+            Executor(self.link, Batch(LIMITS), self.runner, NoSwaps()).run()
         except BaseException as error:
             self.error = error
 

@@ -20,6 +20,7 @@ from worker.config import parse_config
 from worker.errors import ProtocolError
 from worker.executor import Executor
 from worker.ledger import Order
+from worker.swaps import NoSwaps
 from worker.wire import StepOutput, decode_plan, encode_result
 
 TIMEOUT_S = 20.0
@@ -246,7 +247,7 @@ class LocalWorker:
 
     def run(self, message: pb.StepPlan) -> pb.StepResult:
         source = OnePlan(Order(decode_plan(message), "incarnation", 1))
-        executor = Executor(source, self._batch, self.assembly.runner)
+        executor = Executor(source, self._batch, self.assembly.runner, NoSwaps())
         executor._registration = 1
         with contextlib.suppress(OnePlan.Done):
             executor.run()

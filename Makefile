@@ -8,7 +8,7 @@ PROMPT ?= def read_lines(path):
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines bench-memory plots kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap plots kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench-engines: setup ## Whole generations; PEERS='--peer openvino=PYTHON --peer 
 
 bench-memory: setup ## KV memory wasted, and throughput, paged beside dense in the same memory; writes JSON
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_memory --json $(or $(JSON),build/memory.json)
+
+bench-swap: setup ## An eighth of the KV memory that a batch needs: swapped, recomputed, or what is cheaper
+	@$(BIN)/python -m tests.load.bench_swap $(if $(JSON),--json $(JSON))
 
 plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON=...)
 	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-cascade-lake.json)

@@ -117,7 +117,7 @@ class Admitter:
         """Whether the next block of this one's prefix is being computed, or on its way in, for another one."""
         extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self._limits.block_size)
         usable = self.usable_hashes(sequence)
-        num_found = len(self._swapper.find_prefix(usable))
+        num_found = len(self._swapper.find_prefix(usable, sequence.attempt > 0))
         if num_found == len(usable):
             return False
         return usable[num_found] in self._computing or self._swapper.is_arriving(usable[num_found])
@@ -125,7 +125,7 @@ class Admitter:
     def _fit(self, sequence: Sequence, running: list[Sequence], lookahead: int) -> Fit | None:
         """None where it finds no room now, or the batch none at its peak. Notes in it what it would share."""
         block_size, blocks = self._limits.block_size, self._blocks
-        found = self._swapper.find_prefix(self.usable_hashes(sequence))
+        found = self._swapper.find_prefix(self.usable_hashes(sequence), sequence.attempt > 0)
         shared = [block_id for block_id, _ in found if block_id]
         num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
         num_blocks = -(-max(num_tokens, len(sequence.token_ids)) // block_size)

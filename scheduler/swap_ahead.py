@@ -1,10 +1,12 @@
 """What goes out to the host before it has to: the policy of swapping. Pure.
 
-Everything goes out ahead of need, because a swap holds its blocks until it is done and nobody is to wait for that: the
-coldest cached blocks while few are free, and, where the running sequences will soon need more than there is, the blocks
-of those that would be preempted, if moving them is cheaper than computing them again.
+Everything goes out ahead of need, because a swap holds its blocks until it is done and nobody is to wait for that.
+Where the running sequences will soon need more than there is: the blocks of those that would be preempted, if moving
+them is cheaper than computing them again. While few blocks are free: the coldest cached ones, and, as far as there is
+room for more, what has just been published, whoever still uses it, for it may be evicted as soon as it is let go.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +15,7 @@ from itertools import islice
 from scheduler.block_manager import BlockManager
 from scheduler.host_pool import HostPool
 from scheduler.sequence import Sequence
-from scheduler.swapper import Swapper
+from scheduler.swapper import MAX_SWAP_OUTS, Swapper
 
 WINDOW_BLOCKS = 64
 """The coldest cached blocks that are to be on the host too, once fewer are free."""
@@ -59,6 +61,7 @@ class SwapAhead:
         self._blocks = blocks
         self._preemption = preemption
         self._block_size = swapper.block_size
+        swapper.takes_preempted = preemption is not Preemption.RECOMPUTE
         self._judge_hits()
 
     @classmethod
@@ -94,11 +97,14 @@ class SwapAhead:
         if self._preemption is not Preemption.RECOMPUTE and len(running) > 1:
             self._send_victims(running, lookahead)
         if self._blocks.num_free_blocks < WINDOW_BLOCKS and self.swapper.takes_hits:
-            self._send_cached()
+            # Of what could be reserved now, half at most: what is on its way out cannot be.
+            self._send(islice(self._blocks.coldest_first(), WINDOW_BLOCKS), self._blocks.num_available_blocks // 2)
+            published = (block_id for block_id, _ in self._blocks.changes.publish)
+            self._send(filter(self._blocks.ref_count, published), MAX_SWAP_OUTS)
 
-    def _send_cached(self) -> None:
-        room = min(self.swapper.num_outs_left, self._blocks.num_available_blocks // 2)
-        for block_id in islice(self._blocks.coldest_first(), WINDOW_BLOCKS):
+    def _send(self, block_ids: Iterable[int], room: int) -> None:
+        room = min(room, self.swapper.num_outs_left)
+        for block_id in block_ids:
             if room <= 0:
                 break
             if self.swapper.can_go_out(block_id):
@@ -119,8 +125,7 @@ class SwapAhead:
     def _send_victim(self, victim: Sequence) -> int:
         """Begins to copy what nobody else has of it, if that is worth it; how many blocks are its own."""
         own = [block_id for block_id in victim.block_ids if self.swapper.num_tables(block_id) == 1]
-        published = [block_id for block_id in own if self._blocks.find_hash(block_id) is not None]
-        leaving = [block_id for block_id in published if self.swapper.can_go_out(block_id)]
+        leaving = [block_id for block_id in own if self.swapper.can_go_out(block_id)]
         num_full = victim.num_computed_tokens // self._block_size
         if self._is_cheaper(len(leaving) + num_full, num_full * self._block_size):
             for block_id in leaving[: self.swapper.num_outs_left]:

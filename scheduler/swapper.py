@@ -70,6 +70,8 @@ class Swapper:
         self.block_size = block_size
         self.takes_hits = True
         """Whether what only the host has is worth taking in, or sending out; whoever knows says so."""
+        self.takes_preempted = True
+        """Whether preempted sequences take in anything, likewise."""
         self.num_blocks_out = 0
         self.num_blocks_in = 0
         self.started: list[Swap] = []
@@ -107,12 +109,13 @@ class Swapper:
 
     # -- prefixes -----------------------------------------------------------------------------------------------------
 
-    def find_prefix(self, hashes: Seq[bytes]) -> list[Found]:
+    def find_prefix(self, hashes: Seq[bytes], is_preempted: bool = False) -> list[Found]:
         """The longest prefix of the chain `hashes` that is published or on the host, block by block."""
+        uses_host = self.takes_preempted or not is_preempted
         found: list[Found] = []
         for hash_ in hashes:
             block_id = self._blocks.block_of(hash_)
-            host_block_id = 0 if block_id else self._host_hit(hash_)
+            host_block_id = self._host_hit(hash_) if uses_host and not block_id else 0
             if not block_id and not host_block_id:
                 break
             found.append(Found(block_id, host_block_id))
@@ -165,12 +168,12 @@ class Swapper:
         return not self.host.block_of(hash_) and hash_ not in self._underway.leaving
 
     def can_go_out(self, block_id: int) -> bool:
-        """Whether a published block is missing on the host and has not been sent there since it was filled.
+        """Whether a block is published, is missing on the host, and has not been sent there since it was filled.
 
         What the host has evicted again is not sent once more: two contents would oust each other for ever.
         """
-        hash_ = self._blocks.hash_of(block_id)
-        return self.is_missing(hash_) and self._sent.get(block_id) != hash_
+        hash_ = self._blocks.find_hash(block_id)
+        return hash_ is not None and self.is_missing(hash_) and self._sent.get(block_id) != hash_
 
     def num_tables(self, block_id: int) -> int:
         """Tables that name a block of a table, and copies: what it is held by, but for its way out."""

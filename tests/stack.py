@@ -115,6 +115,18 @@ class Stack:
         if number == signal.SIGKILL:
             self.processes[name].wait()
 
+    def hurt(self, kill: str) -> None:
+        """Kills a process ("none": none), and starts it again: "worker-gone" is to stay away."""
+        last = self.num_workers - 1
+        if kill != "none":
+            self.kill(f"worker-{last}" if kill.startswith("worker") else kill)
+        if kill == "worker":
+            self.start_worker(last)
+        elif kill == "scheduler":
+            self.start_scheduler()
+        elif kill == "redis":
+            self.start_redis()
+
     @contextlib.contextmanager
     def stopped(self, name: str) -> Iterator[None]:
         """One process is alive and silent meanwhile (SIGSTOP, SIGCONT)."""

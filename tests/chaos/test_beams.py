@@ -10,7 +10,6 @@ from pagoda.v1 import generation_pb2 as pb
 from transformers import AutoModelForCausalLM
 
 from scheduler.client import PagodaClient
-from tests.chaos.test_exactness import hurt
 from tests.checkpoints import make_checkpoint
 from tests.stack import Received, Stack, collect, collect_choices, greedy, running
 
@@ -123,7 +122,7 @@ async def test_through_a_kill(checkpoint: Path, expected: Hypotheses, kill: str,
         reading = asyncio.create_task(hypotheses(client))
         await received.at_least(num_received)
         assert not reading.done()
-        hurt(stack, kill)
+        stack.hurt(kill)
         assert_same(await reading, expected)
         await beside
         await stack.idle()

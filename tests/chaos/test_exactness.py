@@ -101,7 +101,7 @@ async def check_case(case: Case, model: Path) -> None:
         reading = asyncio.gather(*(collect(client, request, received) for request in requests))
         await received.at_least(len(prompts) * NUM_TOKENS // 4)
         assert not reading.done()
-        hurt(stack, case.kill)
+        stack.hurt(case.kill)
         outputs = await asyncio.wait_for(reading, 120)
         for prompt, (ours, _, _) in zip(prompts, outputs, strict=True):
             reference_of(model).check(prompt, ours, NUM_TOKENS)
@@ -114,18 +114,3 @@ async def check_case(case: Case, model: Path) -> None:
         assert sum(w.num_preemptions for w in status.workers) > 0
         is_swapped = case.pool == "swapped"
         assert (sum(w.num_blocks_swapped_in for w in status.workers) > 0) == is_swapped
-
-
-def hurt(stack: Stack, kill: str) -> None:
-    """Kills a process, and starts it again unless it is to stay away."""
-    if kill.startswith("worker"):
-        last = stack.num_workers - 1
-        stack.kill(f"worker-{last}")
-        if kill == "worker":
-            stack.start_worker(last)
-    elif kill == "scheduler":
-        stack.kill("scheduler")
-        stack.start_scheduler()
-    elif kill == "redis":
-        stack.kill("redis")
-        stack.start_redis()

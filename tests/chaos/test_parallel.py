@@ -9,7 +9,6 @@ from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.client import PagodaClient
 from scheduler.wire import choice_seed
-from tests.chaos.test_exactness import hurt
 from tests.checkpoints import make_checkpoint
 from tests.stack import Received, Stack, collect, collect_choices, running
 
@@ -101,6 +100,6 @@ async def test_through_a_kill(checkpoint: Path, expected: Outputs, kill: str, nu
         reading = asyncio.create_task(outputs(client, received))
         await received.at_least(num_received)
         assert not reading.done()
-        hurt(stack, kill)
+        stack.hurt(kill)
         assert await reading == expected
         await stack.idle()

@@ -8,7 +8,7 @@ import pytest
 from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.client import PagodaClient
-from tests.chaos.test_exactness import hurt, prompts_of
+from tests.chaos.test_exactness import prompts_of
 from tests.checkpoints import make_checkpoint
 from tests.stack import Received, Stack, collect, running
 
@@ -73,6 +73,6 @@ async def test_through_a_kill(checkpoint: Path, expected: Sequence[list[int]], k
         reading = asyncio.create_task(outputs(client, received))
         await received.at_least(100)
         assert not reading.done()
-        hurt(stack, kill)
+        stack.hurt(kill)
         assert await reading == expected
         await stack.idle()

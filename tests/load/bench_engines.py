@@ -120,7 +120,7 @@ class Pagoda:
     """`pagoda up`, through gRPC."""
 
     def __init__(self, client: PagodaClient) -> None:
-        self._client = client
+        self.client = client
 
     async def run(self, workload: Workload) -> Run:
         began = time.perf_counter()
@@ -135,20 +135,20 @@ class Pagoda:
             token_ids=pb.TokenIds(ids=prompt), sampling=sampling, stream_interval=STREAM_INTERVAL
         )
         first_s, count = 0.0, 0
-        async for delta in self._client.generate(request):
+        async for delta in self.client.generate(request):
             first_s = first_s or time.perf_counter()
             count += len(delta.token_ids)
         return first_s, count
 
 
 @contextlib.asynccontextmanager
-async def pagoda_up(model: Path, dtype: str) -> AsyncIterator[Pagoda]:
+async def pagoda_up(model: Path, **flags: object) -> AsyncIterator[Pagoda]:
     """The service on a port of its own, ended afterwards."""
     port = free_port()
-    flags = {"port": port, "model": model, "dtype": dtype, "kv-memory": "1GiB", "max-num-seqs": 64}
+    limits = {"max-num-seqs": 64, "max-num-batched-tokens": 2048}
     command = [sys.executable, "-m", "deploy.cli", "up"]
-    for name, value in (flags | {"max-num-batched-tokens": 2048}).items():
-        command += [f"--{name}", str(value)]
+    for name, value in ({"port": port, "model": model} | limits | flags).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=subprocess.PIPE)
     try:
@@ -212,7 +212,7 @@ async def bench(model: Path, flags: argparse.Namespace) -> dict[str, dict[str, l
         for given in flags.peer:
             name, _, python = given.partition("=")
             engines[name] = stack.enter_context(peer(name, python, model))
-        engines["pagoda"] = await stack.enter_async_context(pagoda_up(model, flags.dtype))
+        engines["pagoda"] = await stack.enter_async_context(pagoda_up(model, dtype=flags.dtype, kv_memory="1GiB"))
         for number in range(flags.rounds + 1):  # the first warms up and does not count
             for label, workload in workloads(number).items():
                 if label not in flags.workloads:

@@ -22,7 +22,9 @@ _SAMPLING_FLAGS = (
     "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "beam_width", "length_penalty",
     "ignore_eos", "stop",
 )  # fmt: skip
-_REQUEST_FLAGS = ("prompt", "chat", "request_id", "n", "priority", "tenant", "cache_salt", "resume_wait_s")
+_REQUEST_FLAGS = (
+    "prompt", "chat", "request_id", "n", "priority", "tenant", "cache_salt", "resume_wait_s", "pin_prompt_s",
+)  # fmt: skip
 
 app = typer.Typer(
     help="Serves large language models, and loses nothing when a process dies.",
@@ -81,6 +83,9 @@ def up(
     ] = None,
     preemption: Annotated[
         str | None, typer.Option(help="auto, swap or recompute: what a preempted sequence comes back by.")
+    ] = None,
+    pin_memory: Annotated[
+        str | None, typer.Option(help="KV memory of each worker for pinned prompts. Unset: a quarter of its pool.")
     ] = None,
     pids: Annotated[
         Path | None, typer.Option(help="File that always holds the processes' ids, as a JSON object by name.")
@@ -145,6 +150,7 @@ def generate(
     tenant: Annotated[str | None, typer.Option(help="Whose request it is.")] = None,
     cache_salt: Annotated[str | None, typer.Option(help="Share cached prefixes only under the same salt.")] = None,
     resume_wait_s: Annotated[float | None, typer.Option(help="Seconds the request waits if we are cut off.")] = None,
+    pin_prompt_s: Annotated[float | None, typer.Option(help="Seconds for which the prompt stays cached.")] = None,
     json: Json = False,
 ) -> None:
     """Stream one generation from a running service, through whatever restarts of it."""
@@ -180,6 +186,24 @@ def blocks(
     from deploy.blocks import blocks_at
 
     blocks_at(port, worker, json, watch)
+
+
+@app.command()
+def pins(port: Port = DEFAULT_PORT, json: Json = False) -> None:
+    """List the prompts that requests have pinned."""
+    from deploy.pins import pins_at
+
+    pins_at(port, json)
+
+
+@app.command()
+def unpin(
+    request_id: Annotated[str, typer.Argument(help="The request whose prompt is pinned.")], port: Port = DEFAULT_PORT
+) -> None:
+    """End a pin before it expires."""
+    from deploy.pins import unpin_at
+
+    unpin_at(port, request_id)
 
 
 @app.command()

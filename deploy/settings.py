@@ -44,6 +44,7 @@ class UpSettings:
     max_waiting: int | None = None
     overcommit: float | None = None
     preemption: str | None = None
+    pin_memory: str | None = None
 
 
 def check(settings: UpSettings) -> None:
@@ -78,6 +79,7 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
         "max-waiting": settings.max_waiting,
         "overcommit": settings.overcommit,
         "preemption": settings.preemption,
+        "pin-memory": None if settings.pin_memory is None else _bytes_of("--pin-memory", settings.pin_memory),
     }
     addresses = [part for address in listen for part in ("--listen", address)]
     argv = (sys.executable, "-m", "scheduler", *addresses, *_flags(flags))
@@ -135,13 +137,17 @@ def _kv_memory_share(settings: UpSettings) -> str | None:
     if settings.num_blocks is not None or settings.workers == 1:
         return settings.kv_memory
     if settings.kv_memory is not None:
-        from worker.config import parse_bytes
-
-        try:
-            return str(parse_bytes(settings.kv_memory) // settings.workers)
-        except ValueError as error:
-            raise DeployError(f"--kv-memory: {error}", 2) from None
+        return str(_bytes_of("--kv-memory", settings.kv_memory) // settings.workers)
     return str(min(_CPU_KV_LIMIT_BYTES, int(_CPU_KV_SHARE * _available_bytes())) // settings.workers)
+
+
+def _bytes_of(flag: str, text: str) -> int:
+    from worker.config import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise DeployError(f"{flag}: {error}", 2) from None
 
 
 def _available_bytes() -> int:

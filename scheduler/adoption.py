@@ -5,6 +5,7 @@ pool, and the sequences of the one before it are queued again.
 """
 
 from collections.abc import Callable
+from time import time
 
 from pagoda.v1 import worker_pb2 as pb
 
@@ -17,6 +18,7 @@ from scheduler.engine import Engine, EngineParts, Link
 from scheduler.host_pool import HostPool
 from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
+from scheduler.pins import Pins
 from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
 from scheduler.redis_pipe import RedisPipe
@@ -79,11 +81,13 @@ class Adoption:
         blocks = BlockManager.from_image(image.pool, committer.changes)
         swapper = Swapper(blocks, HostPool.from_image(image.host), limits.block_size)
         costs = SwapCosts(register.block_bytes, register.swap_bytes_per_s, register.calibrated_s_per_token)
-        planner = Planner(limits, blocks, SwapAhead(blocks, swapper, self._config.preemption, costs))
+        pins = Pins(blocks, self._config.max_pinned_blocks(register.num_blocks, register.block_bytes))
+        pins.adopt(image.pins, image.tables)
+        planner = Planner(limits, blocks, SwapAhead(blocks, swapper, self._config.preemption, costs), pins)
         copies = blocks.pending_copies.items()
         committer.acked_copies = [BlockCopy(source, copy, num_tokens) for copy, (source, num_tokens) in copies]
         committer.acked_swaps = swapper.adopt(image.host)
-        planner.history.worker = register.worker_name
+        planner.history.worker, planner.history.now_s = register.worker_name, time()
         clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token)
         engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks

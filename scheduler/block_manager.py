@@ -257,7 +257,7 @@ class BlockManager:
         """Gives a whole table back, its tail first."""
         for block_id in reversed(table):
             self._drop_reference(block_id)
-        self.changes.release.append(seq_id)
+        self.changes.release_table(seq_id)
 
     def check(self, tables: Iterable[Sequence[int]], held: Iterable[int] = ()) -> None:
         """Asserts rule 1 of the design against the tables and swaps that there are; for tests and idle moments."""

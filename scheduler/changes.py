@@ -13,8 +13,6 @@ class Changes:
 
     append: list[tuple[int, int, list[int]]] = field(default_factory=list)
     """(seq_id, offset in the segment's log in entries, entries: token ids, or the words of a search)."""
-    computed: list[tuple[int, int]] = field(default_factory=list)
-    """(seq_id, num_computed_tokens, or -1 once it has caught up)."""
     publish: list[tuple[int, bytes]] = field(default_factory=list)
     """(block_id, block_hash)."""
     copied: list[int] = field(default_factory=list)
@@ -29,12 +27,16 @@ class Changes:
     """(parent seq_id, child seq_id, blocks shared, copy source, copy destination, tokens to copy); 0: no copy."""
     describe: list[tuple[int, bytes]] = field(default_factory=list)
     """(seq_id, its packed row): written at arrival, rewritten with each attempt."""
+    computed: list[tuple[int, int]] = field(default_factory=list)
+    """(seq_id, num_computed_tokens, or -1 once it has caught up)."""
     reserve: list[tuple[int, list[tuple[int, bytes]], list[int]]] = field(default_factory=list)
     """(seq_id, shared (block_id, expected hash), new block_ids), appended to the table in this order."""
     swap_out: list[tuple[int, bytes, int]] = field(default_factory=list)
     """(block_id, its block_hash, the host block that it is to be copied into)."""
     swap_in: list[tuple[int, bytes, int]] = field(default_factory=list)
     """(host block, its block_hash, the block that it is to be copied into)."""
+    pin: list[tuple[int, bytes]] = field(default_factory=list)
+    """(name of a table, its packed pin; empty where table and pin go)."""
     close: list[int] = field(default_factory=list)
     """seq_ids that are ended and recorded as such: the row goes, the log stays until it expires."""
     forget: list[int] = field(default_factory=list)
@@ -42,6 +44,12 @@ class Changes:
 
     segments: dict[int, int] = field(default_factory=dict)
     """seq_id -> output index at which its log under this worker begins, where that is not 0."""
+
+    def release_table(self, seq_id: int) -> None:
+        """A whole table is given back, and what was computed in it is void; what follows is of its next attempt."""
+        self.release.append(seq_id)
+        if self.computed:
+            self.computed = [row for row in self.computed if row[0] != seq_id]
 
     def close_row(self, seq_id: int, first_index: int) -> None:
         """Closes a sequence whose log under this worker begins at `first_index`."""
@@ -71,5 +79,6 @@ class Changes:
             or self.swapped_in
             or self.swap_out
             or self.swap_in
+            or self.pin
             or self.forget
         )

@@ -180,6 +180,11 @@ class PagodaClient:
         """Where the blocks of a request's prompt came from."""
         return await self._stub.Explain(pb.ExplainRequest(request_id=request_id), timeout=timeout_s)
 
+    async def unpin(self, request_id: str, timeout_s: float = 10.0) -> int:
+        """Lets go of what a request pinned; how many blocks that were."""
+        response = await self._stub.Unpin(pb.UnpinRequest(request_id=request_id), timeout=timeout_s)
+        return response.num_blocks
+
     async def tokenize(self, text: str, timeout_s: float = 10.0) -> list[int]:
         """The ids of a text, as generate would use them."""
         response = await self._stub.Tokenize(pb.TokenizeRequest(text=text), timeout=timeout_s)

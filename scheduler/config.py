@@ -41,7 +41,13 @@ class SchedulerConfig:
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
     preemption: Preemption = Preemption.AUTO
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
+    pin_memory_bytes: int | None = None
+    """KV memory of each worker that pinned prefixes may hold; None: a quarter of its pool."""
     log_level: str = "INFO"
+
+    def max_pinned_blocks(self, num_blocks: int, block_bytes: int) -> int:
+        """Of a worker with so many blocks."""
+        return num_blocks // 4 if self.pin_memory_bytes is None else self.pin_memory_bytes // max(1, block_bytes)
 
     def __post_init__(self) -> None:
         if self.block_size not in (16, 32):
@@ -56,6 +62,8 @@ class SchedulerConfig:
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')}={value}: must be over 0")
+        if self.pin_memory_bytes is not None and self.pin_memory_bytes < 0:
+            raise ConfigError(f"--pin-memory={self.pin_memory_bytes}: must be 0 or more")
         if self.max_model_len < 0:
             raise ConfigError(f"--max-model-len={self.max_model_len}: must be over 0")
 
@@ -76,6 +84,7 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--worker-wait-s", type=float, default=60.0, metavar="S")
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
     parser.add_argument("--preemption", default="auto", choices=[preemption.value for preemption in Preemption])
+    parser.add_argument("--pin-memory", type=int, metavar="BYTES", dest="pin_memory_bytes")
     flags = vars(parser.parse_args(argv))
     return SchedulerConfig(
         log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO"),

@@ -94,6 +94,11 @@ class Engine:
         """Something has changed that may let it plan."""
         self._wake.set()
 
+    def look_again(self) -> None:
+        """Something outside has changed what is to be reserved: a pin has expired, or is to go."""
+        self._must_reserve = True
+        self._wake.set()
+
     def expect_results(self, committed_step_id: int) -> None:
         """The worker will first send what an earlier owner planned and did not commit; nothing is planned before."""
         self._resent = set(range(committed_step_id + 1, self._next_step_id))
@@ -252,6 +257,7 @@ class Engine:
             return
         self._must_reserve = False
         self.planner.history.now_s = time()
+        self.planner.pins.expire(self.planner.history.now_s)
         self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
         self.planner.grow_and_admit(min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD))

@@ -34,6 +34,10 @@ class QueueFullError(RequestError):
     """The waiting queue is at its limit; try again later."""
 
 
+class PinBudgetError(RequestError):
+    """What is to be pinned does not fit beside what is pinned; unpin, wait for an expiry, or raise the budget."""
+
+
 class UnavailableError(RequestError):
     """The service can't go on now; a resuming client comes back with (request_id, next_index)."""
 
@@ -55,6 +59,7 @@ STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
     UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
     NotFoundError: grpc.StatusCode.NOT_FOUND,
+    PinBudgetError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     CancelledError: grpc.StatusCode.CANCELLED,

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from pagoda.v1 import worker_pb2 as pb
@@ -241,6 +241,8 @@ class Fleet:
                 engine = slot.engine
                 if engine is not None and not engine.is_lost:
                     engine.clock.excuse(late_s)
+                    if engine.planner.pins.next_expiry_s <= time():
+                        engine.look_again()
                     self._judge(engine)
                 elif engine is None and not slot.lock.locked():
                     await self._resolve_lost(slot)

@@ -12,6 +12,7 @@ from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.history import PoolHistory
+from scheduler.pins import Pins
 from scheduler.sequence import Sequence, SequenceStatus
 from scheduler.swap_ahead import SwapAhead
 
@@ -41,12 +42,19 @@ class PlannerCounters:
 class Planner:
     """Owns the order of one worker's sequences."""
 
-    def __init__(self, limits: PlannerLimits, blocks: BlockManager, swap_ahead: SwapAhead | None = None) -> None:
-        """Without `swap_ahead` there is no host pool."""
+    def __init__(
+        self,
+        limits: PlannerLimits,
+        blocks: BlockManager,
+        swap_ahead: SwapAhead | None = None,
+        pins: Pins | None = None,
+    ) -> None:
+        """Without `swap_ahead` there is no host pool, without `pins` nothing is pinned."""
         self.limits = limits
         self.blocks = blocks
-        self.swap_ahead = swap_ahead or SwapAhead.without_host(blocks, limits.block_size)
+        self.swap_ahead = SwapAhead.without_host(blocks, limits.block_size) if swap_ahead is None else swap_ahead
         self.swapper = self.swap_ahead.swapper
+        self.pins = Pins(blocks, 0) if pins is None else pins
         self.running: list[Sequence] = []
         self.counters = PlannerCounters()
         self.history = PoolHistory(limits.block_size)
@@ -66,6 +74,7 @@ class Planner:
 
     def enqueue(self, sequence: Sequence, leader: Sequence | None = None) -> None:
         """A sequence wants to run; with a leader, one of the same prompt, as soon as that has computed it."""
+        self._promise_pin(sequence)
         if leader is not None and leader.status is not SequenceStatus.FINISHED and not leader.num_output_tokens:
             self.forks.follow(leader, sequence)
         else:
@@ -73,6 +82,7 @@ class Planner:
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
+        self._promise_pin(sequence)
         self.running.append(sequence)
         self.swapper.adopt_running(sequence)
         self._admitter.claim_prefix(sequence)
@@ -119,20 +129,23 @@ class Planner:
             self.forks.leave(follower)
             self._queue(follower)
         sequence.status = SequenceStatus.FINISHED
+        self.pins.take_back(sequence)
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
 
     def publish_computed(self, sequence: Sequence) -> None:
         """Enters the blocks that the sequence's confirmed progress has filled into the prefix index."""
         block_size = self.limits.block_size
         num_full = sequence.num_computed_tokens // block_size
-        if num_full <= sequence.num_published_blocks:
-            return
-        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, block_size)
-        for i in range(sequence.num_published_blocks, num_full):
-            hash_ = sequence.block_hashes[i]
-            self.blocks.publish(sequence.block_ids[i], hash_)
-            self._admitter.drop_claim(sequence, hash_)
-        sequence.num_published_blocks = num_full
+        if num_full > sequence.num_published_blocks:
+            extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, block_size)
+            for i in range(sequence.num_published_blocks, num_full):
+                hash_ = sequence.block_hashes[i]
+                self.blocks.publish(sequence.block_ids[i], hash_)
+                self._admitter.drop_claim(sequence, hash_)
+            sequence.num_published_blocks = num_full
+        if sequence.pin_s and sequence.num_computed_tokens >= sequence.num_prompt_tokens:
+            self.pins.pin(sequence, sequence.num_prompt_tokens // block_size, self.history.now_s)
+            sequence.pin_s = 0.0
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -151,6 +164,8 @@ class Planner:
             self._admit_waiting(lookahead)
         while self._is_entangled():
             self._preempt(max(self.running, key=lambda s: (s.priority, s.seq_id)))
+            self._admit_waiting(lookahead)
+        while self._is_blocked() and self.pins.give_way():
             self._admit_waiting(lookahead)
         self.swap_ahead.send_out(self.running, lookahead)
 
@@ -280,6 +295,16 @@ class Planner:
         if not self.waiting or any(s.num_plans_in_flight or s.num_unplanned_tokens > 0 for s in self.running):
             return False
         return bool(self.running) and any(not s.awaits_choice for s in self.waiting)
+
+    def _is_blocked(self) -> bool:
+        """Whether nothing runs and nothing moves, so that whoever waits waits for pins."""
+        if self.running or not self.waiting or self.forks.num_begun or self.swapper.held_block_ids:
+            return False
+        return not any(sequence.num_plans_in_flight for sequence in self.waiting)
+
+    def _promise_pin(self, sequence: Sequence) -> None:
+        if sequence.pin_s:
+            self.pins.promise(sequence, sequence.num_prompt_tokens // self.limits.block_size)
 
     def _queue(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)

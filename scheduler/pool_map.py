@@ -43,4 +43,9 @@ async def _pool(slot: Slot) -> pb.PoolBlocks:
         ref_counts=bytes(ref_counts),
         num_evictions=planner.history.num_evictions,
         host_states=bytes(host_states),
+        pins=[
+            pb.Pin(request_id=pin.request_id, num_blocks=len(pin.block_ids), expires_at_s=pin.expires_at_s)
+            for pin in planner.pins.pinned.values()
+        ],
+        max_pinned_blocks=planner.pins.max_blocks,
     )

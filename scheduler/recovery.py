@@ -184,6 +184,7 @@ class Reviver:
                 root_hash=root,
                 priority=body.priority,
                 tenant=body.tenant,
+                pin_s=0.0 if choice or output else body.pin_prompt_s,
                 block_hashes=list(hashes),
                 num_logged_tokens=len(output),
             )
@@ -226,4 +227,4 @@ def lose_worker(image: WorkerImage) -> WorkerImage:
         seq_id: replace(row, attempt=row.attempt + 1, num_losses=row.num_losses + 1) if seq_id in image.tables else row
         for seq_id, row in image.rows.items()
     }
-    return replace(image, pool=PoolImage(0, {}, {}, {}), host=HostImage(), rows=rows, tables={}, computed={})
+    return replace(image, pool=PoolImage(0, {}, {}, {}), host=HostImage(), pins={}, rows=rows, tables={}, computed={})

@@ -55,6 +55,7 @@ class RequestBody:
     cache_salt: str
     priority: int
     digest: bytes
+    pin_prompt_s: float = 0.0
 
     @property
     def num_sequences(self) -> int:
@@ -88,6 +89,7 @@ class RequestBody:
             tenant=self.tenant,
             cache_salt=self.cache_salt,
             priority=self.priority,
+            pin_prompt_s=self.pin_prompt_s,
         )
         return message.SerializeToString()
 
@@ -122,4 +124,5 @@ class RequestBody:
             cache_salt=message.cache_salt,
             priority=message.priority,
             digest=digest,
+            pin_prompt_s=message.pin_prompt_s,
         )

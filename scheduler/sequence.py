@@ -87,6 +87,8 @@ class Sequence:
     root_hash: bytes
     priority: int = 0
     tenant: str = ""
+    pin_s: float = 0.0
+    """Seconds for which its prompt's full blocks are to be kept once they are computed."""
     num_candidates: int = 0
     """Of a beam: likeliest tokens of which the scheduler chooses, before anything more of it can be planned."""
     awaits_choice: bool = False

@@ -12,7 +12,7 @@ from pagoda.v1 import generation_pb2_grpc
 
 from scheduler.delivery import Delivery
 from scheduler.engine import Engine
-from scheduler.errors import AlreadyExistsError, NotFoundError, QueueFullError, UnavailableError
+from scheduler.errors import AlreadyExistsError, NotFoundError, PinBudgetError, QueueFullError, UnavailableError
 from scheduler.explain import Explanation, to_response
 from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
@@ -169,6 +169,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         engine = self._fleet.choose(live)
         if engine is None:
             raise UnavailableError("the last worker was lost just now; try again")
+        _check_pin_budget(body, engine)
         owner = engine.committer.owner
         is_ours, held_digest, _ = await _in_time(
             self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_ids)
@@ -245,6 +246,16 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             raise NotFoundError(f"request_id: where the blocks of {request_id!r} came from is not known here: {why}")
         return to_response(request_id, explanation, self._model.block_size, has_ended)
 
+    async def Unpin(self, request: pb.UnpinRequest, context: Context) -> pb.UnpinResponse:  # noqa: N802
+        """Lets go of what a request pinned."""
+        num_blocks = 0
+        for engine in self._fleet.engines:
+            num_blocks += engine.planner.pins.end(request.request_id)
+            engine.look_again()
+        if not num_blocks:
+            raise NotFoundError(f"request_id: {request.request_id!r} has nothing pinned; it may have expired")
+        return pb.UnpinResponse(num_blocks=num_blocks)
+
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to ids."""
         return pb.TokenizeResponse(token_ids=encode_prompt(request, self._tokenizer))
@@ -253,6 +264,16 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         """Ids to text."""
         check_token_ids("token_ids", request.token_ids, self._tokenizer)
         return pb.DetokenizeResponse(text=self._tokenizer.decode(request.token_ids))
+
+
+def _check_pin_budget(body: RequestBody, engine: Engine) -> None:
+    """Raises PinBudgetError where a prompt that is to be pinned does not fit beside what is."""
+    pins, num_blocks = engine.planner.pins, len(body.prompt_token_ids) // engine.planner.limits.block_size
+    if body.pin_prompt_s and num_blocks > pins.num_blocks_left:
+        raise PinBudgetError(
+            f"pin_prompt_s: {num_blocks} blocks are to be pinned, {max(0, pins.num_blocks_left)} of the budget of "
+            f"{pins.max_blocks} are left on {engine.worker}; unpin some, or raise --pin-memory"
+        )
 
 
 def _unknown(request_id: str) -> NotFoundError:

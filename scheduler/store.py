@@ -18,8 +18,8 @@ from scheduler.redis_pipe import RedisPipe, Reply
 from scheduler.scripts import RECLAIM, SEIZE, STEP
 from scheduler.sequence import Sequence
 
-STEP_KEYS = ("meta", "pool", "index", "tables", "seqs", "computed", "copies", "host", "swap_outs", "swap_ins")
-RECLAIM_KEYS = ("meta", "pool", "host", "index", "tables", "computed", "copies", "swap_outs", "swap_ins")
+STEP_KEYS = ("meta", "pool", "index", "tables", "seqs", "computed", "copies", "host", "swap_outs", "swap_ins", "pins")
+RECLAIM_KEYS = ("meta", "pool", "host", "index", "tables", "computed", "copies", "swap_outs", "swap_ins", "pins")
 POOL_ROW = Struct("<I16s")
 NO_HASH = bytes(HASH_BYTES)
 
@@ -94,6 +94,7 @@ class WorkerImage:
     computed: dict[int, int]
     logs: dict[int, list[int]]
     host: HostImage = field(default_factory=HostImage)
+    pins: dict[int, bytes] = field(default_factory=dict)
 
 
 class WorkerStore:
@@ -155,7 +156,6 @@ class WorkerStore:
             log_keys.pop(seq_id, None)
         return [
             b"".join(appends),
-            b"".join([_SEQ_I32.pack(*row) for row in changes.computed]),
             b"".join([_HASHED_BLOCK.pack(*row) for row in changes.publish]),
             array("I", changes.copied).tobytes(),
             array("I", changes.swapped_out).tobytes(),
@@ -163,9 +163,11 @@ class WorkerStore:
             b"".join([SEQ_ID.pack(seq_id) for seq_id in changes.release]),
             b"".join([_FORK.pack(*row) for row in changes.fork]),
             b"".join([_SEQ_U32.pack(seq_id, len(row)) + row for seq_id, row in changes.describe]),
+            b"".join([_SEQ_I32.pack(*row) for row in changes.computed]),
             b"".join([_pack_reserve(*row) for row in changes.reserve]),
             b"".join([_SWAP.pack(*row) for row in changes.swap_out]),
             b"".join([_SWAP.pack(*row) for row in changes.swap_in]),
+            b"".join([_SEQ_U32.pack(pin_id, len(record)) + record for pin_id, record in changes.pin]),
             b"".join(closes),
             b"".join([SEQ_ID.pack(seq_id) for seq_id in changes.forget]),
         ]
@@ -179,10 +181,10 @@ class WorkerStore:
     async def load(self) -> WorkerImage:
         """Everything under the worker's tag."""
         pools = [self._pipe.send("GET", key) for key in worker_keys(self._worker, ("pool", "host"))]
-        parts = ("seqs", "tables", "computed", "copies", "swap_outs", "swap_ins")
+        parts = ("seqs", "tables", "computed", "copies", "pins", "swap_outs", "swap_ins")
         hashes = [self._pipe.send("HGETALL", key) for key in worker_keys(self._worker, parts)]
         pool, host = (_parse_pool(reply) for reply in await asyncio.gather(*pools))
-        seqs, tables, computed, copies, *swaps = (as_dict(reply) for reply in await asyncio.gather(*hashes))
+        seqs, tables, computed, copies, pins, *swaps = (as_dict(reply) for reply in await asyncio.gather(*hashes))
         swap_outs, swap_ins = ({int(k): _U32.unpack(v)[0] for k, v in swap.items()} for swap in swaps)
         rows = {SEQ_ID.unpack(k)[0]: SequenceRow.unpack(v) for k, v in seqs.items()}
         segments = [(seq_id, row.first_index) for seq_id, row in rows.items()]
@@ -194,6 +196,7 @@ class WorkerStore:
             {SEQ_ID.unpack(k)[0]: int(v) for k, v in computed.items()},
             dict(zip(rows, logs, strict=True)),
             HostImage(*host, swap_outs, swap_ins),
+            {SEQ_ID.unpack(k)[0]: v for k, v in pins.items()},
         )
 
     async def load_index(self) -> dict[bytes, int]:

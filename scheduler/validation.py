@@ -49,6 +49,7 @@ class Limits:
     max_num_stop_token_ids: int = 256
     max_name_chars: int = 256  # of tenant and cache_salt
     max_num_choices: int = 64
+    max_pin_prompt_s: float = 86_400.0
     block_size: int = 16
 
 
@@ -78,6 +79,7 @@ def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) 
         cache_salt=request.cache_salt,
         priority=request.priority,
         digest=digest(request),
+        pin_prompt_s=_pin_prompt_s(request, limits),
     )
 
 
@@ -205,6 +207,14 @@ def _resume_wait_s(request: pb.GenerateRequest, limits: Limits) -> float:
     if wait_s and not request.resumable:
         raise InvalidArgumentError("resume_wait_s", "is set, but resumable is not")
     return (wait_s or limits.default_resume_wait_s) if request.resumable else 0.0
+
+
+def _pin_prompt_s(request: pb.GenerateRequest, limits: Limits) -> float:
+    if not 0 <= request.pin_prompt_s <= limits.max_pin_prompt_s:  # NaN is not
+        raise InvalidArgumentError(
+            "pin_prompt_s", f"must be 0 to {limits.max_pin_prompt_s:g}, is {request.pin_prompt_s:g}"
+        )
+    return request.pin_prompt_s
 
 
 def _sampling(s: pb.SamplingParams, tokenizer: Tokenizer, limits: Limits, room: int) -> SamplingParams:

@@ -1,7 +1,7 @@
 -- prelude: the working copy that the verbs change, behind the fence. Nothing is written before every verb has agreed.
 -- KEYS  1 meta (hash), 2 pool (string), 3 index (hash), 4 tables (hash), 5 seqs (hash), 6 computed (hash),
---       7 copies (hash), 8 host (string), 9 swap_outs (hash), 10 swap_ins (hash),
---       11.. logs of the sequences that are appended to or closed
+--       7 copies (hash), 8 host (string), 9 swap_outs (hash), 10 swap_ins (hash), 11 pins (hash),
+--       12.. logs of the sequences that are appended to or closed
 -- ARGV  1 epoch, 2 n, 3 committed step_id, 4 seconds that a closed log is kept, 5.. one packed string per verb,
 --       in the order of finish.lua
 -- returns "ok", and what the fence answers; error: REFUSED (a block or sequence is not in the expected state)

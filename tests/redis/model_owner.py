@@ -5,17 +5,21 @@ decides what is up to the machine that drives it.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
 from scheduler.host_pool import HostPool
+from scheduler.pins import PIN_BIT, Pins
 from scheduler.store import WorkerImage, WorkerStore
 from scheduler.swapper import Found, Swap, Swapper
 from tests.redis.faulty_wire import FaultyWire, Message
 from tests.redis.model_state import Expected, Tracked, World, num_tables, revived
 from tests.redis.worker_model import BLOCK_SIZE, Plan, Row, Story
+
+MAX_PINNED_BLOCKS = 4
 
 
 class Owner:
@@ -27,6 +31,7 @@ class Owner:
         self.wire = wire
         self.blocks = BlockManager(0, Changes())
         self.swapper = Swapper(self.blocks, HostPool(0), BLOCK_SIZE)
+        self.pins = Pins(self.blocks, MAX_PINNED_BLOCKS)
         self.sequences: dict[int, Tracked] = {}
         self.kept_logs: dict[int, tuple[list[int], bool]] = {}
         self.in_flight: deque[Plan] = deque()
@@ -45,6 +50,8 @@ class Owner:
         self.blocks = BlockManager.from_image(image.pool, Changes())
         self.swapper = Swapper(self.blocks, HostPool.from_image(image.host), BLOCK_SIZE)
         self._acked_swaps = self.swapper.adopt(image.host)
+        self.pins = Pins(self.blocks, MAX_PINNED_BLOCKS)
+        self.pins.adopt(image.pins, image.tables)
         self._acked_n = self.store.n
         self._forked_in = dict.fromkeys(self.blocks.pending_copies, self.store.n)
         self.kept_logs = dict(expected.kept_logs)
@@ -77,14 +84,22 @@ class Owner:
     def image(self) -> WorkerImage:
         """What Redis will hold."""
         all_ = self.sequences.values()
+        pins = self.pins.pinned
         return WorkerImage(
             self.blocks.image(),
             {s.seq_id: s.row() for s in all_},
-            {s.seq_id: list(s.table) for s in all_ if s.table},
+            {s.seq_id: list(s.table) for s in all_ if s.table}
+            | {pin_id: list(pin.block_ids) for pin_id, pin in pins.items()},
             {s.seq_id: s.num_computed for s in all_ if s.has_computed_record},
             {s.seq_id: s.outputs for s in all_},
             self.swapper.image(),
+            {pin_id: pin.pack() for pin_id, pin in pins.items()},
         )
+
+    @property
+    def tables(self) -> list[Sequence[int]]:
+        """Of sequences and of pins."""
+        return [*(s.table for s in self.sequences.values()), *(pin.block_ids for pin in self.pins.pinned.values())]
 
     def commit(self) -> None:
         """One script with all that was decided since the last, where there is something."""
@@ -94,7 +109,8 @@ class Owner:
         self.blocks.changes = Changes()
         self.store.commit(changes, self.applied_step_id)
         swaps, self.swapper.started = self.swapper.started, []
-        named = [self._known[i] for i in (*(row[0] for row in changes.reserve), *(row[1] for row in changes.fork))]
+        reserved = [seq_id for seq_id, _, _ in changes.reserve if not seq_id & PIN_BIT]
+        named = [self._known[i] for i in (*reserved, *(row[1] for row in changes.fork))]
         self._expect(
             reserved=[(s, s.attempt, len(s.table)) for s in named],
             logged=[(i, self._known[i].num_outputs) for i, _, _ in changes.append],
@@ -157,8 +173,6 @@ class Owner:
         if sequence.attempt == 0:
             self.blocks.touch(hashes)
             self.swapper.host.touch(hashes)
-        if sequence.seq_id in self.blocks.changes.release:
-            self.commit()  # a release drops the record of progress that the admission writes
         num_new = num_blocks - len(shared)
         self.world.events["evictions"] += max(0, num_new - self.blocks.num_free_blocks)
         self.world.events["hits"] += len(shared)
@@ -202,6 +216,27 @@ class Owner:
         self._start(child, parent.num_computed, min(parent.num_published, num_full))
         self.world.events["copies"] += tail is not None
         return True
+
+    def branch(self, parent: Tracked, child: Tracked) -> None:
+        """A beam gives up what it has, and goes on from where another one is: in one script, where there was none."""
+        self.swapper.give_up(child)
+        self._release(child)
+        self._lose_progress(child)
+        child.story = Story(child.seq_id, parent.story.salt, parent.story.tokens(parent.num_tokens))
+        self.world.stories[child.seq_id] = child.story
+        child.num_tokens = parent.num_tokens
+        num_full, num_tail = divmod(parent.num_computed, BLOCK_SIZE)
+        tail = (parent.table[num_full], num_tail) if num_tail else None
+        child.table = self.blocks.fork(parent.seq_id, child.seq_id, parent.table[:num_full], tail)
+        child.num_computed = child.num_planned = parent.num_computed
+        child.num_published = min(parent.num_published, num_full)
+        child.is_running = True  # and has caught up, as its parent has: there is no record of that
+
+    def pin(self, sequence: Tracked, now_s: float) -> None:
+        """What of a sequence is full and published stays, for a while."""
+        sequence.block_hashes = self.chain(sequence.story, sequence.num_computed)
+        self.pins.promise(sequence, len(sequence.block_hashes))
+        self.pins.pin(sequence, len(sequence.block_hashes), now_s)
 
     def _release(self, sequence: Tracked) -> None:
         changes = self.blocks.changes
@@ -257,8 +292,9 @@ class Owner:
         self._reclaimed_n = self.store.n
         self.blocks = BlockManager(num_blocks, Changes())
         self.swapper = Swapper(self.blocks, HostPool(num_host_blocks), BLOCK_SIZE)
+        self.pins = Pins(self.blocks, MAX_PINNED_BLOCKS)
         lost = [s for s in self.sequences.values() if s.is_running]
-        image = replace(self.image(), tables={}, computed={})
+        image = replace(self.image(), tables={}, computed={}, pins={})
         self.world.expected[self.store.n] = Expected(image, 0, dict(self.kept_logs))
         for sequence in lost:
             self._lose_progress(sequence)

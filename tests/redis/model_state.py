@@ -38,6 +38,16 @@ class Tracked:
         return self.story.seq_id
 
     @property
+    def request_id(self) -> str:
+        """As pins ask for it."""
+        return f"r{self.seq_id}"
+
+    @property
+    def pin_s(self) -> float:
+        """As pins ask for it."""
+        return 10.0 + self.seq_id % 40
+
+    @property
     def status(self) -> SequenceStatus:
         """As the swapper asks for it."""
         return SequenceStatus.RUNNING if self.is_running else SequenceStatus.WAITING
@@ -72,7 +82,7 @@ class Tracked:
 
     def row(self) -> SequenceRow:
         """What Redis is told of it."""
-        return SequenceRow(f"r{self.seq_id}", 0, self.attempt, 0, 0, -1)
+        return SequenceRow(self.request_id, 0, self.attempt, 0, 0, -1)
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
 from scheduler.keys import worker_key
+from scheduler.pins import PIN_BIT
 from scheduler.redis_pipe import RedisPipe
 from scheduler.scripts import ALL_SCRIPTS
 from scheduler.store import WorkerImage, WorkerStore
@@ -103,6 +104,9 @@ class PoolMachine(RuleBasedStateMachine):
             "grow": 3 * (num_available > 0 and any(_needs_a_block(s) for s in all_)),
             "fork": 4 * (has_room and any(self._is_forkable(s) for s in all_)),
             "preempt": 1 * (num_running > 0) + 4 * is_arriving,
+            "branch": 2 * (num_available > 0 and len(self._branches()) > 0),
+            "pin": 1 * any(self._is_pinnable(s) for s in all_),
+            "expire": 1 * bool(owner.pins.pinned),
             "send_out": 8 * bool(self._sendable()),
             "swap": 10 * bool(self.worker.swaps),
             "apply_swap": 10 * bool(self.swapped),
@@ -180,6 +184,43 @@ class PoolMachine(RuleBasedStateMachine):
     def fork(self, pick: int, amount: int) -> None:
         """A second sequence goes on from where a first one is."""
         events["forks"] += self.owner.fork(self._pick(pick, self._is_forkable), self._next_seq_id())
+
+    def _branches(self) -> list[tuple[Tracked, Tracked]]:
+        """Who may go on from whom: of whom no plan in flight may still sample a token."""
+        all_, changes = self.owner.sequences.values(), self.owner.blocks.changes
+        children = [
+            s for s in all_ if s.is_running and not s.num_in_flight and not s.num_outputs and s.num_acked_blocks
+        ]
+        if changes.reserve or changes.fork:
+            return []  # both are told of with the releases of one step, in one script
+        parents = [s for s in all_ if self._is_forkable(s) and s.num_computed == s.num_tokens - 1]
+        return [(p, c) for p in parents for c in children if c is not p]
+
+    def branch(self, pick: int, amount: int) -> None:
+        """A beam drops its blocks for a share of another's."""
+        branches = self._branches()
+        self.owner.branch(*branches[pick % len(branches)])
+        events["branches"] += 1
+
+    def _is_pinnable(self, sequence: Tracked) -> bool:
+        is_there = sequence.is_running and not sequence.num_arriving_blocks
+        is_pinned = sequence.seq_id | PIN_BIT in self.owner.pins.pinned
+        return is_there and not is_pinned and sequence.num_published > 0 and self.owner.pins.num_blocks_left > 0
+
+    def pin(self, pick: int, amount: int) -> None:
+        """A prefix is to stay, whatever becomes of its sequence."""
+        if self.owner.blocks.changes.release:
+            self.owner.commit()  # an earlier pin of the same name may be among them
+        self.owner.pin(self._pick(pick, self._is_pinnable), self.num_operations)
+        events["pins"] += 1
+
+    def expire(self, pick: int, amount: int) -> None:
+        """The time of some pins is over, or one has to give way."""
+        if self.owner.blocks.changes.reserve or self.owner.blocks.changes.fork:
+            self.owner.commit()  # releases are applied before them
+        before = len(self.owner.pins.pinned)
+        self.owner.pins.expire(self.num_operations) if amount else self.owner.pins.give_way()
+        events["pins that ended"] += before - len(self.owner.pins.pinned)
 
     def preempt(self, pick: int, amount: int) -> None:
         """Whatever plans name it."""

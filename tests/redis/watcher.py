@@ -93,8 +93,9 @@ class Watcher:
         rebuilt.check(image.tables.values(), swapper.held_block_ids)
         swapper.check()
         assert (rebuilt.image(), swapper.image()) == (image.pool, image.host)
+        assert all(image.tables[pin_id] for pin_id in image.pins), "a pin of nothing"
         live = owner.blocks
-        live.check([s.table for s in owner.sequences.values()], owner.swapper.held_block_ids)
+        live.check(owner.tables, owner.swapper.held_block_ids)
         owner.swapper.check()
         if owner.is_settled:
             assert (rebuilt.image(), swapper.image()) == (live.image(), owner.swapper.image())

@@ -12,7 +12,7 @@ OTHER_HASH = b"\xee" * 16
 
 def wrong_changes(image: WorkerImage) -> list[tuple[str, Changes]]:
     """(what is wrong, the rows) for every case that this state allows."""
-    cases = (_appends, _publishes, _reservations, _shares, _forks, _swaps, _ends)
+    cases = (_appends, _publishes, _reservations, _shares, _forks, _swaps, _pins, _ends)
     return [case for make in cases for case in make(image)]
 
 
@@ -111,6 +111,14 @@ def _swaps(image: WorkerImage) -> Cases:
         break
     for block_id in host.swap_ins:
         yield "end of a swap in twice", Changes(swapped_in=[block_id, block_id])
+        break
+
+
+def _pins(image: WorkerImage) -> Cases:
+    yield "pin of a table without blocks", Changes(pin=[(NOBODY, b"a pin")])
+    for seq_id in image.tables:
+        yield "end of a pin whose table stays", Changes(pin=[(seq_id, b"")])
+        yield "pin of a table that goes", Changes(release=[seq_id], pin=[(seq_id, b"a pin")])
         break
 
 

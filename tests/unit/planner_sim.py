@@ -23,6 +23,7 @@ from scheduler.changes import Changes
 from scheduler.committer import Committer
 from scheduler.host_pool import HostPool
 from scheduler.live_request import Ending, LiveChoice, LiveRequest
+from scheduler.pins import Pins
 from scheduler.planner import Planner, ScheduledRow
 from scheduler.request import RequestBody
 from scheduler.results import Results, Step
@@ -53,6 +54,8 @@ class Arrival:
     n: int = 1
     beam_width: int = 0
     """0: its tokens are those that the model says."""
+    pin_rounds: float = 0.0
+    """For how long its prompt is to be pinned."""
 
     @property
     def num_sequences(self) -> int:
@@ -78,6 +81,7 @@ class SimLimits:
     preemption: Preemption = Preemption.SWAP
     swap_rounds: int = 2
     """Rounds that the worker takes for swaps."""
+    max_pinned_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -291,7 +295,8 @@ class Simulation:
         )
         swapper = Swapper(self.blocks, HostPool(limits.num_host_blocks), limits.block_size)
         costs = SwapCosts(block_bytes=1, bytes_per_s=2.0 / limits.block_size, s_per_token=1.0, step_s=1.0)
-        self.planner = Planner(planner_limits, self.blocks, SwapAhead(self.blocks, swapper, limits.preemption, costs))
+        swap_ahead = SwapAhead(self.blocks, swapper, limits.preemption, costs)
+        self.planner = Planner(planner_limits, self.blocks, swap_ahead, Pins(self.blocks, limits.max_pinned_blocks))
         self.committer = SimCommitter(self.blocks.changes)
         self.live: dict[int, LiveChoice] = {}
         self.results = Results(self.planner, cast(Committer, self.committer), self.live)
@@ -343,7 +348,7 @@ class Simulation:
             self.step()
         for _ in range(self.limits.plans_ahead + 2):
             self.step()
-        while self.planner.swapper.held_block_ids:
+        while self.planner.swapper.held_block_ids or self.planner.pins.pinned:
             assert self.round_number < max_rounds, f"stuck: {self.describe()}"
             self.step()
         for seq_id, live in self.live.items():
@@ -383,6 +388,8 @@ class Simulation:
         results = self._apply_results()
         plans = self._plan_ahead()
         running_before = {s.seq_id for s in self.planner.running}
+        self.planner.history.now_s = float(self.round_number)
+        self.planner.pins.expire(self.planner.history.now_s)
         self.planner.grow_and_admit(self.limits.lookahead)
         self.admitted_order += [s.seq_id for s in self.planner.running if s.seq_id not in running_before]
         changes = self.committer.send(self.planner, self.round_number + self.limits.ack_rounds)
@@ -430,6 +437,7 @@ class Simulation:
                 root_hash=root_hash("model", "float32", "", arrival.salt),
                 priority=arrival.priority,
                 tenant=arrival.tenant,
+                pin_s=0.0 if choice else arrival.pin_rounds,
                 num_candidates=live.search.params.num_candidates if live.search else 0,
             )
             self._samplers[sequence.seq_id] = pb.SamplerParams(num_candidates=sequence.num_candidates)
@@ -509,7 +517,10 @@ class Simulation:
         assert len(self.planner.running) <= self.limits.max_num_seqs
         sequences = [live.sequence for live in self.live.values()]
         swapper = self.planner.swapper
-        self.blocks.check([s.block_ids for s in sequences], swapper.held_block_ids)
+        pins = self.planner.pins
+        assert pins.num_blocks <= self.limits.max_pinned_blocks
+        tables = [*(s.block_ids for s in sequences), *(pin.block_ids for pin in pins.pinned.values())]
+        self.blocks.check(tables, swapper.held_block_ids)
         swapper.check()
         waiting = {s.seq_id for s in (*self.planner.waiting, *self._followers())}
         running = {s.seq_id for s in self.planner.running}

@@ -39,6 +39,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                 ignores_eos=draw(st.booleans()),
                 n=n,
                 beam_width=draw(st.sampled_from([0, 0, 0, max(2, n), n + 2])),
+                pin_rounds=draw(st.sampled_from([0, 0, 0, 3, 1000])),
             )
         )
     return found
@@ -71,6 +72,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
         num_host_blocks=draw(st.sampled_from([0, 0, 1, 5, 40])),
         preemption=draw(st.sampled_from(list(Preemption))),
         swap_rounds=draw(st.integers(0, 6)),
+        max_pinned_blocks=draw(st.sampled_from([0, 3, 100])),
     )
     return Simulation(limits, requests)
 
@@ -89,12 +91,16 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
         met["host hits"] += counters.num_host_hit_tokens > 0
         met["blocks out"] += simulation.planner.swapper.num_blocks_out
         met["blocks in"] += simulation.planner.swapper.num_blocks_in
+        met["pins"] += sum(len(record) > 0 for round_ in simulation.rounds for _, record in round_.changes.pin)
         met["runs"] += 1
 
     runs()
-    others = ", ".join(f"{met[what]} {what}" for what in ("preemptions", "forks", "copies", "blocks out", "blocks in"))
+    others = ", ".join(
+        f"{met[what]} {what}" for what in ("preemptions", "forks", "copies", "blocks out", "blocks in", "pins")
+    )
     print(f"\n{met['runs']} runs, {met['hits']} with hits, {met['host hits']} with some on the host, {others}")
     assert met["hits"] > met["runs"] // 10
     assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"
-    assert met["host hits"] > met["runs"] // 20, "a case that no run met is not tested"
+    assert met["pins"] > met["runs"] // 4, "a case that no run met is not tested"
+    assert met["host hits"] > met["runs"] // 50, "a case that no run met is not tested"
     assert met["forks"] > met["copies"] > met["runs"] // 4, "a case that no run met is not tested"

@@ -418,6 +418,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     STREAM_INTERVAL_FIELD_NUMBER: _builtins.int
+    PIN_PROMPT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 of [A-Za-z0-9._:-], chosen by the client so that it can retry and resume. Empty: the scheduler draws one
     and names it in the first response.
@@ -443,6 +444,11 @@ class GenerateRequest(_message.Message):
     stream_interval: _builtins.int
     """Tokens from one delta of this stream to the next; the first and the last come at once. 0 and 1: as they are there.
     No part of the request: a stream that takes it up again may ask for another.
+    """
+    pin_prompt_s: _builtins.float
+    """Seconds for which the full blocks of the prompt are kept from eviction on the worker that computes it, from then on;
+    0: not at all. RESOURCE_EXHAUSTED where they don't fit the worker's budget for that. Pins end with their worker, and
+    give way to a request that could not run beside them at all. Range: 0 to 86,400.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -472,10 +478,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         adapter: _builtins.str = ...,
         stream_interval: _builtins.int = ...,
+        pin_prompt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumable", b"resumable", "resume_wait_s", b"resume_wait_s", "sampling", b"sampling", "stream_interval", b"stream_interval", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache_salt", b"cache_salt", "chat", b"chat", "n", b"n", "pin_prompt_s", b"pin_prompt_s", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumable", b"resumable", "resume_wait_s", b"resume_wait_s", "sampling", b"sampling", "stream_interval", b"stream_interval", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -1110,6 +1117,8 @@ class PoolBlocks(_message.Message):
     REF_COUNTS_FIELD_NUMBER: _builtins.int
     NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
     HOST_STATES_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    MAX_PINNED_BLOCKS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's stable name."""
     state: Global___WorkerState.ValueType
@@ -1124,6 +1133,12 @@ class PoolBlocks(_message.Message):
     """Blocks evicted since this owner began."""
     host_states: _builtins.bytes
     """A byte per host block, from id 1 on: its BlockState."""
+    max_pinned_blocks: _builtins.int
+    """Blocks that pins may hold together."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pin]:
+        """What requests have pinned; a block may be in several."""
+
     def __init__(
         self,
         *,
@@ -1134,14 +1149,90 @@ class PoolBlocks(_message.Message):
         ref_counts: _builtins.bytes = ...,
         num_evictions: _builtins.int = ...,
         host_states: _builtins.bytes = ...,
+        pins: _abc.Iterable[Global___Pin] | None = ...,
+        max_pinned_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "host_states", b"host_states", "num_evictions", b"num_evictions", "ref_counts", b"ref_counts", "state", b"state", "states", b"states", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "host_states", b"host_states", "max_pinned_blocks", b"max_pinned_blocks", "num_evictions", b"num_evictions", "pins", b"pins", "ref_counts", b"ref_counts", "state", b"state", "states", b"states", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PoolBlocks: _TypeAlias = PoolBlocks  # noqa: Y015
+
+@_typing.final
+class Pin(_message.Message):
+    """A prompt that is kept from eviction."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_S_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request whose prompt it is."""
+    num_blocks: _builtins.int
+    """Its full blocks."""
+    expires_at_s: _builtins.float
+    """Until when, Unix time in seconds."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        expires_at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires_at_s", b"expires_at_s", "num_blocks", b"num_blocks", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pin: _TypeAlias = Pin  # noqa: Y015
+
+@_typing.final
+class UnpinRequest(_message.Message):
+    """Which pin is to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request whose prompt is pinned."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinRequest: _TypeAlias = UnpinRequest  # noqa: Y015
+
+@_typing.final
+class UnpinResponse(_message.Message):
+    """The pin has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    """Blocks that it held."""
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinResponse: _TypeAlias = UnpinResponse  # noqa: Y015
 
 @_typing.final
 class GetBlocksResponse(_message.Message):

@@ -70,6 +70,11 @@ class GenerationStub:
                 request_serializer=pagoda_dot_v1_dot_generation__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=pagoda_dot_v1_dot_generation__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/pagoda.v1.Generation/Unpin',
+                request_serializer=pagoda_dot_v1_dot_generation__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=pagoda_dot_v1_dot_generation__pb2.UnpinResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/pagoda.v1.Generation/Tokenize',
                 request_serializer=pagoda_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -90,7 +95,7 @@ class GenerationServicer:
         """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
         running or finished request instead of running it twice.
         Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-        (queue full), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+        (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +143,14 @@ class GenerationServicer:
         as long as its record does, of the last 4,096 requests that ended.
         Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
         text says which), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends a pin (see GenerateRequest.pin_prompt_s) before it expires; its blocks may be evicted from then on.
+        Errors: NOT_FOUND (that request has nothing pinned).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +207,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=pagoda_dot_v1_dot_generation__pb2.ExplainRequest.FromString,
                     response_serializer=pagoda_dot_v1_dot_generation__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=pagoda_dot_v1_dot_generation__pb2.UnpinRequest.FromString,
+                    response_serializer=pagoda_dot_v1_dot_generation__pb2.UnpinResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -396,6 +414,33 @@ class Generation:
             '/pagoda.v1.Generation/Explain',
             pagoda_dot_v1_dot_generation__pb2.ExplainRequest.SerializeToString,
             pagoda_dot_v1_dot_generation__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pagoda.v1.Generation/Unpin',
+            pagoda_dot_v1_dot_generation__pb2.UnpinRequest.SerializeToString,
+            pagoda_dot_v1_dot_generation__pb2.UnpinResponse.FromString,
             options,
             channel_credentials,
             insecure,

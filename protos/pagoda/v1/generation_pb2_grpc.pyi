@@ -40,7 +40,7 @@ class GenerationStub:
     """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
     running or finished request instead of running it twice.
     Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-    (queue full), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+    (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
     """
     Attach: _grpc.UnaryStreamMultiCallable[_generation_pb2.AttachRequest, _generation_pb2.AttachResponse]
     """Goes on with a request's stream from the given index of each choice.
@@ -62,6 +62,10 @@ class GenerationStub:
     Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
     text says which), UNAVAILABLE.
     """
+    Unpin: _grpc.UnaryUnaryMultiCallable[_generation_pb2.UnpinRequest, _generation_pb2.UnpinResponse]
+    """Ends a pin (see GenerateRequest.pin_prompt_s) before it expires; its blocks may be evicted from then on.
+    Errors: NOT_FOUND (that request has nothing pinned).
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Turns text or chat messages into token ids."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]
@@ -76,7 +80,7 @@ class GenerationAsyncStub(GenerationStub):
     """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
     running or finished request instead of running it twice.
     Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-    (queue full), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+    (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
     """
     Attach: _aio.UnaryStreamMultiCallable[_generation_pb2.AttachRequest, _generation_pb2.AttachResponse]  # type: ignore[assignment]
     """Goes on with a request's stream from the given index of each choice.
@@ -98,6 +102,10 @@ class GenerationAsyncStub(GenerationStub):
     Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
     text says which), UNAVAILABLE.
     """
+    Unpin: _aio.UnaryUnaryMultiCallable[_generation_pb2.UnpinRequest, _generation_pb2.UnpinResponse]  # type: ignore[assignment]
+    """Ends a pin (see GenerateRequest.pin_prompt_s) before it expires; its blocks may be evicted from then on.
+    Errors: NOT_FOUND (that request has nothing pinned).
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into token ids."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.DetokenizeRequest, _generation_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -115,7 +123,7 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
         running or finished request instead of running it twice.
         Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-        (queue full), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+        (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
         """
 
     @_abc_1.abstractmethod
@@ -172,6 +180,16 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         as long as its record does, of the last 4,096 requests that ended.
         Errors: NOT_FOUND (unknown or expired; or known, and the scheduler that knew more is gone or has forgotten: the
         text says which), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _generation_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.UnpinResponse, _abc.Awaitable[_generation_pb2.UnpinResponse]]:
+        """Ends a pin (see GenerateRequest.pin_prompt_s) before it expires; its blocks may be evicted from then on.
+        Errors: NOT_FOUND (that request has nothing pinned).
         """
 
     @_abc_1.abstractmethod

@@ -21,6 +21,7 @@ PURE = (
     "block_manager",
     "eviction",
     "history",
+    "pins",
     "host_pool",
     "swapper",
     "swap_ahead",

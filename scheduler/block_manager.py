@@ -8,15 +8,13 @@ way) and cached (ref_count 0, published hash). Which cached block is evicted is 
 table it is always the tail before its head, so that a chain never loses a block that a longer one still needs.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import chain, repeat
 from typing import NamedTuple
 
+from scheduler.block_states import BlockStates
 from scheduler.changes import Changes
-from scheduler.eviction import EvictionQueue
 
 
 class BlockCopy(NamedTuple):
@@ -25,18 +23,6 @@ class BlockCopy(NamedTuple):
     source: int
     destination: int
     num_tokens: int
-
-
-class BlockState(IntEnum):
-    """What a block is; values as in the contract."""
-
-    FREE = 1
-    REFERENCED = 2
-    CACHED = 3
-    PROTECTED = 4
-    """Cached, and evicted after those that are no more than that."""
-    SET_ASIDE = 5
-    """Of the host pool: cached, and kept for a preempted sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,53 +36,29 @@ class PoolImage:
     """Copy destination -> (source, tokens): copies whose result is not committed."""
 
 
-class BlockManager:
-    """Owns the state of blocks 1 to num_blocks. Raises nothing in normal use: callers ask for what is there."""
+class BlockManager(BlockStates):
+    """Owns tables' references and copies. Raises nothing in normal use: callers ask for what is there."""
 
     def __init__(self, num_blocks: int, changes: Changes) -> None:
-        self.num_blocks = num_blocks
+        super().__init__(num_blocks)
         self.changes = changes
         self.freed_block_ids: list[int] = []
         """Blocks that became free since the caller last emptied this list."""
         self.evicted_hashes: list[bytes] = []
         """What was evicted since the caller last emptied this list."""
-        self._ref_counts = [0] * (num_blocks + 1)
-        self._hashes: list[bytes | None] = [None] * (num_blocks + 1)
-        self._index: dict[bytes, int] = {}
-        self._free: deque[int] = deque(range(1, num_blocks + 1))
-        self._cached = EvictionQueue(num_blocks)
         self._copies: dict[int, tuple[int, int]] = {}
 
     @classmethod
     def from_image(cls, image: PoolImage, changes: Changes) -> "BlockManager":
-        """The mirror that Redis tells of; the order of eviction is lost and starts by block_id, nothing protected."""
+        """The mirror that Redis tells of."""
         manager = cls(image.num_blocks, changes)
-        for block_id, ref_count in image.ref_counts.items():
-            manager._ref_counts[block_id] = ref_count
-        for block_id, hash_ in image.hashes.items():
-            manager._hashes[block_id] = hash_
-            manager._index[hash_] = block_id
+        manager._restore(image.ref_counts, image.hashes)
         manager._copies = dict(image.copies)
-        ids = range(1, image.num_blocks + 1)
-        manager._free = deque(i for i in ids if not manager._ref_counts[i] and manager._hashes[i] is None)
-        for block_id in ids:
-            if not manager._ref_counts[block_id] and (cached := manager._hashes[block_id]) is not None:
-                manager._cached.add(block_id, cached)
         return manager
 
     def image(self) -> PoolImage:
         """The state that a mirror rebuilt from Redis must equal."""
-        return PoolImage(
-            self.num_blocks,
-            {i: count for i, count in enumerate(self._ref_counts) if count},
-            {i: hash_ for i, hash_ in enumerate(self._hashes) if hash_ is not None},
-            dict(self._copies),
-        )
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that hold nothing."""
-        return len(self._free)
+        return PoolImage(*self._stored(), dict(self._copies))
 
     @property
     def num_cached_blocks(self) -> int:
@@ -104,60 +66,9 @@ class BlockManager:
         return len(self._cached)
 
     @property
-    def num_available_blocks(self) -> int:
-        """Blocks that can be reserved now: free ones, and cached ones by evicting them."""
-        return len(self._free) + len(self._cached)
-
-    @property
     def num_referenced_blocks(self) -> int:
         """Blocks that a table or a running copy names."""
         return self.num_blocks - self.num_available_blocks
-
-    def ref_counts(self, first: int, last: int) -> list[int]:
-        """Of the blocks from `first` to `last`."""
-        return self._ref_counts[first : last + 1]
-
-    def states(self, first: int, last: int) -> bytes:
-        """A BlockState for each of the blocks from `first` to `last`."""
-        free, referenced, cached, protected, _ = map(int, BlockState)
-        is_protected = self._cached.is_protected
-        blocks = zip(self._ref_counts[first : last + 1], self._hashes[first : last + 1], strict=True)
-        return bytes(
-            referenced if count else free if hash_ is None else protected if is_protected(block_id) else cached
-            for block_id, (count, hash_) in enumerate(blocks, first)
-        )
-
-    def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
-        """The blocks that hold the longest published prefix of the chain `hashes`, in order."""
-        found: list[int] = []
-        for hash_ in hashes:
-            block_id = self._index.get(hash_)
-            if block_id is None:
-                break
-            found.append(block_id)
-        return found
-
-    def block_of(self, hash_: bytes) -> int:
-        """The block that is published under this hash; 0: none."""
-        return self._index.get(hash_, 0)
-
-    def hash_of(self, block_id: int) -> bytes:
-        """Of a published block."""
-        hash_ = self._hashes[block_id]
-        assert hash_ is not None, f"block {block_id} is not published"
-        return hash_
-
-    def find_hash(self, block_id: int) -> bytes | None:
-        """Under which a block is published, if it is."""
-        return self._hashes[block_id]
-
-    def ref_count(self, block_id: int) -> int:
-        """Of one block."""
-        return self._ref_counts[block_id]
-
-    def coldest_first(self) -> Iterator[int]:
-        """What is cached, in about the order in which it would be evicted."""
-        return iter(self._cached)
 
     def num_cached_among(self, block_ids: Iterable[int]) -> int:
         """How many of these are cached, and so would no longer be available once shared."""
@@ -166,15 +77,6 @@ class BlockManager:
     def is_published(self, hash_: bytes) -> bool:
         """Whether the index names a block for this hash."""
         return hash_ in self._index
-
-    def touch(self, hashes: Iterable[bytes]) -> None:
-        """A request asks for this chain, once in its life: what another one has filled of it is kept longer."""
-        for hash_ in hashes:
-            block_id = self._index.get(hash_)
-            if block_id is None:
-                self._cached.touch_evicted(hash_)
-            else:
-                self._cached.touch(block_id)
 
     def reserve(self, seq_id: int, found: Sequence[int], num_new: int) -> list[int]:
         """Appends to a table: `found`, published blocks to share or 0 for a fresh one in between, then `num_new` fresh
@@ -204,9 +106,7 @@ class BlockManager:
             return False
         assert self._ref_counts[block_id] > 0, f"block {block_id} published without a reference"
         assert self._hashes[block_id] is None, f"block {block_id} published twice"
-        self._index[hash_] = block_id
-        self._hashes[block_id] = hash_
-        self._cached.publish(block_id, hash_)
+        self._enter(block_id, hash_)
         self.changes.publish.append((block_id, hash_))
         return True
 
@@ -270,17 +170,7 @@ class BlockManager:
             counts[destination] += 1
         for block_id in held:
             counts[block_id] += 1
-        assert counts == self._ref_counts, "ref_count differs from the tables that name the block"
-        free, cached = set(self._free), set(self._cached)
-        assert len(free) == len(self._free), "a block is free twice"
-        for block_id in range(1, self.num_blocks + 1):
-            states = (block_id in free, self._ref_counts[block_id] > 0, block_id in cached)
-            assert sum(states) == 1, f"block {block_id} is in states {states}"
-            hash_ = self._hashes[block_id]
-            assert (hash_ is None) or self._index[hash_] == block_id, f"block {block_id} is not what the index says"
-            assert not states[0] or hash_ is None, f"free block {block_id} has a hash"
-            assert not states[2] or hash_ is not None, f"cached block {block_id} has no hash"
-        assert len(self._index) == sum(hash_ is not None for hash_ in self._hashes)
+        self._check(counts)
 
     def _add_reference(self, block_id: int) -> None:
         if self._ref_counts[block_id] == 0 or self._cached.is_held(block_id):
@@ -299,12 +189,7 @@ class BlockManager:
             self._cached.add(block_id, hash_)
 
     def _take(self) -> int:
-        if self._free:
-            block_id = self._free.popleft()
-        else:
-            block_id, hash_ = self._cached.evict()
-            del self._index[hash_]
-            self._hashes[block_id] = None
-            self.evicted_hashes.append(hash_)
-        self._ref_counts[block_id] = 1
+        block_id, evicted = self._take_one()
+        if evicted is not None:
+            self.evicted_hashes.append(evicted)
         return block_id

@@ -260,18 +260,9 @@ class Planner:
 
     def _try_grow(self, lookahead: int) -> bool:
         """Reserves for every running sequence, or, where that is too much, for none."""
-        needs: list[tuple[Sequence, int]] = []
-        num_needed = 0
         block_size = self.limits.block_size
-        for sequence in self.running:
-            num_tokens = sequence.num_planned_tokens + 1 + lookahead
-            if num_tokens <= len(sequence.block_ids) * block_size:
-                continue
-            num_short = -(-min(num_tokens, sequence.max_num_tokens) // block_size) - len(sequence.block_ids)
-            if num_short > 0:
-                needs.append((sequence, num_short))
-                num_needed += num_short
-        if num_needed > self.blocks.num_available_blocks:
+        needs = [(s, num_short) for s in self.running if (num_short := s.num_blocks_short(lookahead, block_size))]
+        if sum([num_short for _, num_short in needs]) > self.blocks.num_available_blocks:
             return False
         for sequence, num_short in needs:
             self._note_reserved(sequence, self.blocks.reserve(sequence.seq_id, [], num_short))

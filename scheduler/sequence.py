@@ -160,6 +160,13 @@ class Sequence:
             return 0
         return num_tokens - self.num_planned_tokens
 
+    def num_blocks_short(self, num_steps: int, block_size: int) -> int:
+        """Blocks that it lacks for what may be planned of it within so many steps more."""
+        num_tokens, num_blocks = self.num_planned_tokens + 1 + num_steps, len(self.block_ids)
+        if num_tokens <= num_blocks * block_size:
+            return 0
+        return max(0, -(-min(num_tokens, self.max_num_tokens) // block_size) - num_blocks)
+
     def forget_progress(self) -> None:
         """Back to nothing computed, in a new attempt; tokens and the border between prompt and output stay."""
         self.attempt += 1

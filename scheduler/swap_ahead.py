@@ -116,11 +116,11 @@ class SwapAhead:
         num_available, horizon = self._blocks.num_available_blocks, self._horizon(lookahead)
         if len(running) * (horizon // self._block_size + 1) <= num_available:
             return
-        num_short = sum(self._growth(sequence, horizon) for sequence in running) - num_available
+        num_short = sum(s.num_blocks_short(horizon, self._block_size) for s in running) - num_available
         for victim in sorted(running, key=lambda s: (s.priority, s.seq_id), reverse=True)[:-1]:
             if num_short <= 0:
                 break
-            num_short -= self._growth(victim, horizon) + self._send_victim(victim)
+            num_short -= victim.num_blocks_short(horizon, self._block_size) + self._send_victim(victim)
 
     def _send_victim(self, victim: Sequence) -> int:
         """Begins to copy what nobody else has of it, if that is worth it; how many blocks are its own."""
@@ -141,8 +141,3 @@ class SwapAhead:
         if self._costs.step_s and self._costs.bytes_per_s:
             num_steps = int(self._costs.move_s(self.swapper.num_outs_left) / self._costs.step_s)
         return lookahead + self._block_size + min(num_steps, MAX_STEPS_AHEAD)
-
-    def _growth(self, sequence: Sequence, num_steps: int) -> int:
-        """Blocks that a running sequence will need within so many steps."""
-        num_tokens = min(sequence.num_planned_tokens + 1 + num_steps, sequence.max_num_tokens)
-        return max(0, -(-num_tokens // self._block_size) - len(sequence.block_ids))

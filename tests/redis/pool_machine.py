@@ -66,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.results: deque[Plan] = deque()
         self.swapped: deque[tuple[int, Swap]] = deque()
         self.watcher = Watcher(self.world, self.client, WORKER, self._run)
-        self._new_worker(7, 5)
+        self._new_worker(7, 9)
 
     async def _start(self) -> None:
         self.pipe.start()
@@ -108,7 +108,7 @@ class PoolMachine(RuleBasedStateMachine):
             "pin": 1 * any(self._is_pinnable(s) for s in all_),
             "expire": 1 * bool(owner.pins.pinned),
             "send_out": 8 * bool(self._sendable()),
-            "swap": 10 * bool(self.worker.swaps),
+            "swap": (3 if is_arriving else 10) * bool(self.worker.swaps),
             "apply_swap": 10 * bool(self.swapped),
             "finish": 2 * any(not s.is_finished for s in all_) + 4 * any(_is_full(s) for s in all_),
             "drop_row": 2 * any(s.is_finished for s in all_),
@@ -123,7 +123,7 @@ class PoolMachine(RuleBasedStateMachine):
             "overtake": 1 * (wire.num_unapplied > 1),
             "deliver_a_stale_script": 1 * bool(self.stale),
             "send_wrong_content": 1,
-            "seize": 1 * (self.num_operations % 3 == 0) + 9 * is_arriving,
+            "seize": 1 * (self.num_operations % 3 == 0) + 12 * is_arriving,
             "lose_the_worker": 1 * (self.num_operations > 200 * self.num_incarnations),
         }
         return [name for name, weight in weights.items() for _ in range(weight)]
@@ -380,7 +380,7 @@ class PoolMachine(RuleBasedStateMachine):
     def lose_the_worker(self, pick: int, amount: int) -> None:
         """Its incarnation is dead: nothing of it stays reachable; a new one begins with an empty pool."""
         events["dead incarnations"] += 1
-        self._new_worker(6 + amount % 5, 2 * (pick % 4))
+        self._new_worker(6 + amount % 5, (0, 3, 9, 12)[pick % 4])
 
     def _new_worker(self, num_blocks: int, num_host_blocks: int) -> None:
         self.num_incarnations += 1

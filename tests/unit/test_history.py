@@ -5,7 +5,7 @@ from typing import cast
 
 from pagoda.v1 import generation_pb2 as pb
 
-from scheduler.block_manager import BlockState
+from scheduler.block_states import BlockState
 from scheduler.explain import MAX_ENDED, Explanation, Explanations
 from scheduler.history import MAX_ADMISSIONS, MAX_EVICTIONS, MAX_RUNS, PoolHistory
 from scheduler.live_request import LiveChoice, LiveRequest

@@ -18,6 +18,7 @@ PURE = (
     "forks",
     "sequence",
     "block_hash",
+    "block_states",
     "block_manager",
     "eviction",
     "history",

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -14,6 +15,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from pagoda.fingerprint import model_fingerprint
+from pagoda.logs import configure
 from pagoda.v1 import generation_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 from scheduler.compatibility import Compatibility
@@ -23,6 +25,7 @@ from scheduler.health import SERVICES, follow_progress
 from scheduler.interceptors import ErrorsToStatus
 from scheduler.live_request import Ending, LiveRequests
 from scheduler.malformed import RefuseMalformed
+from scheduler.metrics import Measured, serve_metrics
 from scheduler.recovery import Reviver
 from scheduler.redis_check import check_redis
 from scheduler.redis_pipe import RedisPipe
@@ -89,7 +92,11 @@ async def serve(config: SchedulerConfig) -> None:
     await service.start()
     await fleet.start()
 
-    server = grpc.aio.server(interceptors=(ErrorsToStatus(), RefuseMalformed()), options=SERVER_OPTIONS)
+    def count_status(status: grpc.StatusCode) -> None:
+        fleet.metrics.num_refused[status.name] += 1
+
+    interceptors = (ErrorsToStatus(count_status), RefuseMalformed())
+    server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     health = health_aio.HealthServicer()
     generation_pb2_grpc.add_GenerationServicer_to_server(service, server)
     worker_pb2_grpc.add_WorkerLinkServicer_to_server(WorkerLinkService(fleet), server)
@@ -100,12 +107,14 @@ async def serve(config: SchedulerConfig) -> None:
     for address in config.listen:
         listen(server, address)
     await server.start()
+    stop_metrics = listen_for_metrics(config, Measured(fleet, pipe, live_requests, fleet.metrics))
     log.info("serving %s on %s", config.model_dir, ", ".join(config.listen))
     gc.collect()
     gc.freeze()  # what is here now stays: no collection need walk through it in the middle of a step
     following = asyncio.create_task(follow_progress(health, fleet, pipe))
     await stop.wait()
     following.cancel()
+    await asyncio.to_thread(stop_metrics)
     await health.enter_graceful_shutdown()
     await fleet.close()
     await server.stop(grace=0.5)
@@ -122,11 +131,21 @@ def listen(server: grpc.aio.Server, address: str) -> None:
         raise ConfigError(f"--listen={address}: can't be bound; is the port in use? Choose another one")
 
 
+def listen_for_metrics(config: SchedulerConfig, measured: Measured) -> Callable[[], None]:
+    """What ends it. Raises ConfigError where the address is taken."""
+    if not config.metrics_listen:
+        return lambda: None
+    try:
+        return serve_metrics(config.metrics_listen, measured)
+    except OSError as error:
+        raise ConfigError(f"--metrics-listen={config.metrics_listen}: {error}") from None
+
+
 def main() -> int:
     """The process's exit code: 0 after a signal, 2 for a configuration that can't work, 1 for our bug."""
     try:
         config = parse_flags(sys.argv[1:])
-        logging.basicConfig(level=config.log_level, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+        configure("scheduler", config.log_level, config.log_format)
         asyncio.run(serve(config))
     except ConfigError as error:
         print(f"scheduler: {error}", file=sys.stderr)  # noqa: T201

@@ -22,6 +22,7 @@ from scheduler.pins import Pins
 from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
 from scheduler.redis_pipe import RedisPipe
+from scheduler.request_metrics import RequestMetrics
 from scheduler.request_store import RequestStore
 from scheduler.step_clock import StepClock
 from scheduler.store import WorkerImage, WorkerStore
@@ -32,11 +33,19 @@ from scheduler.swapper import Swapper
 class Adoption:
     """Makes engines. Its caller sees to it that no worker is adopted twice at once."""
 
-    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, reviver: Reviver) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pipe: RedisPipe,
+        requests: RequestStore,
+        reviver: Reviver,
+        metrics: RequestMetrics,
+    ) -> None:
         self._config = config
         self._pipe = pipe
         self._requests = requests
         self._reviver = reviver
+        self._metrics = metrics
 
     async def adopt(
         self, store: WorkerStore, register: pb.Register, link: Link, on_end: Callable[[LiveRequest], None]
@@ -73,7 +82,8 @@ class Adoption:
             engine.drop(live)
             on_end(live)
 
-        events = CommitEvents(lambda: engine.wake(), on_ended, lambda reason: engine.lose(reason))
+        tokens = self._metrics.note_tokens
+        events = CommitEvents(lambda: engine.wake(), on_ended, tokens, lambda reason: engine.lose(reason))
         committer = Committer(register.worker_name, store, self._requests, events)
         limits = PlannerLimits(
             self._config.block_size, register.max_num_seqs, register.max_num_batched_tokens, self._config.overcommit

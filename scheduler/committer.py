@@ -45,6 +45,8 @@ class CommitEvents:
     """There may be something to plan now."""
     ended: Callable[[LiveRequest], None]
     """The end of this request is recorded."""
+    tokens: Callable[[list[tuple[LiveChoice, int, int]]], None]
+    """(choice, tokens before, tokens now): these may be delivered."""
     lost: Callable[[str], None]
     """Redis refused: the worker is another owner's, or the mirror is not what Redis holds."""
 
@@ -79,6 +81,11 @@ class Committer:
     def is_full(self) -> bool:
         """Whether Redis is too far behind to plan more."""
         return len(self._in_flight) >= MAX_COMMITS_IN_FLIGHT
+
+    @property
+    def num_in_flight(self) -> int:
+        """Scripts that Redis has not answered."""
+        return len(self._in_flight)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -176,6 +183,8 @@ class Committer:
             live.notify()
             if not accepted.done():
                 accepted.set_result(None)
+        if commit.logged:
+            self._events.tokens([(c, c.sequence.num_logged_tokens, num_tokens) for c, num_tokens in commit.logged])
         for choice, num_tokens in commit.logged:
             choice.sequence.num_logged_tokens = num_tokens
             choice.request.notify()

@@ -2,9 +2,12 @@
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pagoda.logs import FORMATS
 
 from scheduler.swap_ahead import Preemption
 
@@ -43,7 +46,10 @@ class SchedulerConfig:
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     pin_memory_bytes: int | None = None
     """KV memory of each worker that pinned prefixes may hold; None: a quarter of its pool."""
+    metrics_listen: str = ""
+    """host:port of the Prometheus endpoint; empty: none."""
     log_level: str = "INFO"
+    log_format: str = "text"
 
     def max_pinned_blocks(self, num_blocks: int, block_bytes: int) -> int:
         """Of a worker with so many blocks."""
@@ -54,6 +60,8 @@ class SchedulerConfig:
             raise ConfigError(f"--block-size={self.block_size}: must be 16 or 32")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"PAGODA_LOG_LEVEL={self.log_level}: must be one of {', '.join(LOG_LEVELS)}")
+        if self.log_format not in FORMATS:
+            raise ConfigError(f"PAGODA_LOG_FORMAT={self.log_format}: must be one of {', '.join(FORMATS)}")
         if not self.redis_url:
             raise ConfigError("--redis-url: name a Redis, or set REDIS_URL")
         if not self.listen:
@@ -64,6 +72,8 @@ class SchedulerConfig:
                 raise ConfigError(f"--{name.replace('_', '-')}={value}: must be over 0")
         if self.pin_memory_bytes is not None and self.pin_memory_bytes < 0:
             raise ConfigError(f"--pin-memory={self.pin_memory_bytes}: must be 0 or more")
+        if self.metrics_listen and not re.fullmatch(r"\S+:\d{1,5}", self.metrics_listen):
+            raise ConfigError(f"--metrics-listen={self.metrics_listen}: must be host:port")
         if self.max_model_len < 0:
             raise ConfigError(f"--max-model-len={self.max_model_len}: must be over 0")
 
@@ -85,9 +95,11 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
     parser.add_argument("--preemption", default="auto", choices=[preemption.value for preemption in Preemption])
     parser.add_argument("--pin-memory", type=int, metavar="BYTES", dest="pin_memory_bytes")
+    parser.add_argument("--metrics-listen", default="", metavar="HOST:PORT")
     flags = vars(parser.parse_args(argv))
     return SchedulerConfig(
-        log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO"),
+        log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO").upper(),
+        log_format=os.environ.get("PAGODA_LOG_FORMAT", "text"),
         model_dir=flags.pop("model"),
         listen=tuple(flags.pop("listen")),
         kv_dtype=flags.pop("dtype"),

@@ -22,11 +22,13 @@ from scheduler.planner import Planner
 from scheduler.results import ProtocolError, Results, Step
 from scheduler.sequence import SequenceStatus
 from scheduler.step_clock import StepClock
+from scheduler.tally import Tally
 from scheduler.wire import StepNumbers, StepWork, build_plan, sampler_params
 
 log = logging.getLogger("pagoda.engine")
 
 MAX_LOOKAHEAD = 64
+PLAN_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Link(Protocol):
@@ -61,6 +63,7 @@ class Engine:
         self.num_steps = 0
         self.num_step_tokens = 0
         self.phase_s = {"apply": 0.0, "plan": 0.0, "commit": 0.0, "link": 0.0}
+        self.plan_tokens, self.plan_sequences = Tally(PLAN_SIZES), Tally(PLAN_SIZES)
         self.poisons_freed_blocks = False
         self._link = parts.link
         self._redis_round_trip_s = parts.redis_round_trip_s
@@ -246,6 +249,8 @@ class Engine:
             copied = [copy.destination for copy in copies]
             self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied))
             self.clock.on_plan(num_tokens)
+            self.plan_tokens.observe(num_tokens)
+            self.plan_sequences.observe(len(rows))
             self._next_step_id += 1
             self._must_reserve = True
             plans.append(plan)

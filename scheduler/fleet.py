@@ -24,6 +24,7 @@ from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.lost_workers import LostWorkers, reclaim
 from scheduler.recovery import ModelIdentity, Reviver
 from scheduler.redis_pipe import RedisPipe
+from scheduler.request_metrics import RequestMetrics, log_end
 from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.store import WorkerStore
 
@@ -68,7 +69,8 @@ class Fleet:
         self._compatibility = model.compatibility
         self._reviver = model.reviver
         self._live_requests = model.live_requests
-        self._adoption = Adoption(config, pipe, requests, model.reviver)
+        self.metrics = RequestMetrics()
+        self._adoption = Adoption(config, pipe, requests, model.reviver, self.metrics)
         self._lost = LostWorkers(requests, model.reviver, self.choose, self._on_end)
         self.slots: dict[str, Slot] = {}
         self.explanations = Explanations()
@@ -173,7 +175,13 @@ class Fleet:
             )
             engine = await self._adoption.adopt(slot.store, register, link, self._on_end)
             slot.engine, slot.link, slot.registered, slot.is_fenced = engine, link, register, False
-            log.info("%s is live: %d blocks on %s", slot.name, register.num_blocks, register.device)
+            log.info(
+                "%s is live: %d blocks on %s",
+                slot.name,
+                register.num_blocks,
+                register.device,
+                extra={"worker": slot.name},
+            )
         return engine
 
     def serve(self, engine: Engine) -> None:
@@ -187,7 +195,7 @@ class Fleet:
         self._spawn(self._rehome_all())
         reason = await engine.lost
         slot = self.slots[engine.worker]
-        log.warning("%s is lost: %s", slot.name, reason)
+        log.warning("%s is lost: %s", slot.name, reason, extra={"worker": slot.name})
         async with slot.lock:
             if slot.engine is engine:
                 await self._fence(slot)
@@ -273,6 +281,8 @@ class Fleet:
     def _on_end(self, live: LiveRequest) -> None:
         """The end is recorded: streams finish, and logs that it left on earlier workers expire."""
         live.notify()
+        self.metrics.note_end(live)
+        log_end(live)
         self.explanations.keep(live)
         if live.num_streams == 0:
             self._live_requests.discard(live)

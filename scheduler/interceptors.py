@@ -14,7 +14,10 @@ log = logging.getLogger("pagoda.service")
 
 
 class ErrorsToStatus(grpc.aio.ServerInterceptor):
-    """To be given to grpc.aio.server(interceptors=...)."""
+    """To be given to grpc.aio.server(interceptors=...). `count`: is told of each status that it gives."""
+
+    def __init__(self, count: Callable[[grpc.StatusCode], None]) -> None:
+        self._count = count
 
     async def intercept_service(
         self,
@@ -28,34 +31,42 @@ class ErrorsToStatus(grpc.aio.ServerInterceptor):
         if handler.response_streaming:
             if not inspect.isasyncgenfunction(handler.unary_stream):
                 return handler
-            return handler._replace(unary_stream=_stream(handler.unary_stream))
-        return handler._replace(unary_unary=_call(handler.unary_unary))
+            return handler._replace(unary_stream=_stream(handler.unary_stream, self._count))
+        return handler._replace(unary_unary=_call(handler.unary_unary, self._count))
 
 
-def _stream(serve: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _stream(
+    serve: Callable[..., AsyncIterator[Any]], count: Callable[[grpc.StatusCode], None]
+) -> Callable[..., AsyncIterator[Any]]:
     async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
             async for response in serve(request, context):
                 yield response
         except RequestError as error:
+            count(STATUS_OF[type(error)])
             await context.abort(STATUS_OF[type(error)], str(error))
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            count(grpc.StatusCode.INTERNAL)
             await _abort_as_bug(context, error)
 
     return checked
 
 
-def _call(serve: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _call(
+    serve: Callable[..., Awaitable[Any]], count: Callable[[grpc.StatusCode], None]
+) -> Callable[..., Awaitable[Any]]:
     async def checked(request: Any, context: Any) -> Any:
         try:
             return await serve(request, context)
         except RequestError as error:
+            count(STATUS_OF[type(error)])
             await context.abort(STATUS_OF[type(error)], str(error))
         except grpc.aio.AbortError:
             raise
         except Exception as error:
+            count(grpc.StatusCode.INTERNAL)
             await _abort_as_bug(context, error)
 
     return checked

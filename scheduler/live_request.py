@@ -58,6 +58,9 @@ class LiveChoice:
     """Set once the end is recorded, or sure to be found again in the log; the last thing that happens to it."""
     score: float | None = None
     """Of a hypothesis: what it was ranked by."""
+    first_token_s: float = 0.0
+    """When this scheduler saw its first token acknowledged, monotonic; 0: it did not."""
+    last_token_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +81,10 @@ class LiveRequest:
     num_interruptions: int = 0
     """How often all its streams were told to end with UNAVAILABLE, to be resumed."""
     num_streams: int = 0
+    arrived_s: float = 0.0
+    """When its client sent it to this scheduler, monotonic; 0: it was taken over."""
+    arrived_at_s: float = 0.0
+    """The same as Unix time."""
     abandon_timer: asyncio.TimerHandle | None = None
     _waiters: list["asyncio.Future[None]"] = field(default_factory=list)
 

@@ -166,6 +166,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         seq_ids = range(self._next_seq_id, self._next_seq_id + body.num_sequences)
         self._next_seq_id = seq_ids.stop
         live = self._reviver.create(body, seq_ids.start)
+        self._fleet.metrics.note_arrival(live)
         engine = self._fleet.choose(live)
         if engine is None:
             raise UnavailableError("the last worker was lost just now; try again")

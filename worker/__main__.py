@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 
+from pagoda.logs import configure
+
 from worker.config import WorkerConfig, parse_config
 from worker.errors import WorkerError
 
@@ -20,9 +22,7 @@ def main() -> int:
     threading.Thread(target=_exit_on_signal, name="signals", daemon=True).start()
     try:
         config = parse_config(sys.argv[1:])
-        logging.basicConfig(
-            level=config.log_level, format=f"%(asctime)s {config.name} %(levelname)s %(message)s", stream=sys.stderr
-        )
+        configure(config.name, config.log_level, config.log_format)
         _serve(config)
     except WorkerError as error:
         sys.stderr.write(f"worker: {error}\n")
@@ -38,11 +38,15 @@ def _serve(config: WorkerConfig) -> None:
     from worker.batch import Batch
     from worker.executor import Executor
     from worker.link import Link
+    from worker.metrics import WorkerMetrics
 
+    metrics = WorkerMetrics()
+    if config.metrics_listen:
+        metrics.listen(config.metrics_listen)
     parts = assemble(config)
     # What is there now stays: a collection that walks through all of torch takes longer than a step.
     gc.freeze()
-    link = Link(config.schedulers, parts.description)
+    link = Link(config.schedulers, parts.description, metrics)
     link.start()
     try:
         Executor(link, Batch(parts.limits), parts.runner, parts.swaps(link)).run()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from pagoda.logs import FORMATS
+
 from worker.errors import ConfigError
 
 BLOCK_SIZES = (16, 32)
@@ -39,8 +41,10 @@ class WorkerConfig:
     num_threads: int | None
     timed_step_s: float | None
     enforce_eager: bool
+    metrics_listen: str
     poison_freed_blocks: bool
     log_level: str
+    log_format: str
 
 
 def parse_config(argv: Sequence[str]) -> WorkerConfig:
@@ -67,8 +71,10 @@ def parse_config(argv: Sequence[str]) -> WorkerConfig:
         num_threads=flags.num_threads,
         timed_step_s=flags.timed_step_s,
         enforce_eager=flags.enforce_eager,
+        metrics_listen=flags.metrics_listen,
         poison_freed_blocks=flags.poison_freed_blocks,
         log_level=os.environ.get("PAGODA_LOG_LEVEL", "INFO").upper(),
+        log_format=os.environ.get("PAGODA_LOG_FORMAT", "text"),
     )
     _check(config)
     return config
@@ -107,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-threads", type=int, help="CPU threads of one operation (default: torch's choice)")
     add("--timed-step-s", type=float, metavar="S", help="benchmarks: no model, each step waits S seconds")
     add("--enforce-eager", action="store_true", help="CUDA: launch kernel by kernel, without CUDA graphs")
+    add("--metrics-listen", default="", metavar="HOST:PORT", help="Prometheus endpoint (default: none)")
     add("--poison-freed-blocks", action="store_true", help="tests: fill blocks that hold nothing with NaN")
     return parser
 
@@ -139,8 +146,12 @@ def _check(config: WorkerConfig) -> None:
         raise ConfigError("model: --model DIR is missing")
     if config.timed_step_s is not None and not (config.timed_step_s >= 0 and math.isfinite(config.timed_step_s)):
         raise ConfigError(f"timed-step-s={config.timed_step_s}: must be 0 or more seconds")
+    if config.metrics_listen and not re.fullmatch(r"\S+:\d{1,5}", config.metrics_listen):
+        raise ConfigError(f"metrics-listen={config.metrics_listen}: must be host:port")
     if config.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ConfigError(f"PAGODA_LOG_LEVEL={config.log_level}: must be DEBUG, INFO, WARNING or ERROR")
+    if config.log_format not in FORMATS:
+        raise ConfigError(f"PAGODA_LOG_FORMAT={config.log_format}: must be one of {', '.join(FORMATS)}")
     _check_counts(config)
 
 

@@ -48,6 +48,11 @@ class Ledger:
         """Plans that `take` would return."""
         return len(self._waiting)
 
+    @property
+    def num_uncommitted(self) -> int:
+        """Results that are kept."""
+        return len(self._results)
+
     def registered(self, epoch: int, committed_step_id: int) -> list[int]:
         """Adopt an owner; the step ids of the plans that will not be run.
 

@@ -18,6 +18,7 @@ from pagoda.v1 import worker_pb2 as pb
 
 from worker.errors import MismatchError, NameTakenError, ProtocolError
 from worker.ledger import Ledger, Order
+from worker.metrics import WorkerMetrics
 from worker.step import BatchLimits
 from worker.stream import Stream, reason
 from worker.wire import PROTOCOL_VERSION, StepOutput, SwapReport, decode_plan, encode_swaps
@@ -68,9 +69,10 @@ class Description:
 class Link:
     """See `worker.executor.PlanSource`. `start` begins to connect; `close` ends everything."""
 
-    def __init__(self, addresses: tuple[str, ...], description: Description) -> None:
+    def __init__(self, addresses: tuple[str, ...], description: Description, metrics: WorkerMetrics) -> None:
         self._addresses = addresses
         self._description = description
+        self._metrics = metrics
         self._lock = threading.Lock()
         self._ledger = Ledger(uuid.uuid4().hex)
         self._plans_ready: SimpleQueue[None] = SimpleQueue()
@@ -119,9 +121,12 @@ class Link:
             self._running_since_s = time.monotonic()
             if is_kept and self._stream is not None and self._stream.is_registered:
                 self._stream.send(output)
+            num_uncommitted = self._ledger.num_uncommitted
+        self._metrics.note_step(output, num_uncommitted)
 
     def report_swaps(self, report: SwapReport) -> None:
         """See worker.swaps.Reporter. Without a stream nobody needs to know: the next owner issues them again."""
+        self._metrics.note_swaps(report)
         with self._lock:
             if self._stream is not None and self._stream.is_registered:
                 self._stream.send(encode_swaps(report))
@@ -226,6 +231,7 @@ class Link:
             for output in results:
                 stream.send(output)
             stream.is_registered = True
+        self._metrics.note_owner(registered.epoch)
         self._heartbeat_s = registered.heartbeat_interval_s or DEFAULT_HEARTBEAT_S
         self._name_taken_since_s = None
         log.info(

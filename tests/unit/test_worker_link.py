@@ -20,6 +20,7 @@ from worker.batch import Batch
 from worker.errors import MismatchError, NameTakenError
 from worker.executor import Executor
 from worker.link import Description, Link, PoolFacts, Speed
+from worker.metrics import WorkerMetrics
 from worker.step import BatchLimits, Sampled, StepInputs
 from worker.swaps import NoSwaps
 from worker.wire import Plan
@@ -86,7 +87,7 @@ class RunningWorker:
     def __init__(self, *addresses: str) -> None:
         self.runner = GatedRunner()
         self.error: BaseException | None = None
-        self.link = Link(addresses, DESCRIPTION)
+        self.link = Link(addresses, DESCRIPTION, WorkerMetrics())
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.link.start()
         self._thread.start()

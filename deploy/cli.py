@@ -87,6 +87,9 @@ def up(
     pin_memory: Annotated[
         str | None, typer.Option(help="KV memory of each worker for pinned prompts. Unset: a quarter of its pool.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Prometheus port of the scheduler; each worker has one of the next.")
+    ] = None,
     pids: Annotated[
         Path | None, typer.Option(help="File that always holds the processes' ids, as a JSON object by name.")
     ] = None,

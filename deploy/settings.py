@@ -45,6 +45,8 @@ class UpSettings:
     overcommit: float | None = None
     preemption: str | None = None
     pin_memory: str | None = None
+    metrics_port: int | None = None
+    """Of the scheduler's Prometheus endpoint; worker i has the (i + 1)th after it. None: there are none."""
 
 
 def check(settings: UpSettings) -> None:
@@ -64,7 +66,10 @@ def check(settings: UpSettings) -> None:
     if settings.preemption not in (None, "auto", "swap", "recompute"):
         raise DeployError(f"--preemption {settings.preemption}: must be auto, swap or recompute", 2)
     if settings.port is not None:
-        _check_port(settings.port)
+        _check_port("--port", settings.port)
+    if settings.metrics_port is not None:
+        for index in range(settings.workers + 1):
+            _check_port("--metrics-port", settings.metrics_port + index)
 
 
 def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -> Command:
@@ -79,6 +84,7 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
         "max-waiting": settings.max_waiting,
         "overcommit": settings.overcommit,
         "preemption": settings.preemption,
+        "metrics-listen": _metrics_address(settings, 0),
         "pin-memory": None if settings.pin_memory is None else _bytes_of("--pin-memory", settings.pin_memory),
     }
     addresses = [part for address in listen for part in ("--listen", address)]
@@ -107,6 +113,7 @@ def worker_commands(settings: UpSettings, socket_path: Path) -> list[Command]:
             "max-num-batched-tokens": settings.max_num_batched_tokens,
             "max-num-seqs": settings.max_num_seqs,
             "max-model-len": settings.max_model_len,
+            "metrics-listen": _metrics_address(settings, index + 1),
             "num-threads": max(1, num_cores() // settings.workers) if on_cpu else None,
         }
         argv = (sys.executable, "-m", "worker", *_flags(flags))
@@ -162,14 +169,18 @@ def _flags(values: dict[str, object]) -> Iterator[str]:
             yield str(value)
 
 
-def _check_port(port: int) -> None:
+def _metrics_address(settings: UpSettings, index: int) -> str | None:
+    return None if settings.metrics_port is None else f"127.0.0.1:{settings.metrics_port + index}"
+
+
+def _check_port(flag: str, port: int) -> None:
     if not 0 < port < 65536:
-        raise DeployError(f"--port {port}: must be 1 to 65535", 2)
+        raise DeployError(f"{flag} {port}: must be 1 to 65535", 2)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise DeployError(f"port {port} is in use; choose another with --port") from None
-            raise DeployError(f"--port {port}: {error.strerror}; choose another") from None
+                raise DeployError(f"port {port} is in use; choose another with {flag}") from None
+            raise DeployError(f"{flag} {port}: {error.strerror}; choose another") from None

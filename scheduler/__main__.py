@@ -89,6 +89,7 @@ async def serve(config: SchedulerConfig) -> None:
     compatibility = Compatibility(model.fingerprint, config.block_size, config.kv_dtype, model.max_model_len)
     fleet = Fleet(config, pipe, requests, FleetModel(compatibility, reviver, live_requests))
     service = GenerationService(model, fleet, requests, reviver, live_requests)
+    stop_metrics = listen_for_metrics(config, Measured(fleet, pipe, live_requests, fleet.metrics))
     await service.start()
     await fleet.start()
 
@@ -107,7 +108,6 @@ async def serve(config: SchedulerConfig) -> None:
     for address in config.listen:
         listen(server, address)
     await server.start()
-    stop_metrics = listen_for_metrics(config, Measured(fleet, pipe, live_requests, fleet.metrics))
     log.info("serving %s on %s", config.model_dir, ", ".join(config.listen))
     gc.collect()
     gc.freeze()  # what is here now stays: no collection need walk through it in the middle of a step

@@ -5,10 +5,12 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 MODEL  ?= deploy/demo/model
 PROMPT ?= def read_lines(path):
+PROFILE ?= cpu
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap plots kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap plots kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,10 +30,22 @@ up: setup ## Start everything and leave it running (Ctrl-C ends it)
 	@$(BIN)/pagoda up --model $(MODEL)
 
 test: setup ## Run the tests
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -m 'not slow and not docker'
 
 test-all: setup ## Run the tests with the full products and the long state machines
-	@PAGODA_TEST_LONG=1 $(BIN)/python -m pytest
+	@PAGODA_TEST_LONG=1 $(BIN)/python -m pytest -m 'not docker'
+
+test-docker: setup ## Build the images, bring the CPU profile up, kill a worker's container (needs an engine)
+	@$(BIN)/python -m pytest -m docker -v
+
+wheels: setup ## Download what the images need into deploy/docker/wheels, for builds without a network
+	@$(BIN)/python -m pip download --quiet --dest deploy/docker/wheels setuptools==84.2.1 wheel async-timeout torch==2.13.0 '.[scheduler,worker]'
+
+up-docker: ## Build and start the CPU profile; settings in deploy/.env
+	@cd deploy && $(COMPOSE) --profile $(PROFILE) up --build --detach
+
+down-docker: ## Stop it; Redis's data stays
+	@cd deploy && $(COMPOSE) --profile $(PROFILE) down
 
 proto: setup ## Generate the Python of the contract
 	@PATH="$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \

@@ -200,6 +200,7 @@ class Link:
             with self._lock:
                 self._stream = None
                 self._ledger.stream_lost()
+            self._metrics.note_no_owner()
             stream.end()
 
     def _handle(self, stream: Stream, response: pb.ConnectResponse) -> None:

@@ -26,6 +26,7 @@ class WorkerMetrics:
         self._failed = Counter(PREFIX + "failed_sequences", "Logits that were not finite.", registry=self.registry)
         self._moved = Counter(PREFIX + "swapped_blocks", "Blocks swapped.", ["direction"], registry=self.registry)
         self._moved_s = Counter(PREFIX + "swap_seconds", "Time that swaps took.", registry=self.registry)
+        self._registered = Gauge(PREFIX + "registered", "Whether a scheduler has it.", registry=self.registry)
         self._epoch = Gauge(PREFIX + "epoch", "Of the owner.", registry=self.registry)
         self._results = Gauge(PREFIX + "uncommitted_results", "Results kept until committed.", registry=self.registry)
 
@@ -57,4 +58,9 @@ class WorkerMetrics:
 
     def note_owner(self, epoch: int) -> None:
         """A scheduler has taken the worker."""
+        self._registered.set(1)
         self._epoch.set(epoch)
+
+    def note_no_owner(self) -> None:
+        """Its stream has ended."""
+        self._registered.set(0)

@@ -254,19 +254,23 @@ def test_blocks_are_drawn_again_and_again_on_a_terminal_until_ctrl_c(up):
     command = [*PAGODA, "blocks", "--port", str(up.port), "--watch"]
     process = subprocess.Popen(command, stdout=end, stderr=end, env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "80"})
     os.close(end)
-    notes = below_the_legends(terminal)
-    assert b"does not answer" not in next(notes)
-    while b"does not answer" not in next(notes):  # it may be back before anybody asks: then once more
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(up.pids()["scheduler"], signal.SIGKILL)
-    while b"does not answer" in next(notes):
-        pass
-    process.send_signal(signal.SIGINT)
-    with contextlib.suppress(OSError):  # the terminal's end
-        while os.read(terminal, 4096):
+    try:
+        notes = below_the_legends(terminal)
+        assert b"does not answer" not in next(notes)
+        while b"does not answer" not in next(notes):  # it may be back before anybody asks: then once more
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(up.pids()["scheduler"], signal.SIGKILL)
+        while b"does not answer" in next(notes):
             pass
-    assert process.wait(TIMEOUT_S) == 0
-    os.close(terminal)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the terminal's end
+            while os.read(terminal, 4096):
+                pass
+        assert process.wait(TIMEOUT_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
 
 
 def below_the_legends(terminal: int) -> Iterator[bytes]:

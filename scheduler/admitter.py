@@ -12,7 +12,7 @@ from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.sequence import Sequence
-from scheduler.swapper import Found, Swapper
+from scheduler.swapper import Prefix, Swapper
 from scheduler.waiting_queue import WaitingQueue
 
 MAX_PASSED_OVER = 64
@@ -34,7 +34,7 @@ class Fit(NamedTuple):
     """A sequence that fits: where its prefix is found, and how many fresh blocks it needs behind that."""
 
     sequence: Sequence
-    found: list[Found]
+    found: Prefix
     num_new: int
 
 
@@ -126,7 +126,7 @@ class Admitter:
         """None where it finds no room now, or the batch none at its peak. Notes in it what it would share."""
         block_size, blocks = self._limits.block_size, self._blocks
         found = self._swapper.find_prefix(self.usable_hashes(sequence), sequence.attempt > 0)
-        shared = [block_id for block_id, _ in found if block_id]
+        shared = found.shared
         num_tokens = min(len(sequence.token_ids) + 1 + lookahead, sequence.max_num_tokens)
         num_blocks = -(-max(num_tokens, len(sequence.token_ids)) // block_size)
         num_cached = blocks.num_cached_among(shared)

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
 from scheduler.sequence import Admission, BlockSource, EvictedRun, Sequence
-from scheduler.swapper import Found
 
 MAX_EVICTIONS = 10_000
 """Evictions remembered of each pool."""
@@ -38,12 +37,12 @@ class PoolHistory:
         self.num_evictions += len(hashes)
         hashes.clear()
 
-    def note_admission(self, sequence: Sequence, found: Seq[Found]) -> None:
-        """A sequence gets blocks; to be called before what is evicted for it is noted."""
+    def note_admission(self, sequence: Sequence, found: Seq[int]) -> None:
+        """A sequence gets blocks, the first of them `found`, or (0) on the host; before what it evicts is noted."""
         num_blocks = -(-sequence.num_prompt_tokens // self._block_size)
         num_usable = (len(sequence.token_ids) - 1) // self._block_size
         hits = found[:num_blocks]  # of a preempted sequence its output may be hits too
-        sources = bytearray(BlockSource.HIT if block_id else BlockSource.HOST_HIT for block_id, _ in hits)
+        sources = bytearray(BlockSource.HIT if block_id else BlockSource.HOST_HIT for block_id in hits)
         evicted: list[EvictedRun] = []
         for i in range(len(hits), num_blocks):
             eviction = self._evictions.get(sequence.block_hashes[i]) if i < num_usable else None

@@ -336,13 +336,13 @@ class Planner:
             self.redescribed.append(sequence)
         self.counters.num_prefix_query_tokens += len(sequence.token_ids)
         self.counters.num_prefix_hit_tokens += num_cached
-        self.counters.num_host_hit_tokens += sum(host_block_id > 0 for _, host_block_id in found) * block_size
+        self.counters.num_host_hit_tokens += len(found.host_block_ids) * block_size
         self.waiting.charge(sequence.tenant, len(sequence.token_ids) - num_cached)
         if sequence.attempt == sequence.choice == 0:  # else its request has asked for it before
             usable = self._admitter.usable_hashes(sequence)
             self.blocks.touch(usable)
             self.swapper.host.touch(usable)
-        self.history.note_admission(sequence, found)
+        self.history.note_admission(sequence, found.block_ids)
         self._note_reserved(sequence, self.swapper.reserve(sequence, found, num_new))
         sequence.num_published_blocks = len(found)  # those from the host as soon as they are there
         sequence.num_computed_tokens = sequence.num_planned_tokens = num_cached

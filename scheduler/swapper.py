@@ -22,11 +22,21 @@ MAX_SWAP_OUTS = 64
 """Blocks on their way out at most: what swaps hold nobody else can have."""
 
 
-class Found(NamedTuple):
-    """Where a block of a prefix is: on the device, or else (0) on the host."""
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Where the blocks of a prefix are: on the device, or (0) on the host."""
 
-    block_id: int
-    host_block_id: int
+    block_ids: list[int] = field(default_factory=list)
+    host_block_ids: dict[int, int] = field(default_factory=dict)
+    """By place in the prefix, where block_ids has 0."""
+
+    def __len__(self) -> int:
+        return len(self.block_ids)
+
+    @property
+    def shared(self) -> list[int]:
+        """Those on the device."""
+        return [block_id for block_id in self.block_ids if block_id] if self.host_block_ids else self.block_ids
 
 
 class Swap(NamedTuple):
@@ -109,16 +119,19 @@ class Swapper:
 
     # -- prefixes -----------------------------------------------------------------------------------------------------
 
-    def find_prefix(self, hashes: Seq[bytes], is_preempted: bool = False) -> list[Found]:
+    def find_prefix(self, hashes: Seq[bytes], is_preempted: bool = False) -> Prefix:
         """The longest prefix of the chain `hashes` that is published or on the host, block by block."""
-        uses_host = self.takes_preempted or not is_preempted
-        found: list[Found] = []
-        for hash_ in hashes:
-            block_id = self._blocks.block_of(hash_)
-            host_block_id = self._host_hit(hash_) if uses_host and not block_id else 0
-            if not block_id and not host_block_id:
-                break
-            found.append(Found(block_id, host_block_id))
+        found = Prefix(self._blocks.find_prefix(hashes))
+        if is_preempted and not self.takes_preempted:
+            return found
+        for place in range(len(found), len(hashes)):
+            block_id = self._blocks.block_of(hashes[place])
+            if not block_id:
+                host_block_id = self._host_hit(hashes[place])
+                if not host_block_id:
+                    break
+                found.host_block_ids[place] = host_block_id
+            found.block_ids.append(block_id)
         return found
 
     def is_known(self, hash_: bytes) -> bool:
@@ -129,12 +142,11 @@ class Swapper:
         """Whether a block of this content is on its way in, and not to be found before."""
         return hash_ in self._underway.arriving
 
-    def reserve(self, sequence: Sequence, found: Seq[Found], num_new: int) -> list[int]:
+    def reserve(self, sequence: Sequence, found: Prefix, num_new: int) -> list[int]:
         """A sequence's first blocks: shared ones, ones that what the host has is copied into, and fresh ones."""
-        block_ids = self._blocks.reserve(sequence.seq_id, [block_id for block_id, _ in found], num_new)
-        for (_, host_block_id), block_id in zip(found, block_ids, strict=False):
-            if host_block_id:
-                self._begin_in(host_block_id, block_id, sequence)
+        block_ids = self._blocks.reserve(sequence.seq_id, found.block_ids, num_new)
+        for place, host_block_id in found.host_block_ids.items():
+            self._begin_in(host_block_id, block_ids[place], sequence)
         self.give_up(sequence)
         return block_ids
 

@@ -14,7 +14,7 @@ from scheduler.changes import Changes
 from scheduler.host_pool import HostPool
 from scheduler.pins import PIN_BIT, Pins
 from scheduler.store import WorkerImage, WorkerStore
-from scheduler.swapper import Found, Swap, Swapper
+from scheduler.swapper import Prefix, Swap, Swapper
 from tests.redis.faulty_wire import FaultyWire, Message
 from tests.redis.model_state import Expected, Tracked, World, num_tables, revived
 from tests.redis.worker_model import BLOCK_SIZE, Plan, Row, Story
@@ -162,11 +162,11 @@ class Owner:
             assert self.world.contents.setdefault(hash_, content) == content, "two contents, one hash"
         return hashes
 
-    def admit(self, sequence: Tracked, lookahead: int) -> list[Found] | None:
+    def admit(self, sequence: Tracked, lookahead: int) -> Prefix | None:
         """Look-up and reservation in one go; returns what it found, or None where it does not fit."""
         hashes = self.chain(sequence.story, sequence.num_tokens)
         found = self.swapper.find_prefix(hashes[: (sequence.num_tokens - 1) // BLOCK_SIZE])
-        shared = [block_id for block_id, _ in found if block_id]
+        shared = found.shared
         num_blocks = -(-(sequence.num_tokens + lookahead) // BLOCK_SIZE)
         if num_blocks - len(shared) > self.blocks.num_available_blocks - self.blocks.num_cached_among(shared):
             return None

@@ -162,10 +162,12 @@ class PoolMachine(RuleBasedStateMachine):
         """One that waits: hits are shared, and each holds exactly what the sequence would have written."""
         sequence = self._pick(pick, _is_waiting)
         found = self.owner.admit(sequence, 1 + amount // 2)
-        for i, (block_id, host_block_id) in enumerate(found or (), start=1):
-            content = (sequence.story.salt, sequence.story.tokens(i * BLOCK_SIZE))
-            assert not block_id or self.worker.holds(block_id, *content), "served a block that nobody wrote"
-            assert block_id or self.worker.holds_on_host(host_block_id, *content), "served a host block, as badly"
+        for place, block_id in enumerate(found.block_ids if found else ()):
+            content = (sequence.story.salt, sequence.story.tokens((place + 1) * BLOCK_SIZE))
+            if block_id:
+                assert self.worker.holds(block_id, *content), "served a block that nobody wrote"
+            else:
+                assert self.worker.holds_on_host(found.host_block_ids[place], *content), "served a host block, as badly"
         events["does not fit" if found is None else "readmissions" if sequence.attempt else "admissions"] += 1
 
     def grow(self, pick: int, amount: int) -> None:

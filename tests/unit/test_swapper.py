@@ -6,7 +6,7 @@ from scheduler.block_manager import BlockManager
 from scheduler.changes import Changes
 from scheduler.host_pool import HostPool
 from scheduler.sequence import Sequence, SequenceLimits, SequenceStatus
-from scheduler.swapper import MAX_SWAP_OUTS, Found, Swap, Swapper
+from scheduler.swapper import MAX_SWAP_OUTS, Prefix, Swap, Swapper
 
 BLOCK_SIZE = 4
 HASHES = [b"%016d" % i for i in range(100)]
@@ -65,9 +65,9 @@ def test_what_went_out_and_was_evicted_is_found_on_the_host() -> None:
     swapper = a_swapper(6, 4)
     end(swapper, run(swapper, 1, HASHES[:3]))
     send_out(swapper, *HASHES[:2])
-    assert swapper.find_prefix(HASHES[:3]) == [Found(i, 0) for i in (1, 2, 3)], "the device comes first"
+    assert swapper.find_prefix(HASHES[:3]) == Prefix([1, 2, 3]), "the device comes first"
     evict_all(swapper)
-    assert swapper.find_prefix(HASHES[:3]) == [Found(0, 1), Found(0, 2)]
+    assert swapper.find_prefix(HASHES[:3]) == Prefix([0, 0], {0: 1, 1: 2})
     check(swapper)
 
 
@@ -79,10 +79,10 @@ def test_a_prefix_may_alternate_between_the_tiers() -> None:
     second = run(swapper, 2, HASHES[1:2])
     end(swapper, second)
     found = swapper.find_prefix(HASHES[:4])
-    assert [(block_id > 0, host_block_id) for block_id, host_block_id in found] == [(False, 1), (True, 0), (False, 2)]
+    assert found == Prefix([0, swapper._blocks.block_of(HASHES[1]), 0], {0: 1, 2: 2})
     sequence = a_sequence(3, 4)
     sequence.block_ids = swapper.reserve(sequence, found, 1)
-    assert sequence.block_ids[1] == found[1].block_id
+    assert sequence.block_ids[1] == found.block_ids[1]
     assert sequence.num_arriving_blocks == 2
     rows = swapper._blocks.changes.reserve[-2:]
     assert [(len(shared), len(new)) for _, shared, new in rows] == [(0, 1), (1, 2)], "rows that name them in order"
@@ -99,10 +99,10 @@ def test_who_waits_for_blocks_runs_when_the_last_one_is_there() -> None:
     assert (second.num_arriving_blocks, len(swapper.started)) == (3, 3)
     assert [swap.is_out for swap in swapper.started] == [False] * 3
     assert all(swapper.is_arriving(hash_) for hash_ in HASHES[:3])
-    assert swapper.find_prefix(HASHES[:3]) == [], "neither published yet, nor to be copied in once more"
+    assert swapper.find_prefix(HASHES[:3]) == Prefix(), "neither published yet, nor to be copied in once more"
     swapper.finish([], second.block_ids[:2])
     assert second.num_arriving_blocks == 1
-    assert swapper.find_prefix(HASHES[:3]) == [Found(i, 0) for i in second.block_ids[:2]]
+    assert swapper.find_prefix(HASHES[:3]) == Prefix(second.block_ids[:2])
     swapper.finish([], second.block_ids[2:])
     assert second.num_arriving_blocks == 0
     check(swapper, second)
@@ -120,7 +120,7 @@ def test_blocks_that_come_in_for_nobody_any_more_are_hits_for_others() -> None:
     second.attempt, second.status, second.num_arriving_blocks = 1, SequenceStatus.RUNNING, 0
     swapper.finish([], block_ids)
     assert second.num_arriving_blocks == 0, "its next attempt does not wait for the first one's blocks"
-    assert swapper.find_prefix(HASHES[:2]) == [Found(i, 0) for i in block_ids]
+    assert swapper.find_prefix(HASHES[:2]) == Prefix(block_ids)
     check(swapper)
 
 
@@ -147,7 +147,7 @@ def test_a_table_may_come_and_go_while_its_block_goes_out() -> None:
     check(swapper, second)
     end(swapper, second)
     check(swapper)
-    assert swapper.find_prefix(HASHES[:1]) == [Found(1, 0)]
+    assert swapper.find_prefix(HASHES[:1]) == Prefix([1])
 
 
 def test_what_the_host_has_evicted_is_not_sent_again_from_the_same_block() -> None:
@@ -213,9 +213,9 @@ def test_hits_that_do_not_pay_are_none() -> None:
     send_out(swapper, HASHES[0])
     evict_all(swapper)
     swapper.takes_hits = False
-    assert (swapper.find_prefix(HASHES[:1]), swapper.is_known(HASHES[0])) == ([], False)
+    assert (swapper.find_prefix(HASHES[:1]), swapper.is_known(HASHES[0])) == (Prefix(), False)
     swapper.takes_hits = True
-    assert (swapper.find_prefix(HASHES[:1]), swapper.is_known(HASHES[0])) == ([Found(0, 1)], True)
+    assert (swapper.find_prefix(HASHES[:1]), swapper.is_known(HASHES[0])) == (Prefix([0], {0: 1}), True)
 
 
 def test_a_content_computed_while_it_comes_in_stays_where_it_was_published() -> None:
@@ -228,7 +228,7 @@ def test_a_content_computed_while_it_comes_in_stays_where_it_was_published() -> 
     other.block_ids = swapper._blocks.reserve(3, [], 1)
     assert swapper._blocks.publish(other.block_ids[0], HASHES[0])
     swapper.finish([], waiting.block_ids)
-    assert swapper.find_prefix(HASHES[:1]) == [Found(other.block_ids[0], 0)]
+    assert swapper.find_prefix(HASHES[:1]) == Prefix(other.block_ids)
     check(swapper, waiting, other)
 
 
@@ -262,5 +262,5 @@ def test_a_new_owner_issues_every_swap_again_and_knows_who_waits() -> None:
     check(heir, waiting, running)
     heir.finish([host_block_id], waiting.block_ids)
     assert waiting.num_arriving_blocks == 0
-    assert heir.find_prefix(HASHES[:2]) == [Found(i, 0) for i in waiting.block_ids]
+    assert heir.find_prefix(HASHES[:2]) == Prefix(waiting.block_ids)
     check(heir, waiting, running)

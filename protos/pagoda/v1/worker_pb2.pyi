@@ -462,6 +462,7 @@ class SamplerParams(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     END_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
+    REPORTS_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy."""
     top_k: _builtins.int
@@ -476,6 +477,8 @@ class SamplerParams(_message.Message):
     """Output tokens before which no id of end_token_ids may be sampled."""
     num_candidates: _builtins.int
     """Likeliest tokens to report with each token that is sampled, for beam search; 0: none."""
+    reports_logprobs: _builtins.bool
+    """Whether to report the log probability of each token that is sampled."""
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence and stop ids."""
@@ -491,10 +494,11 @@ class SamplerParams(_message.Message):
         min_tokens: _builtins.int = ...,
         end_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_candidates: _builtins.int = ...,
+        reports_logprobs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "reports_logprobs", b"reports_logprobs", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -632,6 +636,7 @@ class StepResult(_message.Message):
     FAILED_SEQ_IDS_FIELD_NUMBER: _builtins.int
     CANDIDATE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CANDIDATE_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch of the plan."""
     step_id: _builtins.int
@@ -678,6 +683,12 @@ class StepResult(_message.Message):
     def candidate_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Their log probabilities (natural logarithm)."""
 
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log probability (natural logarithm) of each of token_ids by the model's own distribution: before temperature, before
+        any filter and with every id allowed. 0 for sequences that did not ask; empty where none of the step did.
+        """
+
     def __init__(
         self,
         *,
@@ -695,10 +706,11 @@ class StepResult(_message.Message):
         failed_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
         candidate_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         candidate_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "candidate_logprobs", b"candidate_logprobs", "candidate_token_ids", b"candidate_token_ids", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "candidate_logprobs", b"candidate_logprobs", "candidate_token_ids", b"candidate_token_ids", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

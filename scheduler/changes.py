@@ -12,7 +12,8 @@ class Changes:
     ones before it freed, and nobody may fork from a sequence that the same script releases."""
 
     append: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(seq_id, offset in the segment's log in entries, entries: token ids, or the words of a search)."""
+    """(seq_id, offset in the segment's log in entries, entries: token ids, or the words of a search or
+    of a choice that is ranked)."""
     computed: list[tuple[int, int]] = field(default_factory=list)
     """(seq_id, num_computed_tokens, or -1 once it has caught up)."""
     publish: list[tuple[int, bytes]] = field(default_factory=list)

@@ -15,6 +15,8 @@ PURE = (
     "planner",
     "admitter",
     "beam_search",
+    "best_of",
+    "float_bits",
     "forks",
     "sequence",
     "block_hash",

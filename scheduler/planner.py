@@ -13,6 +13,7 @@ from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
 from scheduler.history import PoolHistory
 from scheduler.sequence import Sequence, SequenceStatus
+from scheduler.worker_choice import Outlook
 
 
 class ScheduledRow(NamedTuple):
@@ -62,7 +63,15 @@ class Planner:
         if leader is not None and leader.status is not SequenceStatus.FINISHED and not leader.num_output_tokens:
             self.forks.follow(leader, sequence)
         else:
-            self._queue(sequence)
+            self._admitter.queue(sequence)
+
+    def expect(self, sequence: Sequence) -> None:
+        """This worker is chosen for a sequence that is not here yet: whoever is to choose next counts on it."""
+        self._admitter.expect(sequence)
+
+    def expect_no_more(self, sequence: Sequence) -> None:
+        """The sequence is here, or will never be."""
+        self._admitter.expect_no_more(sequence)
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
@@ -82,7 +91,7 @@ class Planner:
                 self._set_back(sequence)
         self._unsettled.clear()
         for follower in self.forks.past_prompt():
-            self._queue(follower)
+            self._admitter.queue(follower)
 
     def branch(self, parent: Sequence, child: Sequence, token_ids: list[int]) -> None:
         """A beam gives up what it has, for `token_ids`: what its parent has computed, and one token more."""
@@ -92,7 +101,7 @@ class Planner:
             self.running.remove(child)
             self._give_back(child)
         else:
-            self._unqueue(child)
+            self._admitter.unqueue(child)
         child.forget_progress()
         child.token_ids = token_ids
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.limits.block_size]
@@ -106,10 +115,10 @@ class Planner:
         elif sequence.leader is not None:
             self.forks.leave(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
-            self._unqueue(sequence)
+            self._admitter.unqueue(sequence)
         for follower in self.forks.followers_of(sequence):
             self.forks.leave(follower)
-            self._queue(follower)
+            self._admitter.queue(follower)
         sequence.status = SequenceStatus.FINISHED
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
 
@@ -189,14 +198,9 @@ class Planner:
         """Sequences that wait for admission, or for the prompt of another."""
         return len(self.waiting) + self.forks.num_waiting
 
-    @property
-    def num_queued_prefill_tokens(self) -> int:
-        """Tokens of prompts that no plan covers yet, for the choice of a worker."""
-        return sum([s.num_unplanned_tokens for s in self.running]) + self.waiting.num_tokens
-
-    def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
-        """Tokens of a prompt with this chain that are neither published nor being computed here."""
-        return self._admitter.num_uncached_tokens(hashes, num_tokens)
+    def outlook(self, sequence: Sequence) -> Outlook:
+        """What a sequence that is not here would find, for the choice of a worker."""
+        return self._admitter.outlook(sequence.block_hashes, self.running)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -221,7 +225,7 @@ class Planner:
                 rows.append(ScheduledRow(follower, follower.attempt, 0, True))
             else:
                 self.forks.leave(follower)
-                self._queue(follower)
+                self._admitter.queue(follower)
         return rows
 
     def _grow_running(self, lookahead: int) -> bool:
@@ -271,20 +275,12 @@ class Planner:
             return False
         return bool(self.running) and any(not s.awaits_choice for s in self.waiting)
 
-    def _queue(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence)
-        self._admitter.note_change()  # it may come before what was refused
-
-    def _unqueue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
-        self._admitter.note_change()  # it may be what was refused
-
     def _set_back(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.forget_progress()
         sequence.status = SequenceStatus.PREEMPTED
         self.redescribed.append(sequence)
-        self._queue(sequence)
+        self._admitter.queue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.block_ids:
@@ -301,7 +297,7 @@ class Planner:
 
     def _admit(self, fit: Fit) -> None:
         sequence, shared, num_new = fit
-        self.waiting.remove(sequence)
+        self._admitter.unqueue(sequence)
         num_cached = len(shared) * self.limits.block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)

@@ -23,7 +23,9 @@ PURE = (
     "block_manager",
     "eviction",
     "history",
+    "promises",
     "waiting_queue",
+    "worker_choice",
     "admission",
     "changes",
 )

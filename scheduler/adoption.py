@@ -18,7 +18,7 @@ from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
 from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.request_store import RequestStore
 from scheduler.step_clock import StepClock
 from scheduler.store import WorkerImage, WorkerStore
@@ -27,7 +27,7 @@ from scheduler.store import WorkerImage, WorkerStore
 class Adoption:
     """Makes engines. Its caller sees to it that no worker is adopted twice at once."""
 
-    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, reviver: Reviver) -> None:
+    def __init__(self, config: SchedulerConfig, pipe: Pipe, requests: RequestStore, reviver: Reviver) -> None:
         self._config = config
         self._pipe = pipe
         self._requests = requests

@@ -24,7 +24,7 @@ from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.lost_workers import LostWorkers, reclaim
 from scheduler.place import Place
 from scheduler.recovery import ModelIdentity, Reviver
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.store import WorkerStore
 from scheduler.worker_choice import best_worker
@@ -61,7 +61,7 @@ class FleetModel:
 class Fleet:
     """Owns the slots. Every public call is safe at any moment of a worker's life."""
 
-    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, model: FleetModel) -> None:
+    def __init__(self, config: SchedulerConfig, pipe: Pipe, requests: RequestStore, model: FleetModel) -> None:
         self._config = config
         self._pipe = pipe
         self._requests = requests

@@ -152,6 +152,15 @@ class RedisCluster:
             owners = _owners(client.execute_command("CLUSTER", "SLOTS"), self.ports)
         return next(node for slots, node in owners if slot in slots)
 
+    def await_master(self, number: int) -> None:
+        """Returns once a node is a master."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with self.nodes[number].client() as client:
+            while client.execute_command("ROLE")[0] != b"master":
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"node {number} does not take over")
+                time.sleep(0.02)
+
     def close(self) -> None:
         """Ends all nodes and removes their folders; may be called twice."""
         for node in self.nodes:

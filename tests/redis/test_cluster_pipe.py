@@ -118,12 +118,6 @@ async def writing(cluster: RedisCluster, seed: int = 0) -> AsyncIterator[Writers
         await pipe.close()
 
 
-def await_master(cluster: RedisCluster, number: int) -> None:
-    with cluster.nodes[number].client() as client:
-        while client.execute_command("ROLE")[0] != b"master":
-            time.sleep(0.02)
-
-
 async def test_workers_on_every_node_are_served_by_one_pipe(cluster: RedisCluster) -> None:
     async with writing(cluster) as writers:
         assert len({cluster.node_of(worker_key(name, "")) for name in writers.names}) == 3
@@ -343,7 +337,7 @@ async def test_a_replica_takes_over_when_it_is_told_to(kind: str) -> None:
                 for number in (3, 4):
                     with cluster.nodes[number].client() as client:
                         client.execute_command("CLUSTER", "FAILOVER")
-                    await asyncio.to_thread(await_master, cluster, number)
+                    await asyncio.to_thread(cluster.await_master, number)
 
             await writers.write_through(fail_over)
             await writers.check()
@@ -364,7 +358,7 @@ async def test_a_master_dies_and_its_replica_takes_over(kind: str) -> None:
                 with cluster.nodes[0].client() as client:
                     assert client.execute_command("WAIT", 1, 1000) == 1
                 cluster.nodes[0].kill()
-                await asyncio.to_thread(await_master, cluster, 3)
+                await asyncio.to_thread(cluster.await_master, 3)
 
             await writers.write_through(kill)
             await writers.check()

@@ -38,11 +38,14 @@ class Adoption:
     ) -> Engine:
         """Seizes the worker; its engine, not started. `on_end` hears of each request whose end is recorded.
 
-        Raises RefusedError where the worker's incarnation was declared dead.
+        Raises RefusedError where the worker's incarnation was declared dead, or has forgotten what Redis has lost.
         """
         meta = await store.seize(register.highest_epoch)
         image = await store.load(meta.num_blocks)
         is_known = meta.incarnation == register.incarnation
+        if is_known and meta.committed_step_id < register.committed_step_id:
+            # Nobody has the results in between: what the pool holds can't be told any more.
+            raise RefusedError(pb.REFUSED_REASON_FENCED, "Redis has lost steps that it had acknowledged")
         if not is_known:
             if register.highest_step_id > 0:
                 raise RefusedError(pb.REFUSED_REASON_FENCED, "this incarnation was declared dead")

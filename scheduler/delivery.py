@@ -153,8 +153,8 @@ class Delivery:
     ) -> AsyncIterator[pb.Delta]:
         """Deltas of all choices, each from its output index on (0 where none is given), to the end of the request.
 
-        `stream_interval` as in the contract. Raises InvalidArgumentError for an index past what is logged, the
-        request's own error where it failed, and UnavailableError where another scheduler has it now.
+        `stream_interval` as in the contract. Raises InvalidArgumentError for an index past the end, the request's own
+        error where it failed, and UnavailableError where another scheduler has it now, or it is not that far yet.
         """
         firsts = _first_indexes(live, next_indexes)
         num_interruptions = live.num_interruptions
@@ -184,6 +184,9 @@ class Delivery:
         streams = []
         for number, (choice, first) in enumerate(zip(live.delivered(), firsts, strict=True)):
             num_logged = choice.sequence.num_logged_tokens
+            if first > num_logged and choice.end is None:
+                # A Redis that came back behind has lost some that were delivered: they are generated again, the same.
+                raise UnavailableError(f"token {first} is not there yet, of choice {number}; resume it in a moment")
             if first > num_logged:
                 raise InvalidArgumentError("next_index", f"{first} is past the {num_logged} tokens")
             text = TextStream(self._tokenizer, live.body.sampling.stop, first=first)

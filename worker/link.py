@@ -284,6 +284,7 @@ class Link:
                 device=own.device,
                 highest_epoch=self._ledger.highest_epoch,
                 highest_step_id=self._ledger.highest_step_id,
+                committed_step_id=self._ledger.committed_step_id,
                 poison_freed_blocks=own.poison_freed_blocks,
                 calibrated_step_s=own.calibrated_step_s,
             )

@@ -189,6 +189,7 @@ class Register(_message.Message):
     HIGHEST_STEP_ID_FIELD_NUMBER: _builtins.int
     POISON_FREED_BLOCKS_FIELD_NUMBER: _builtins.int
     CALIBRATED_STEP_S_FIELD_NUMBER: _builtins.int
+    COMMITTED_STEP_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this contract; equal on both sides."""
     worker_name: _builtins.str
@@ -221,6 +222,8 @@ class Register(_message.Message):
     """Tests: name freed blocks in plans, so that the worker can poison them."""
     calibrated_step_s: _builtins.float
     """Seconds that a step of one token takes, measured in warm-up; seeds the deadline of the first steps."""
+    committed_step_id: _builtins.int
+    """Highest step that an owner told this incarnation is in Redis, and whose results it has forgotten; 0: none."""
     @_builtins.property
     def kv_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___KVGroup]:
         """One entry per KV group; most models have one."""
@@ -245,10 +248,11 @@ class Register(_message.Message):
         highest_step_id: _builtins.int = ...,
         poison_freed_blocks: _builtins.bool = ...,
         calibrated_step_s: _builtins.float = ...,
+        committed_step_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_step_s", b"calibrated_step_s", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_step_s", b"calibrated_step_s", "committed_step_id", b"committed_step_id", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

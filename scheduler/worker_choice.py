@@ -41,16 +41,15 @@ class Outlook(NamedTuple):
 
 def best_worker(num_tokens: int, outlooks: Seq[Outlook]) -> int:
     """The number of the worker that a prompt of so many tokens goes to; of equals the first."""
+    computing = [outlook for outlook in outlooks if outlook.num_promised > outlook.num_cached]
 
-    def cost(number: int) -> int:
-        at = outlooks[number]
-        others = (other for i, other in enumerate(outlooks) if i != number)
-        num_doubled = max((_num_doubled(at, other) for other in others), default=0)
+    def cost(at: Outlook) -> int:
+        num_doubled = max((_num_doubled(at, other) for other in computing), default=0)
         return at.num_queued + num_tokens - at.num_promised + RECOMPUTE_PENALTY * num_doubled
 
-    return min(range(len(outlooks)), key=cost)
+    return min(range(len(outlooks)), key=lambda number: cost(outlooks[number]))
 
 
 def _num_doubled(at: Outlook, other: Outlook) -> int:
-    """Tokens that the request would compute at one worker while another one computes them."""
+    """Tokens that the request would compute at one worker while another one does; 0 where both are the same."""
     return max(0, other.num_promised - max(other.num_cached, at.num_promised))

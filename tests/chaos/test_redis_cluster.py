@@ -69,10 +69,10 @@ async def test_a_cluster_serves_and_keeps_nothing_but_pools(model: Path) -> None
 
 async def test_slots_of_a_worker_and_of_requests_move_under_load(model: Path) -> None:
     async with clustered(model) as (stack, cluster), stack.client() as client:
-        load = Load(client, NUM_REQUESTS, NUM_TOKENS)
+        load = Load(client, NUM_REQUESTS, 5 * NUM_TOKENS)
         keys = [worker_key("worker-0", ""), *(request_key(f"r{i}") for i in range(1, 5)), worker_key("worker-1", "")]
         for turn, key in enumerate(keys):
-            await load.share(0.1 * (turn + 1))
+            await load.share(0.03 * (turn + 1))
             source = cluster.node_of(key)
             await asyncio.to_thread(cluster.move, cluster.slot_of(key), source, (source + 1) % 3, 0.002)
         assert load.num_missing > 0

@@ -19,8 +19,8 @@ DEFAULT_PORT = 50051
 RUN_MAX_TOKENS = 160
 
 _SAMPLING_FLAGS = (
-    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "beam_width", "length_penalty",
-    "ignore_eos", "stop",
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "best_of", "beam_width",
+    "length_penalty", "ignore_eos", "stop",
 )  # fmt: skip
 _REQUEST_FLAGS = (
     "prompt", "chat", "request_id", "n", "priority", "tenant", "cache_salt", "resume_wait_s", "pin_prompt_s",
@@ -142,6 +142,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest up to this probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop what is less likely than this share of the best.")] = None,
     seed: Seed = None,
+    best_of: Annotated[int | None, typer.Option(help="Choices to sample, of which the --n likeliest are told.")] = None,
     beam_width: Annotated[int | None, typer.Option(help="Beams to search with, instead of sampling.")] = None,
     length_penalty: Annotated[float | None, typer.Option(help="Beam search: exponent of the length.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")] = False,

@@ -91,7 +91,7 @@ def _append_counts(text: Text, pool: pb.PoolBlocks) -> None:
     text.append(f"{counts[pb.BLOCK_STATE_REFERENCED]:,} referenced", "green")
     text.append(f", {counts[pb.BLOCK_STATE_CACHED] + num_hit:,} cached", "blue")
     text.append(f" ({num_hit:,} hit)", "cyan")
-    text.append(f", {pool.num_evictions:,} evicted so far\n")
+    text.append(f", {pool.num_evictions:,} evicted\n")
 
 
 def _append_host_counts(text: Text, pool: pb.PoolBlocks) -> None:

@@ -28,7 +28,8 @@ from scheduler.malformed import RefuseMalformed
 from scheduler.metrics import Measured, serve_metrics
 from scheduler.recovery import Reviver
 from scheduler.redis_check import check_redis
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_cluster import ClusterPipe
+from scheduler.redis_pipe import Pipe, RedisPipe
 from scheduler.request_store import RequestStore
 from scheduler.scripts import ALL_SCRIPTS
 from scheduler.sequence import FinishReason
@@ -80,8 +81,8 @@ async def serve(config: SchedulerConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = load_model(config)
-    await check_redis(config.redis_url)
-    pipe = RedisPipe(config.redis_url, ALL_SCRIPTS)
+    is_cluster = await check_redis(config.redis_url)
+    pipe: Pipe = (ClusterPipe if is_cluster else RedisPipe)(config.redis_url, ALL_SCRIPTS)
     pipe.start()
     requests = RequestStore(pipe, config.record_ttl_s, config.request_ttl_s)
     live_requests = LiveRequests(lambda live: fleet.end(live, Ending(FinishReason.ABORT)))

@@ -1,6 +1,7 @@
 """Who of the waiting may run next, and on which blocks: by their order, the room there is, and who computes what. Pure.
 
-Single flight: a prefix that a running sequence is computing is waited for, not computed twice.
+Single flight: a prefix that a running sequence is computing is waited for, not computed twice. Between workers the
+choice of a worker sees to that (`worker_choice`); what it needs to know of this one is counted here.
 """
 
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from scheduler.admission import OutputLengths, peak_blocks
 from scheduler.block_hash import extend_chain
 from scheduler.block_manager import BlockManager
 from scheduler.forks import Forks
+from scheduler.promises import Promises
 from scheduler.sequence import Sequence
 from scheduler.swapper import Prefix, Swapper
 from scheduler.waiting_queue import WaitingQueue
+from scheduler.worker_choice import SEQUENCE_COST_TOKENS, Outlook
 
 MAX_PASSED_OVER = 64
 """Waiting sequences looked at behind ones that wait for a prefix another sequence is computing."""
@@ -49,11 +52,55 @@ class Admitter:
         self._swapper = swapper
         self._forks = forks
         self._computing: dict[bytes, Sequence] = {}  # hashes of full prompt blocks that a running sequence will fill
+        self._promises = Promises()
         self._num_free_at_refusal: int | None = None
 
     def note_change(self) -> None:
         """Who was refused may fit now, though as many blocks are free as before."""
         self._num_free_at_refusal = None
+
+    # -- who waits ----------------------------------------------------------------------------------------------------
+
+    def expect(self, sequence: Sequence) -> None:
+        """It is on its way here, or waits already: whoever comes from now on counts on what it will compute."""
+        num_known = self._num_known_blocks(sequence.block_hashes)
+        self._promises.make(sequence, len(sequence.token_ids) - num_known * self._limits.block_size)
+
+    def expect_no_more(self, sequence: Sequence) -> None:
+        """It does not come after all; one that waits here stays."""
+        if sequence not in self.waiting:
+            self._promises.drop(sequence)
+
+    def queue(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, self._limits.block_size)
+        self.expect(sequence)
+        self.waiting.push(sequence)
+        self.note_change()  # it may come before what was refused
+
+    def unqueue(self, sequence: Sequence) -> None:
+        """It waits no longer."""
+        self.waiting.remove(sequence)
+        self._promises.drop(sequence)
+        self.note_change()  # it may be what was refused
+
+    def outlook(self, hashes: list[bytes], running: list[Sequence]) -> Outlook:
+        """What a sequence with this chain would find here."""
+        num_sequences = len(running) + self._forks.num_waiting + len(self._promises)
+        num_queued_tokens = sum([s.num_unplanned_tokens for s in running]) + self._promises.num_tokens
+        return Outlook(
+            num_queued_tokens + SEQUENCE_COST_TOKENS * num_sequences,
+            len(self._swapper.find_prefix(hashes)) * self._limits.block_size,
+            self._num_known_blocks(hashes) * self._limits.block_size,
+        )
+
+    def _num_known_blocks(self, hashes: list[bytes]) -> int:
+        """From the front, those that a pool has, or will have: being computed, or promised."""
+        is_known, computing, promises = self._swapper.is_known, self._computing, self._promises
+        for num_known, hash_ in enumerate(hashes):
+            if not (is_known(hash_) or hash_ in computing or hash_ in promises):
+                return num_known
+        return len(hashes)
 
     # -- prefixes -----------------------------------------------------------------------------------------------------
 
@@ -77,15 +124,6 @@ class Admitter:
     def usable_hashes(self, sequence: Sequence) -> list[bytes]:
         """Of a prompt's full blocks those that may be hits: its last token is always run, for its logits."""
         return sequence.block_hashes[: (len(sequence.token_ids) - 1) // self._limits.block_size]
-
-    def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
-        """Tokens of a prompt with this chain that are neither in a pool nor being computed here."""
-        known = 0
-        for hash_ in hashes:
-            if not self._swapper.is_known(hash_) and hash_ not in self._computing:
-                break
-            known += 1
-        return num_tokens - known * self._limits.block_size
 
     # -- who fits ------------------------------------------------------------------------------------------------------
 

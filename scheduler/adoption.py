@@ -21,7 +21,7 @@ from scheduler.lost_workers import reclaim
 from scheduler.pins import Pins
 from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.request_metrics import RequestMetrics
 from scheduler.request_store import RequestStore
 from scheduler.step_clock import StepClock
@@ -36,7 +36,7 @@ class Adoption:
     def __init__(
         self,
         config: SchedulerConfig,
-        pipe: RedisPipe,
+        pipe: Pipe,
         requests: RequestStore,
         reviver: Reviver,
         metrics: RequestMetrics,
@@ -52,10 +52,13 @@ class Adoption:
     ) -> Engine:
         """Seizes the worker; its engine, not started. `on_end` hears of each request whose end is recorded.
 
-        Raises RefusedError where the worker's incarnation was declared dead.
+        Raises RefusedError where the worker's incarnation was declared dead, or has forgotten what Redis has lost.
         """
         meta = await store.seize(register.highest_epoch)
         is_known = meta.incarnation == register.incarnation
+        if is_known and meta.committed_step_id < register.committed_step_id:
+            # Nobody has the results in between: what the pool holds can't be told any more.
+            raise RefusedError(pb.REFUSED_REASON_FENCED, "Redis has lost steps that it had acknowledged")
         if is_known:
             image = await store.load()
         elif register.highest_step_id > 0:

@@ -6,10 +6,11 @@ others take the slots of beams that have no child. Every step is a row of words 
 function of these rows: `replay` makes it from them again.
 """
 
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+
+from scheduler.float_bits import from_bits, to_bits, to_float32
 
 NO_SCORE = -1.0e9
 _HEAD_WORDS, _ENTRY_WORDS = 2, 3
@@ -62,7 +63,7 @@ class BeamStep:
         """As the log holds it: two counts, then three words an entry, the score as its bits."""
         words = [len(self.running), len(self.finished)]
         for entry in (*self.running, *self.finished):
-            words += (entry.parent, entry.token_id, _to_bits(entry.score))
+            words += (entry.parent, entry.token_id, to_bits(entry.score))
         return words
 
 
@@ -110,7 +111,7 @@ class BeamSearch:
             entries = []
             for _ in range(sum(counts)):
                 parent, token_id, bits = words[at : at + _ENTRY_WORDS]
-                entries.append(Entry(parent, token_id, _from_bits(bits)))
+                entries.append(Entry(parent, token_id, from_bits(bits)))
                 at += _ENTRY_WORDS
             search.apply(BeamStep(entries[: counts[0]], entries[counts[0] :]))
         return search
@@ -180,18 +181,3 @@ class BeamSearch:
         free = (slot for slot in range(self.params.width) if slot not in slots)
         slots.update(zip(free, others, strict=False))
         return [slots[slot] for slot in sorted(slots)]
-
-
-def to_float32(value: float) -> float:
-    """Rounded as a float32 operation on float32 operands would round it."""
-    return _from_bits(_to_bits(value))
-
-
-def _to_bits(value: float) -> int:
-    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
-    return bits
-
-
-def _from_bits(bits: int) -> float:
-    value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
-    return value

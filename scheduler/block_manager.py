@@ -74,10 +74,6 @@ class BlockManager(BlockStates):
         """How many of these are cached, and so would no longer be available once shared."""
         return sum(block_id in self._cached for block_id in block_ids)
 
-    def is_published(self, hash_: bytes) -> bool:
-        """Whether the index names a block for this hash."""
-        return hash_ in self._index
-
     def reserve(self, seq_id: int, found: Sequence[int], num_new: int) -> list[int]:
         """Appends to a table: `found`, published blocks to share or 0 for a fresh one in between, then `num_new` fresh
         ones; returns all their ids.

@@ -12,7 +12,8 @@ class Changes:
     ones before it freed, and nobody may fork from a sequence that the same script releases."""
 
     append: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(seq_id, offset in the segment's log in entries, entries: token ids, or the words of a search)."""
+    """(seq_id, offset in the segment's log in entries, entries: token ids, or the words of a search or
+    of a choice that is ranked)."""
     publish: list[tuple[int, bytes]] = field(default_factory=list)
     """(block_id, block_hash)."""
     copied: list[int] = field(default_factory=list)

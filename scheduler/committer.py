@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from scheduler.best_of import WORDS_PER_TOKEN, to_words
 from scheduler.block_manager import BlockCopy
 from scheduler.changes import Changes
 from scheduler.live_request import EndState, LiveChoice, LiveRequest, pack_ends, unpack_ends
@@ -90,8 +91,13 @@ class Committer:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def log_tokens(self, choice: LiveChoice, first_index: int, token_ids: list[int]) -> None:
-        """Appends output tokens; the streams see them once they are acknowledged."""
-        self._append(choice.sequence, first_index, token_ids)
+        """Appends output tokens, with what ranks them; the streams see them once they are acknowledged."""
+        sequence = choice.sequence
+        if sequence.logprobs is None:
+            self._append(sequence, first_index, token_ids)
+        else:
+            words = to_words(token_ids, sequence.logprobs[first_index:])
+            self._append(sequence, WORDS_PER_TOKEN * first_index, words)
         self._next.logged.append((choice, first_index + len(token_ids)))
 
     def log_search(self, live: LiveRequest, words: list[int]) -> None:
@@ -205,7 +211,7 @@ class Committer:
             task = asyncio.get_running_loop().create_task(self._record_end(live))
             self._recordings.add(task)
             task.add_done_callback(self._recordings.discard)
-        elif live.search is None and ending.reason in _SHOWN_BY_THE_LOG:
+        elif live.search is None and not live.is_ranked and ending.reason in _SHOWN_BY_THE_LOG:
             choice.end = _end_state(choice)
             live.notify()
 

@@ -81,8 +81,9 @@ def num_ready_tokens(choice: LiveChoice) -> int:
 class _ChoiceStream:
     """One stream's place in one choice."""
 
-    def __init__(self, choice: LiveChoice, text: TextStream, next_index: int, interval: int) -> None:
+    def __init__(self, number: int, choice: LiveChoice, text: TextStream, next_index: int, interval: int) -> None:
         self.is_done = False
+        self._number = number
         self._choice = choice
         self._text = text
         self._index = next_index
@@ -115,7 +116,7 @@ class _ChoiceStream:
         self._num_due = num_ready + (1 if self._is_first else self._interval)
         if not piece.token_ids:
             return None
-        delta = pb.Delta(choice=sequence.choice, index=self._index, token_ids=piece.token_ids, text=piece.text)
+        delta = pb.Delta(choice=self._number, index=self._index, token_ids=piece.token_ids, text=piece.text)
         self._index += len(piece.token_ids)
         return delta
 
@@ -126,7 +127,7 @@ class _ChoiceStream:
         ends_by_id = end.reason is FinishReason.STOP and not self._text.stopped
         piece: Piece = self._text.finish(drop_last_text=ends_by_id)
         return pb.Delta(
-            choice=sequence.choice,
+            choice=self._number,
             index=self._index,
             token_ids=piece.token_ids,
             text=piece.text,
@@ -152,15 +153,18 @@ class Delivery:
     ) -> AsyncIterator[pb.Delta]:
         """Deltas of all choices, each from its output index on (0 where none is given), to the end of the request.
 
-        `stream_interval` as in the contract. Raises InvalidArgumentError for an index past what is logged, the
-        request's own error where it failed, and UnavailableError where another scheduler has it now.
+        `stream_interval` as in the contract. Raises InvalidArgumentError for an index past the end, the request's own
+        error where it failed, and UnavailableError where another scheduler has it now, or it is not that far yet.
         """
-        streams = self._streams(live, next_indexes, stream_interval)
+        firsts = _first_indexes(live, next_indexes)
         num_interruptions = live.num_interruptions
+        while live.is_ranked and not live.is_over:
+            _check_served(live, num_interruptions)
+            await live.changed()
+        streams = self._streams(live, firsts, stream_interval)
         while True:
             await self.gate.turn()
-            if not live.is_over and (live.is_orphaned or live.num_interruptions != num_interruptions):
-                raise UnavailableError("the request can't be served from here now; resume it")
+            _check_served(live, num_interruptions)
             for stream in streams:
                 started = perf_counter()
                 delta = stream.take()
@@ -176,19 +180,30 @@ class Delivery:
             ):
                 await live.changed()
 
-    def _streams(self, live: LiveRequest, next_indexes: Sequence[int], stream_interval: int) -> list[_ChoiceStream]:
-        num_choices = live.body.n
-        if len(next_indexes) > num_choices:
-            plural = "s" * (num_choices > 1)
-            raise InvalidArgumentError(
-                "next_index", f"has {len(next_indexes)} entries for {num_choices} choice{plural}"
-            )
-        firsts = [*next_indexes, *[0] * (num_choices - len(next_indexes))]
+    def _streams(self, live: LiveRequest, firsts: Sequence[int], stream_interval: int) -> list[_ChoiceStream]:
         streams = []
-        for choice, first in zip(live.choices, firsts, strict=False):  # beams may be more than choices
+        for number, (choice, first) in enumerate(zip(live.delivered(), firsts, strict=True)):
             num_logged = choice.sequence.num_logged_tokens
+            if first > num_logged and choice.end is None:
+                # A Redis that came back behind has lost some that were delivered: they are generated again, the same.
+                raise UnavailableError(f"token {first} is not there yet, of choice {number}; resume it in a moment")
             if first > num_logged:
                 raise InvalidArgumentError("next_index", f"{first} is past the {num_logged} tokens")
             text = TextStream(self._tokenizer, live.body.sampling.stop, first=first)
-            streams.append(_ChoiceStream(choice, text, first, stream_interval))
+            streams.append(_ChoiceStream(number, choice, text, first, stream_interval))
         return streams
+
+
+def _first_indexes(live: LiveRequest, next_indexes: Sequence[int]) -> list[int]:
+    """Of each choice that is delivered. Raises InvalidArgumentError where there are more."""
+    num_choices = live.body.n
+    if len(next_indexes) > num_choices:
+        plural = "s" * (num_choices > 1)
+        raise InvalidArgumentError("next_index", f"has {len(next_indexes)} entries for {num_choices} choice{plural}")
+    return [*next_indexes, *[0] * (num_choices - len(next_indexes))]
+
+
+def _check_served(live: LiveRequest, num_interruptions: int) -> None:
+    """Raises UnavailableError where another scheduler has it now, or all streams were told to end."""
+    if not live.is_over and (live.is_orphaned or live.num_interruptions != num_interruptions):
+        raise UnavailableError("the request can't be served from here now; resume it")

@@ -22,17 +22,17 @@ from scheduler.errors import UnavailableError
 from scheduler.explain import Explanations
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
 from scheduler.lost_workers import LostWorkers, reclaim
+from scheduler.place import Place
 from scheduler.recovery import ModelIdentity, Reviver
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.request_metrics import RequestMetrics, log_end
 from scheduler.request_store import OwnershipLostError, RequestStore
 from scheduler.store import WorkerStore
+from scheduler.worker_choice import best_worker
 
 log = logging.getLogger("pagoda.fleet")
 
 WATCH_INTERVAL_S = 0.1
-SEQUENCE_COST_TOKENS = 16
-"""What one live sequence weighs against tokens to prefill, when a worker is chosen."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +62,7 @@ class FleetModel:
 class Fleet:
     """Owns the slots. Every public call is safe at any moment of a worker's life."""
 
-    def __init__(self, config: SchedulerConfig, pipe: RedisPipe, requests: RequestStore, model: FleetModel) -> None:
+    def __init__(self, config: SchedulerConfig, pipe: Pipe, requests: RequestStore, model: FleetModel) -> None:
         self._config = config
         self._pipe = pipe
         self._requests = requests
@@ -71,7 +71,7 @@ class Fleet:
         self._live_requests = model.live_requests
         self.metrics = RequestMetrics()
         self._adoption = Adoption(config, pipe, requests, model.reviver, self.metrics)
-        self._lost = LostWorkers(requests, model.reviver, self.choose, self._on_end)
+        self._lost = LostWorkers(requests, model.reviver, self.place, self._on_end)
         self.slots: dict[str, Slot] = {}
         self.explanations = Explanations()
         self.changed = asyncio.Condition()
@@ -123,17 +123,15 @@ class Fleet:
             async with asyncio.timeout(self._config.worker_wait_s), self.changed:
                 await self.changed.wait_for(is_resolved)
 
-    def choose(self, live: LiveRequest) -> Engine | None:
-        """The live worker with the least work: uncached prefill of this request, queued prefill, sequences."""
-        leader = live.choices[0].sequence
+    def place(self, live: LiveRequest) -> Place:
+        """Where a request that has no worker is to go."""
+        return Place(live, self._choose)
 
-        def cost(engine: Engine) -> int:
-            planner = engine.planner
-            uncached = planner.num_uncached_tokens(leader.block_hashes, len(leader.token_ids))
-            num_sequences = len(planner.running) + planner.num_waiting
-            return uncached + planner.num_queued_prefill_tokens + SEQUENCE_COST_TOKENS * num_sequences
-
-        return min(self.engines, key=cost, default=None)
+    def _choose(self, live: LiveRequest) -> Engine | None:
+        leader, engines = live.choices[0].sequence, self.engines
+        if not engines:
+            return None
+        return engines[best_worker(len(leader.token_ids), [engine.planner.outlook(leader) for engine in engines])]
 
     @property
     def redis_round_trip_s(self) -> float:

@@ -19,7 +19,7 @@ def worker_key(worker: str, part: str) -> str:
 
 
 def log_key(worker: str, seq_id: int, first_index: int = 0) -> bytes:
-    """A segment of a sequence's output token ids, from `first_index` on: packed little-endian u32.
+    """A segment of a sequence's output token ids (or words), from `first_index` on: packed little-endian u32.
 
     A sequence that comes back to a worker begins another segment there.
     """

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from scheduler.beam_search import BeamSearch
+from scheduler.best_of import WORDS_PER_TOKEN, rank, score
 from scheduler.detokenizer import TextStream
 from scheduler.request import RequestBody
 from scheduler.sequence import FinishReason, Sequence
@@ -57,7 +58,7 @@ class LiveChoice:
     end: EndState | None = None
     """Set once the end is recorded, or sure to be found again in the log; the last thing that happens to it."""
     score: float | None = None
-    """Of a hypothesis: what it was ranked by."""
+    """Of a hypothesis, and of a ranked choice once its request is over: what it was ranked by."""
     first_token_s: float = 0.0
     """When this scheduler saw its first token acknowledged, monotonic; 0: it did not."""
     last_token_s: float = 0.0
@@ -70,7 +71,7 @@ class LiveRequest:
     body: RequestBody
     choices: list[LiveChoice] = field(default_factory=list)
     """All of them, from the moment that the request is made; their seq_ids follow each other. Of a beam search one per
-    beam, of which the first `body.n` become the best hypotheses when it ends."""
+    beam, of which the first `body.n` become the best hypotheses when it ends; with best_of so many."""
     search: BeamSearch | None = None
     candidates: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     """Of the beams that have reported them for the search's next step, by slot: (token id, log probability)."""
@@ -94,11 +95,27 @@ class LiveRequest:
         return all(choice.end is not None for choice in self.choices)
 
     @property
+    def is_ranked(self) -> bool:
+        """Whether the best of its choices are delivered, which shows when all have ended."""
+        return self.body.sampling.best_of > 0
+
+    def delivered(self) -> list[LiveChoice]:
+        """The choices that the client gets, in their order there. A ranked request must be over."""
+        choices = self.choices
+        if self.is_ranked:
+            for choice in choices:
+                choice.score = score(choice.sequence.logprobs or ())
+            reasons = [choice.end.reason for choice in choices if choice.end is not None]
+            choices = [choices[number] for number in rank([choice.score or 0.0 for choice in choices], reasons)]
+        return choices[: self.body.n]
+
+    @property
     def log_lengths(self) -> list[int]:
-        """Entries of each choice's log: its tokens. A search logs words, all in the first one's."""
+        """Entries of each choice's log: its tokens, or words. A search logs all of them in the first one's."""
         if self.search is not None:
             return [self.search.num_words, *[0] * (len(self.choices) - 1)]
-        return [choice.sequence.num_output_tokens for choice in self.choices]
+        num_each = WORDS_PER_TOKEN if self.is_ranked else 1
+        return [num_each * choice.sequence.num_output_tokens for choice in self.choices]
 
     def take_hypotheses(self) -> list[LiveChoice]:
         """The search is done: its best are the choices' outputs from now on; these choices."""

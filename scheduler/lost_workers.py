@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
-from scheduler.engine import Engine
 from scheduler.host_pool import HostImage
 from scheduler.live_request import EndState, LiveRequest, pack_ends, unpack_ends
+from scheduler.place import Place
 from scheduler.recovery import Reviver, lose_worker
 from scheduler.request_store import RequestStore
 from scheduler.sequence import FinishReason
@@ -36,18 +36,18 @@ async def reclaim(
 
 
 class LostWorkers:
-    """`choose` names the live worker for a request; `on_end` is told of requests that are given up."""
+    """`place` finds a live worker for a request; `on_end` is told of requests that are given up."""
 
     def __init__(
         self,
         requests: RequestStore,
         reviver: Reviver,
-        choose: Callable[[LiveRequest], Engine | None],
+        place: Callable[[LiveRequest], Place],
         on_end: Callable[[LiveRequest], None],
     ) -> None:
         self._requests = requests
         self._reviver = reviver
-        self._choose = choose
+        self._place = place
         self._on_end = on_end
 
     async def rehome(self, worker: str, store: WorkerStore) -> None:
@@ -75,13 +75,14 @@ class LostWorkers:
 
     async def _move(self, live: LiveRequest, recorded_worker: str) -> bool:
         """Whether the request is durable under another worker's tag now."""
-        engine = self._choose(live)
-        if engine is None:
-            return False
-        first_indexes = live.log_lengths
-        live.begin_segments(first_indexes)
-        await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_indexes)
-        accepted = engine.open(live)
+        with self._place(live) as place:
+            engine = place.engine()
+            if engine is None:
+                return False
+            first_indexes = live.log_lengths
+            live.begin_segments(first_indexes)
+            await self._requests.own(live.body.request_id, engine.committer.owner, recorded_worker, first_indexes)
+            accepted = engine.open(live)
         await asyncio.wait((accepted, engine.lost), return_when=asyncio.FIRST_COMPLETED)
         return accepted.done()
 

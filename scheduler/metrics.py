@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from scheduler.engine import Engine
 from scheduler.fleet import Fleet, Slot
 from scheduler.live_request import LiveRequests
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.request_metrics import RequestMetrics
 from scheduler.tally import Tally
 
@@ -29,7 +29,7 @@ class Measured:
     """What there is to show."""
 
     fleet: Fleet
-    pipe: RedisPipe
+    pipe: Pipe
     live_requests: LiveRequests
     requests: RequestMetrics
 

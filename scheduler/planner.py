@@ -15,6 +15,7 @@ from scheduler.history import PoolHistory
 from scheduler.pins import Pins
 from scheduler.sequence import Sequence, SequenceStatus
 from scheduler.swap_ahead import SwapAhead
+from scheduler.worker_choice import Outlook
 
 
 class ScheduledRow(NamedTuple):
@@ -78,7 +79,15 @@ class Planner:
         if leader is not None and leader.status is not SequenceStatus.FINISHED and not leader.num_output_tokens:
             self.forks.follow(leader, sequence)
         else:
-            self._queue(sequence)
+            self._admitter.queue(sequence)
+
+    def expect(self, sequence: Sequence) -> None:
+        """This worker is chosen for a sequence that is not here yet: whoever is to choose next counts on it."""
+        self._admitter.expect(sequence)
+
+    def expect_no_more(self, sequence: Sequence) -> None:
+        """The sequence is here, or will never be."""
+        self._admitter.expect_no_more(sequence)
 
     def adopt_running(self, sequence: Sequence) -> None:
         """A sequence of an earlier owner that holds its blocks already."""
@@ -100,7 +109,7 @@ class Planner:
                 self._set_back(sequence)
         self._unsettled.clear()
         for follower in self.forks.past_prompt():
-            self._queue(follower)
+            self._admitter.queue(follower)
 
     def branch(self, parent: Sequence, child: Sequence, token_ids: list[int]) -> None:
         """A beam gives up what it has, for `token_ids`: what its parent has computed, and one token more."""
@@ -110,7 +119,7 @@ class Planner:
             self.running.remove(child)
             self._give_back(child)
         else:
-            self._unqueue(child)
+            self._dismiss(child)
         child.forget_progress()
         child.token_ids = token_ids
         child.block_hashes = parent.block_hashes[: parent.num_computed_tokens // self.limits.block_size]
@@ -124,10 +133,10 @@ class Planner:
         elif sequence.leader is not None:
             self.forks.leave(sequence)
         elif sequence.status is not SequenceStatus.FINISHED:
-            self._unqueue(sequence)
+            self._dismiss(sequence)
         for follower in self.forks.followers_of(sequence):
             self.forks.leave(follower)
-            self._queue(follower)
+            self._admitter.queue(follower)
         sequence.status = SequenceStatus.FINISHED
         self.pins.take_back(sequence)
         self.waiting.charge(sequence.tenant, sequence.num_output_tokens)
@@ -213,14 +222,9 @@ class Planner:
         """Sequences that wait for admission, or for the prompt of another."""
         return len(self.waiting) + self.forks.num_waiting
 
-    @property
-    def num_queued_prefill_tokens(self) -> int:
-        """Tokens of prompts that no plan covers yet, for the choice of a worker."""
-        return sum([s.num_unplanned_tokens for s in self.running]) + self.waiting.num_tokens
-
-    def num_uncached_tokens(self, hashes: list[bytes], num_tokens: int) -> int:
-        """Tokens of a prompt with this chain that are neither published nor being computed here."""
-        return self._admitter.num_uncached_tokens(hashes, num_tokens)
+    def outlook(self, sequence: Sequence) -> Outlook:
+        """What a sequence that is not here would find, for the choice of a worker."""
+        return self._admitter.outlook(sequence.block_hashes, self.running)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +249,7 @@ class Planner:
                 rows.append(ScheduledRow(follower, follower.attempt, 0, True))
             else:
                 self.forks.leave(follower)
-                self._queue(follower)
+                self._admitter.queue(follower)
         return rows
 
     def _grow_running(self, lookahead: int) -> bool:
@@ -297,21 +301,17 @@ class Planner:
         if sequence.pin_s:
             self.pins.promise(sequence, sequence.num_prompt_tokens // self.limits.block_size)
 
-    def _queue(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence)
-        self._admitter.note_change()  # it may come before what was refused
-
-    def _unqueue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
+    def _dismiss(self, sequence: Sequence) -> None:
+        """It waits no longer, and does not come back for what was swapped out."""
+        self._admitter.unqueue(sequence)
         self.swapper.give_up(sequence)
-        self._admitter.note_change()  # it may be what was refused
 
     def _set_back(self, sequence: Sequence) -> None:
         self._give_back(sequence)
         sequence.forget_progress()
         sequence.status = SequenceStatus.PREEMPTED
         self.redescribed.append(sequence)
-        self._queue(sequence)
+        self._admitter.queue(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
         if sequence.block_ids:
@@ -328,7 +328,7 @@ class Planner:
 
     def _admit(self, fit: Fit) -> None:
         sequence, found, num_new = fit
-        self.waiting.remove(sequence)
+        self._admitter.unqueue(sequence)
         block_size = self.limits.block_size
         num_cached = len(found) * block_size
         if sequence.num_cached_tokens is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from scheduler.beam_search import BeamParams, BeamSearch
+from scheduler.best_of import from_words
 from scheduler.block_hash import extend_chain, root_hash
 from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
@@ -127,11 +128,16 @@ class Reviver:
             live.search = BeamSearch.replay(_beam_params(body, limits), logs[0])
             live.candidates.clear()
             outputs = [beam.token_ids for beam in live.search.beams]
+        logprobs: list[list[float]] = []
+        if live.is_ranked:
+            outputs, logprobs = map(list, zip(*map(from_words, logs), strict=True))
         sequences = self._sequences(body, limits, seq_id, outputs)
         live.choices = live.choices or [LiveChoice(live, sequence) for sequence in sequences]
         for choice, sequence in zip(live.choices, sequences, strict=True):
             sequence.admissions = choice.sequence.admissions
             choice.sequence = sequence
+        for sequence, own in zip(sequences, logprobs, strict=False):  # none where nothing is ranked
+            sequence.logprobs = own
         if live.search is not None:
             for sequence in sequences:
                 sequence.num_candidates = live.search.params.num_candidates

@@ -4,54 +4,73 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Mapping
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 from redis.exceptions import RedisError
 
 from scheduler.config import ConfigError
+from scheduler.redis_slots import ClusterUrl, fetch_owners
 
 log = logging.getLogger("pagoda.redis")
 
 MIN_VERSION = (6, 2)
 START_TIMEOUT_S = 5.0
+TIMEOUT_S = 2.0
 RETRY_DELAY_S = 0.02
 
 
-async def check_redis(url: str) -> None:
-    """Raises ConfigError for a Redis that is out of reach, too old, evicts what it holds, or is a part of a cluster."""
+async def check_redis(url: str) -> bool:
+    """Whether it is a Redis Cluster. Raises ConfigError for what is out of reach, too old, evicts or lacks slots.
+
+    A node of a cluster that is out of reach is no reason: its replica may take over.
+    """
     try:
-        client = Redis.from_url(
-            url, decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=2.0, socket_connect_timeout=2.0
-        )
+        cluster_url = ClusterUrl(url)
+        client = Redis.from_pool(cluster_url.pool(None, TIMEOUT_S, TIMEOUT_S))
     except ValueError as error:
         raise ConfigError(f"--redis-url: {error}") from None
     try:
         info = await _info(client)
-        version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
-        if version < MIN_VERSION:
-            raise ConfigError(f"--redis-url: version {info['redis_version']} is too old; 6.2 or newer is needed")
-        policy = str(info.get("maxmemory_policy", "noeviction"))
-        if policy != "noeviction":
-            raise ConfigError(
-                f"--redis-url: its maxmemory-policy is {policy}, which drops live requests; set it to noeviction"
-            )
-        if info.get("cluster_enabled"):
-            await _refuse_part_of_cluster(client)
-        await _warn_of_late_writes(client)
+        await _check_server(client, info, "")
     finally:
         await client.aclose()
+    if not info.get("cluster_enabled"):
+        return False
+    await _check_nodes(cluster_url)
+    return True
 
 
-async def _refuse_part_of_cluster(client: "Redis") -> None:
-    """A connection to one node would be told MOVED for most keys, and would wait for ever."""
-    cluster = await client.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
-    num_nodes = int(dict(cluster)["cluster_size"])
-    if num_nodes != 1:
+async def _check_nodes(url: ClusterUrl) -> None:
+    """All masters of a cluster: a part of the workers will be with each of them."""
+    owners = await fetch_owners(url, ())
+    num_slots = sum(len(slots) for slots, _ in owners)
+    if num_slots < REDIS_CLUSTER_HASH_SLOTS:
         raise ConfigError(
-            f"--redis-url: a Redis Cluster of {num_nodes} nodes is not served yet; give it a Redis of its own"
+            f"--redis-url: nobody owns {REDIS_CLUSTER_HASH_SLOTS - num_slots} of the cluster's slots; assign them"
         )
+    for address in sorted({address for _, address in owners}):
+        client = Redis.from_pool(url.pool(address, TIMEOUT_S, TIMEOUT_S))
+        which = "node {}:{} of the cluster: ".format(*address)
+        try:
+            await _check_server(client, await client.info(), which)
+        except (RedisError, OSError) as error:
+            log.warning("%sout of reach (%s)", which, error)
+        finally:
+            await client.aclose()
+
+
+async def _check_server(client: "Redis", info: Mapping[str, object], which: str) -> None:
+    version = tuple(int(part) for part in str(info["redis_version"]).split(".")[:2])
+    if version < MIN_VERSION:
+        raise ConfigError(f"--redis-url: {which}version {info['redis_version']} is too old; 6.2 or newer is needed")
+    policy = str(info.get("maxmemory_policy", "noeviction"))
+    if policy != "noeviction":
+        raise ConfigError(
+            f"--redis-url: {which}its maxmemory-policy is {policy}, which drops live requests; set it to noeviction"
+        )
+    await _warn_of_late_writes(client)
 
 
 async def _warn_of_late_writes(client: "Redis") -> None:

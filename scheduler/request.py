@@ -36,6 +36,8 @@ class SamplingParams:
     """Beams to search with; 0: it samples."""
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = EarlyStopping.HEURISTIC
+    best_of: int = 0
+    """Choices to sample, of which the best are delivered; 0: all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class RequestBody:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that the request runs: choices, or beams."""
-        return max(self.n, self.sampling.beam_width)
+        """Sequences that the request runs: choices, delivered or not, or beams."""
+        return max(self.n, self.sampling.best_of, self.sampling.beam_width)
 
     def to_bytes(self) -> bytes:
         """The body as a resolved GenerateRequest; `digest` is stored beside it."""
@@ -82,6 +84,7 @@ class RequestBody:
                 beam_width=s.beam_width or None,
                 length_penalty=s.length_penalty,
                 early_stopping=_EARLY_STOPPING[s.early_stopping],
+                best_of=s.best_of or None,
             ),
             n=self.n,
             resumable=self.resumable,
@@ -112,6 +115,7 @@ class RequestBody:
             beam_width=s.beam_width,
             length_penalty=s.length_penalty,
             early_stopping=early_stopping(s),
+            best_of=s.best_of,
         )
         return cls(
             request_id=message.request_id,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from redis.exceptions import ResponseError
 
 from scheduler.keys import ID_COUNTER, REGISTRY, log_key, request_key, worker_key
-from scheduler.redis_pipe import RedisPipe
+from scheduler.redis_pipe import Pipe
 from scheduler.scripts import REQUEST_CREATE, REQUEST_END, REQUEST_OWN
 from scheduler.store import SEQ_ID, as_dict, load_log
 
@@ -39,7 +39,7 @@ class RequestRecord:
 class RequestStore:
     """Records of requests, the registry of workers, and ids."""
 
-    def __init__(self, pipe: RedisPipe, record_ttl_s: int, request_ttl_s: int) -> None:
+    def __init__(self, pipe: Pipe, record_ttl_s: int, request_ttl_s: int) -> None:
         self._pipe = pipe
         self._record_ttl_s = record_ttl_s
         self._request_ttl_s = request_ttl_s

@@ -42,14 +42,14 @@ class Results:
         _check_shape(result, len(step.rows))
         if step.copied_block_ids:
             self._planner.blocks.finish_copies(step.copied_block_ids)
-        token_ids = list(result.token_ids)
+        token_ids, logprobs = list(result.token_ids), list(result.token_logprobs)
         candidates = zip(result.candidate_token_ids, result.candidate_logprobs, strict=False)
         failed = set(result.failed_seq_ids)
         at = 0
         columns = (result.num_computed_tokens, result.first_output_indexes, result.num_tokens)
         for row, num_computed, first_index, count in zip(step.rows, *map(list, columns), strict=True):
             sequence = row.sequence
-            tokens = token_ids[at : at + count]
+            tokens, own_logprobs = token_ids[at : at + count], logprobs[at : at + count]
             at += count
             likeliest = list(islice(candidates, sequence.num_candidates)) if count and sequence.num_candidates else []
             sequence.num_plans_in_flight -= 1
@@ -63,7 +63,7 @@ class Results:
                 if not row.samples:
                     raise ProtocolError(f"tokens of a sequence whose prompt is not done in step {step.step_id}")
                 if not sequence.num_candidates:
-                    self._append(sequence, first_index, tokens)
+                    self._append(sequence, first_index, tokens, own_logprobs)
                 elif sequence.attempt == row.attempt:
                     self._consider(sequence, likeliest)
 
@@ -84,9 +84,10 @@ class Results:
             if sequence.attempt == row.attempt and row.num_computed_tokens > sequence.num_computed_tokens:
                 sequence.num_computed_tokens = sequence.num_planned_tokens = row.num_computed_tokens
                 self._committer.note_computed(sequence, has_caught_up=bool(row.token_ids))
-            fresh = row.token_ids[max(0, sequence.num_output_tokens - row.first_output_index) :]
+            num_known = max(0, sequence.num_output_tokens - row.first_output_index)
+            fresh = row.token_ids[num_known:]
             if fresh:
-                self._append(sequence, sequence.num_output_tokens, fresh)
+                self._append(sequence, sequence.num_output_tokens, fresh, row.logprobs[num_known:])
             elif sequence.status is SequenceStatus.RUNNING:
                 self._planner.publish_computed(sequence)
 
@@ -160,7 +161,7 @@ class Results:
         for choice in live.choices:
             self.finish(choice, Ending(hypothesis_reason(choice)))
 
-    def _append(self, sequence: Sequence, first_index: int, tokens: list[int]) -> None:
+    def _append(self, sequence: Sequence, first_index: int, tokens: list[int], logprobs: list[float]) -> None:
         """Logs new tokens, as far as the sequence's end lets them survive."""
         choice = self._live[sequence.seq_id]
         num_outputs = len(sequence.token_ids) - sequence.num_prompt_tokens
@@ -175,6 +176,10 @@ class Results:
                 tokens = tokens[: num_outputs - first_index]
                 break
         self.num_output_tokens += len(tokens)
+        if sequence.logprobs is not None:
+            if len(logprobs) < len(tokens):
+                raise ProtocolError(f"no log probabilities of sequence {sequence.seq_id}, which needs them")
+            sequence.logprobs += logprobs[: len(tokens)]
         self._committer.log_tokens(choice, first_index, tokens)
         self._planner.publish_computed(sequence)
         if reason is not None:
@@ -191,6 +196,8 @@ def _check_shape(result: pb.StepResult, num_rows: int) -> None:
         raise ProtocolError(
             f"result of step {result.step_id} has {len(result.token_ids)} tokens, not what its rows say"
         )
+    if len(result.token_logprobs) not in (0, len(result.token_ids)):
+        raise ProtocolError(f"result of step {result.step_id} has log probabilities of some of its tokens only")
 
 
 def hypothesis_reason(choice: LiveChoice) -> FinishReason:

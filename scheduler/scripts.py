@@ -1,7 +1,7 @@
 """The Lua scripts, loaded once, under their names."""
 
 from scheduler.lua import load_script
-from scheduler.redis_pipe import Script
+from scheduler.redis_node import Script
 
 STEP = Script(load_script("step"))
 SEIZE = Script(load_script("seize"))

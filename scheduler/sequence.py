@@ -93,6 +93,8 @@ class Sequence:
     """Of a beam: likeliest tokens of which the scheduler chooses, before anything more of it can be planned."""
     awaits_choice: bool = False
     """Of a beam: it has reported its candidates, and others of its search have not."""
+    logprobs: list[float] | None = None
+    """Of a choice that is to be ranked: the log probability of each of its output tokens."""
 
     status: SequenceStatus = SequenceStatus.WAITING
     leader: "Sequence | None" = None

@@ -16,6 +16,7 @@ from scheduler.errors import AlreadyExistsError, NotFoundError, PinBudgetError, 
 from scheduler.explain import Explanation, to_response
 from scheduler.fleet import Fleet
 from scheduler.live_request import Ending, LiveRequest, LiveRequests
+from scheduler.place import Place
 from scheduler.pool_map import blocks_of
 from scheduler.recovery import Reviver
 from scheduler.request import RequestBody
@@ -128,7 +129,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         live = self._live_requests.get(request_id)
         if live is None:
             live = self._reviver.create(RequestBody.from_bytes(record.body, record.digest), record.seq_id)
-            await self._open(live, (record.worker, record.epoch))
+            with self._fleet.place(live) as place:
+                await self._open(live, place, (record.worker, record.epoch))
         return live
 
     async def _accept(self, body: RequestBody) -> LiveRequest:
@@ -167,26 +169,27 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._next_seq_id = seq_ids.stop
         live = self._reviver.create(body, seq_ids.start)
         self._fleet.metrics.note_arrival(live)
-        engine = self._fleet.choose(live)
-        if engine is None:
-            raise UnavailableError("the last worker was lost just now; try again")
-        _check_pin_budget(body, engine)
-        owner = engine.committer.owner
-        is_ours, held_digest, _ = await _in_time(
-            self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_ids)
-        )
-        if not is_ours:
-            if held_digest != body.digest:
-                raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
-            raise UnavailableError("the same request is being accepted just now; send it again")
-        await self._open(live, owner)
+        with self._fleet.place(live) as place:
+            engine = place.engine()
+            if engine is None:
+                raise UnavailableError("the last worker was lost just now; try again")
+            _check_pin_budget(body, engine)
+            owner = engine.committer.owner
+            is_ours, held_digest, _ = await _in_time(
+                self._requests.create(body.request_id, body.digest, body.to_bytes(), owner, seq_ids)
+            )
+            if not is_ours:
+                if held_digest != body.digest:
+                    raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
+                raise UnavailableError("the same request is being accepted just now; send it again")
+            await self._open(live, place, owner)
         return live
 
-    async def _open(self, live: LiveRequest, recorded_owner: tuple[str, int]) -> None:
+    async def _open(self, live: LiveRequest, place: Place, recorded_owner: tuple[str, int]) -> None:
         """Gives a request that has a record to a live worker, and lets its record say so."""
         self._live_requests.add(live)
         try:
-            engine = await self._choose_owner(live, recorded_owner)
+            engine = await self._own(live, place, recorded_owner)
         except (UnavailableError, OwnershipLostError):
             live.is_orphaned = True
             live.notify()
@@ -194,10 +197,10 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             raise UnavailableError("no worker can take the request just now; try again") from None
         engine.open(live)
 
-    async def _choose_owner(self, live: LiveRequest, recorded_owner: tuple[str, int]) -> Engine:
+    async def _own(self, live: LiveRequest, place: Place, recorded_owner: tuple[str, int]) -> Engine:
         """The engine that the record names. It was not lost while that was written: what is opened there now counts."""
         while True:
-            engine = self._fleet.choose(live)
+            engine = place.engine()
             if engine is None:
                 raise UnavailableError("no worker is there")
             owner = engine.committer.owner
@@ -207,8 +210,6 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 self._requests.own(live.body.request_id, owner, recorded_owner[0], [0] * live.body.num_sequences)
             )
             recorded_owner = owner
-            if not engine.is_lost:
-                return engine
 
     def _limits(self) -> Limits:
         pools = [e.planner.blocks.num_blocks * e.planner.limits.block_size for e in self._fleet.engines]

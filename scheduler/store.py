@@ -14,7 +14,8 @@ from scheduler.block_manager import PoolImage
 from scheduler.changes import Changes
 from scheduler.host_pool import HostImage
 from scheduler.keys import log_key, worker_key, worker_keys
-from scheduler.redis_pipe import RedisPipe, Reply
+from scheduler.redis_node import Reply
+from scheduler.redis_pipe import Pipe
 from scheduler.scripts import RECLAIM, SEIZE, STEP
 from scheduler.sequence import Sequence
 
@@ -100,7 +101,7 @@ class WorkerImage:
 class WorkerStore:
     """One worker's scripts, numbered from what `seize` found. Not shared between owners."""
 
-    def __init__(self, pipe: RedisPipe, worker: str, log_ttl_s: int) -> None:
+    def __init__(self, pipe: Pipe, worker: str, log_ttl_s: int) -> None:
         self._pipe = pipe
         self._worker = worker
         self._log_ttl_s = log_ttl_s
@@ -205,7 +206,7 @@ class WorkerStore:
         return {hash_: int(block_id) for hash_, block_id in index.items()}
 
 
-async def load_log(pipe: RedisPipe, worker: str, seq_id: int, first_index: int) -> list[int]:
+async def load_log(pipe: Pipe, worker: str, seq_id: int, first_index: int) -> list[int]:
     """Token ids of one segment; empty where there is none."""
     reply = await pipe.send("GET", log_key(worker, seq_id, first_index))
     return array("I", reply).tolist() if isinstance(reply, bytes) else []

@@ -8,7 +8,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from pagoda.v1 import generation_pb2 as pb
@@ -31,7 +31,7 @@ _NOT_SERVED = frozenset(
         "json_schema",
     )
 )
-_SAMPLES = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "stop")
+_SAMPLES = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "stop", "best_of")
 """What does not go with beam search."""
 _GREEDY = SamplingDefaults(temperature=0.0)
 
@@ -68,11 +68,13 @@ def validate(request: pb.GenerateRequest, tokenizer: Tokenizer, limits: Limits) 
     beam_width = _beam_width(request.sampling, tokenizer, limits)
     if beam_width:
         room = min(room, _room_for_beams(len(prompt), beam_width, limits))
+    n = _num_choices(request, beam_width, limits)
+    sampling = _sampling(request.sampling, tokenizer, limits, room)
     return RequestBody(
         request_id=request.request_id or uuid.uuid4().hex,
         prompt_token_ids=tuple(prompt),
-        sampling=_sampling(request.sampling, tokenizer, limits, room),
-        n=_num_choices(request, beam_width, limits),
+        sampling=replace(sampling, best_of=_best_of(request.sampling, n, limits)),
+        n=n,
         resumable=request.resumable,
         resume_wait_s=resume_wait_s,
         tenant=request.tenant,
@@ -158,6 +160,16 @@ def _num_choices(request: pb.GenerateRequest, beam_width: int, limits: Limits) -
     if request.n > most:
         raise InvalidArgumentError("n", f"is {request.n}, at most {most}{what}")
     return max(1, request.n)
+
+
+def _best_of(s: pb.SamplingParams, n: int, limits: Limits) -> int:
+    """0 where every choice is delivered."""
+    if not s.HasField("best_of"):
+        return 0
+    if not n <= s.best_of <= limits.max_num_choices:
+        reason = f"must be {n}, which is n, to {limits.max_num_choices}, is {s.best_of}"
+        raise InvalidArgumentError("sampling.best_of", reason)
+    return s.best_of if s.best_of > n else 0
 
 
 def _beam_width(s: pb.SamplingParams, tokenizer: Tokenizer, limits: Limits) -> int:

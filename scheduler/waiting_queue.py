@@ -19,12 +19,13 @@ class WaitingQueue:
         self._served_tokens: dict[str, int] = {}
         self._last_to_leave = ""
         """The tenant whose last waiting sequence went last."""
-        self._num_tokens_of: dict[int, int] = {}  # seq_id -> its tokens when it was queued
-        self.num_tokens = 0
-        """Tokens of all sequences, counted as they were queued."""
+        self._seq_ids: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self._num_tokens_of)
+        return len(self._seq_ids)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.seq_id in self._seq_ids
 
     def push(self, sequence: Sequence) -> None:
         """Queues a sequence by its arrival: seq_ids grow with it, so a preempted one goes before later arrivals."""
@@ -34,8 +35,7 @@ class WaitingQueue:
             level = min(active) if active else self._served_tokens.get(self._last_to_leave, 0)
             self._served_tokens[sequence.tenant] = max(self._served_tokens.get(sequence.tenant, 0), level)
         heappush(self._queues.setdefault(key, []), (sequence.seq_id, sequence))
-        self._num_tokens_of[sequence.seq_id] = len(sequence.token_ids)
-        self.num_tokens += len(sequence.token_ids)
+        self._seq_ids.add(sequence.seq_id)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out wherever it stands."""
@@ -43,7 +43,7 @@ class WaitingQueue:
         heap = self._queues[key]
         heap.remove((sequence.seq_id, sequence))
         heap.sort()
-        self.num_tokens -= self._num_tokens_of.pop(sequence.seq_id)
+        self._seq_ids.discard(sequence.seq_id)
         if not heap:
             del self._queues[key]
             if not any(tenant == sequence.tenant for _, tenant in self._queues):

@@ -35,6 +35,8 @@ class ResultRow:
     num_computed_tokens: int
     first_output_index: int
     token_ids: list[int]
+    logprobs: list[float]
+    """Of each token; empty where no sequence of the step asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ def sampler_params(sequence: Sequence, sampling: SamplingParams) -> pb.SamplerPa
         min_tokens=sampling.min_tokens,
         end_token_ids=sorted(sequence.limits.end_token_ids),
         num_candidates=sequence.num_candidates,
+        reports_logprobs=sequence.logprobs is not None,
     )
 
 
@@ -137,6 +140,7 @@ def result_rows(result: pb.StepResult) -> list[ResultRow]:
         result.num_tokens,
     )
     for seq_id, attempt, num_computed, first, count in zip(*columns, strict=True):
-        rows.append(ResultRow(seq_id, attempt, num_computed, first, list(result.token_ids[at : at + count])))
+        tokens, logprobs = result.token_ids[at : at + count], result.token_logprobs[at : at + count]
+        rows.append(ResultRow(seq_id, attempt, num_computed, first, list(tokens), list(logprobs)))
         at += count
     return rows

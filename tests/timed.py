@@ -13,7 +13,7 @@ from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.tokenizer import Tokenizer
 from tests.unit.model_folders import byte_level
-from worker.rng import draw
+from worker.rng import draw, uniforms
 
 MAX_MODEL_LEN = 16384
 EOS_TOKEN_ID = 380
@@ -43,6 +43,12 @@ def timed_tokens(seed: int, num_tokens: int) -> list[int]:
     """The output of a request with this seed."""
     drawn = draw(np.full(num_tokens, seed, np.uint64), np.arange(num_tokens, dtype=np.int64))
     return [int(token_id) for token_id in drawn % np.uint64(VOCAB_SIZE)]
+
+
+def timed_logprobs(seed: int, num_tokens: int) -> list[float]:
+    """The log probabilities that a timed worker reports for it."""
+    shares = uniforms(np.full(num_tokens, seed, np.uint64), np.arange(num_tokens, dtype=np.int64))
+    return [float(logprob) for logprob in np.log1p(-shares).astype(np.float32)]
 
 
 def timed_text(model: Path, token_ids: list[int]) -> str:

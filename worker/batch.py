@@ -111,7 +111,7 @@ class Batch:
         self._block_tables[row, :num_blocks] = added.block_ids
         self._sequences[row] = (
             *(num_tokens, added.num_prompt_tokens, added.num_computed_tokens, num_blocks, added.attempt),
-            *(sampler.min_tokens, sampler.seed, sampler.top_k, sampler.num_candidates),
+            *(sampler.min_tokens, sampler.seed, sampler.top_k, sampler.num_candidates, sampler.reports_logprobs),
             *(sampler.temperature, sampler.top_p, sampler.min_p),
         )
         if sampler.min_tokens and sampler.end_token_ids:
@@ -260,7 +260,7 @@ class Batch:
             rows = scheduled.rows[sampling]
             early = np.flatnonzero(output_indexes < records["min_tokens"])
             forbidden = [(int(i), self._end_token_ids.get(int(rows[i]), ())) for i in early]
-        num_candidates = records["num_candidates"]
+        num_candidates, reports_logprobs = records["num_candidates"], records["reports_logprobs"]
         return SampledRows(
             temperatures=records["temperature"],
             top_k=records["top_k"],
@@ -270,4 +270,5 @@ class Batch:
             output_indexes=output_indexes,
             forbidden=tuple(forbidden),
             num_candidates=num_candidates if num_candidates.any() else None,
+            reports_logprobs=reports_logprobs if reports_logprobs.any() else None,
         )

@@ -143,4 +143,5 @@ def _output(ran: _Ran) -> StepOutput:
         gap_s=ran.gap_s,
         back_to_back=ran.launched.is_back_to_back,
         candidates=progress.candidates,
+        token_logprobs=progress.token_logprobs,
     )

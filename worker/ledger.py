@@ -32,6 +32,7 @@ class Ledger:
         self.highest_epoch = 0
         self.highest_step_id = 0
         self.finished_step_id = 0
+        self.committed_step_id = 0
         self._begun: deque[Order] = deque()
         self._registration = 0
         self._waiting: deque[Order] = deque()
@@ -117,11 +118,12 @@ class Ledger:
     def fence(self, incarnation: str) -> None:
         """Begin anew under another incarnation; the highest epoch stays."""
         self.incarnation = incarnation
-        self.highest_step_id = self.finished_step_id = 0
+        self.highest_step_id = self.finished_step_id = self.committed_step_id = 0
         self._waiting.clear()
         self._results.clear()
         self._given_back = []
 
     def _forget(self, committed_step_id: int) -> None:
+        self.committed_step_id = max(self.committed_step_id, committed_step_id)
         while self._results and self._results[0].step_id <= committed_step_id:
             self._results.popleft()

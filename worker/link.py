@@ -308,6 +308,7 @@ class Link:
                 device=own.device,
                 highest_epoch=self._ledger.highest_epoch,
                 highest_step_id=self._ledger.highest_step_id,
+                committed_step_id=self._ledger.committed_step_id,
                 poison_freed_blocks=own.poison_freed_blocks,
                 calibrated_step_s=own.speed.step_s,
                 calibrated_s_per_token=own.speed.s_per_token,

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from worker.rng import draw
+from worker.rng import draw, uniforms
 from worker.step import Sampled, SampledRows, StepInputs
 from worker.wire import Plan
 
@@ -37,7 +37,8 @@ class Runner(Protocol):
 class TimedRunner:
     """Waits instead of computing, one step after the other.
 
-    Token ids are a function of (seed, output index), so any two runs agree, and none needs to be fed.
+    Token ids are a function of (seed, output index), so any two runs agree, and none needs to be fed. So are their log
+    probabilities, which are those of a random share.
     """
 
     def __init__(self, step_s: float, vocab_size: int) -> None:
@@ -59,6 +60,7 @@ class TimedStep:
 
     def __init__(self, end: float, rows: SampledRows, vocab_size: int) -> None:
         self._end = end
+        self._rows = rows
         self._token_ids = (draw(rows.seeds, rows.output_indexes) % np.uint64(vocab_size)).astype(np.int64)
 
     def patience_s(self) -> float:
@@ -68,4 +70,9 @@ class TimedStep:
     def wait(self) -> Sampled:
         """See RunningStep."""
         time.sleep(max(0.0, self.patience_s()))
-        return Sampled(self._token_ids, np.ones(len(self._token_ids), np.bool_))
+        is_finite = np.ones(len(self._token_ids), np.bool_)
+        asked, rows = self._rows.reports_logprobs, self._rows
+        if asked is None:
+            return Sampled(self._token_ids, is_finite)
+        logprobs = np.log1p(-uniforms(rows.seeds, rows.output_indexes)).astype(np.float32)
+        return Sampled(self._token_ids, is_finite, logprobs=np.where(asked, logprobs, np.float32(0)))

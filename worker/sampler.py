@@ -6,7 +6,7 @@ from (seed, output index).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -27,17 +27,21 @@ class Choices:
 
     tokens: [2, num_rows] int64: token ids, and whether the logits were finite (1 or 0). likeliest: of the entries that
     want candidates, as many as the one that wants most: log probabilities, ids: [num_entries, most], best first.
-    num_candidates: by entry, what each wants.
+    num_candidates: by entry, what each wants. logprobs: [num_reporting] float32, of the tokens of the entries
+    `reporting`.
     """
 
     tokens: torch.Tensor
     likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     num_candidates: Mapping[int, int] = field(default_factory=dict)
+    reporting: NDArray[np.int64] | None = None
+    logprobs: torch.Tensor | None = None
 
     def to_host(self) -> "Choices":
         """A copy on the host, without waiting for it on a GPU."""
         likeliest = None if self.likeliest is None else (_to_host(self.likeliest[0]), _to_host(self.likeliest[1]))
-        return Choices(_to_host(self.tokens), likeliest, self.num_candidates)
+        logprobs = None if self.logprobs is None else _to_host(self.logprobs)
+        return replace(self, tokens=_to_host(self.tokens), likeliest=likeliest, logprobs=logprobs)
 
 
 def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices:
@@ -47,6 +51,9 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
     """
     tokens = kernels.greedy(logits)
     choices = Choices(tokens) if rows.num_candidates is None else _with_candidates(tokens, logits, rows.num_candidates)
+    reporting = None if rows.reports_logprobs is None else np.flatnonzero(rows.reports_logprobs)
+    # Taken now: what is forbidden below is none of the model's own.
+    distribution = None if reporting is None else logits[upload(reporting, logits.device)].log_softmax(dim=-1)
     token_ids = tokens[0]
     forbidden = [(row, token_id) for row, ids in rows.forbidden for token_id in ids if token_id < logits.shape[1]]
     if forbidden:
@@ -66,7 +73,11 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
             uniforms=uniforms(rows.seeds[random], rows.output_indexes[random]),
         )
         token_ids[upload(random, logits.device)] = kernels.sample(logits, draws)
-    return choices
+    if reporting is None or distribution is None:
+        return choices
+    # The id of a row that is not finite may be any: none is looked up out of range.
+    chosen = token_ids[upload(reporting, logits.device)].clamp(0, logits.shape[1] - 1)
+    return replace(choices, reporting=reporting, logprobs=distribution.gather(1, chosen[:, None])[:, 0])
 
 
 def _with_candidates(tokens: torch.Tensor, logits: torch.Tensor, wanted: NDArray[np.int64]) -> Choices:
@@ -88,4 +99,8 @@ def to_sampled(choices: Choices) -> Sampled:
         logprobs, ids = (part.tolist() for part in choices.likeliest)
         for i, (entry, count) in enumerate(choices.num_candidates.items()):
             candidates[entry] = Candidates(ids[i][:count], logprobs[i][:count])
-    return Sampled(token_ids, is_finite.astype(np.bool_), candidates)
+    own: NDArray[np.float32] | None = None
+    if choices.reporting is not None and choices.logprobs is not None:
+        own = np.zeros(len(token_ids), np.float32)
+        own[choices.reporting] = choices.logprobs.numpy()
+    return Sampled(token_ids, is_finite.astype(np.bool_), candidates, own)

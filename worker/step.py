@@ -18,6 +18,7 @@ SEQUENCE = np.dtype(
         ("seed", np.uint64),
         ("top_k", np.int64),
         ("num_candidates", np.int64),
+        ("reports_logprobs", np.bool_),
         ("temperature", np.float32),
         ("top_p", np.float32),
         ("min_p", np.float32),
@@ -40,7 +41,8 @@ class BatchLimits:
 class SampledRows:
     """Who samples in a step, one entry each. forbidden: (entry, token ids that must not be sampled).
 
-    num_candidates: likeliest tokens to report beside the sampled one; None where no entry wants any.
+    num_candidates: likeliest tokens to report beside the sampled one; None where no entry wants any. reports_logprobs:
+    whether to report the sampled token's log probability; None where no entry wants it.
     """
 
     temperatures: NDArray[np.float32]
@@ -51,6 +53,7 @@ class SampledRows:
     output_indexes: NDArray[np.int64]
     forbidden: tuple[tuple[int, tuple[int, ...]], ...]
     num_candidates: NDArray[np.int64] | None = None
+    reports_logprobs: NDArray[np.bool_] | None = None
 
     def take(self, entries: NDArray[np.int64]) -> "SampledRows":
         """Some of the entries; their forbidden ids are dealt with already."""
@@ -120,12 +123,14 @@ class Candidates:
 class Sampled:
     """One entry per row that sampled: its token, and whether its logits were finite (else the token means nothing).
 
-    candidates: of the entries that wanted any.
+    candidates: of the entries that wanted any. logprobs: of the tokens, by the model's own distribution; 0 for entries
+    that did not ask, None where none did.
     """
 
     token_ids: NDArray[np.int64]
     is_finite: NDArray[np.bool_]
     candidates: Mapping[int, Candidates] = field(default_factory=dict)
+    logprobs: NDArray[np.float32] | None = None
 
     @property
     def all_finite(self) -> bool:
@@ -144,6 +149,7 @@ class Progress:
     token_ids: NDArray[np.int64]
     failed: NDArray[np.int64]
     candidates: list[Candidates]
+    token_logprobs: NDArray[np.float32] | None
 
     @classmethod
     def of(cls, scheduled: Scheduled, sampled: Sampled) -> "Progress":
@@ -159,6 +165,7 @@ class Progress:
             token_ids=sampled.token_ids[is_good],
             failed=scheduled.sampling[~is_good],
             candidates=[found for entry, found in sorted(sampled.candidates.items()) if is_good[entry]],
+            token_logprobs=None if sampled.logprobs is None else sampled.logprobs[is_good],
         )
 
 

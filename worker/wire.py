@@ -28,6 +28,7 @@ class SamplerParams:
     min_tokens: int
     end_token_ids: tuple[int, ...]
     num_candidates: int
+    reports_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,10 @@ class SwapReport:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step did: one entry per scheduled sequence in each column, in the plan's order; seconds."""
+    """What a step did: one entry per scheduled sequence in each column, in the plan's order; seconds.
+
+    token_logprobs: [num tokens] float32, as in the contract; None where no sequence asked.
+    """
 
     epoch: int
     step_id: int
@@ -102,6 +106,7 @@ class StepOutput:
     gap_s: float
     back_to_back: bool
     candidates: "Sequence[Candidates]"
+    token_logprobs: NDArray[np.float32] | None = None
 
 
 def decode_plan(message: pb.StepPlan) -> Plan:
@@ -156,6 +161,8 @@ def encode_result(output: StepOutput) -> pb.ConnectRequest:
     for candidates in output.candidates:
         result.candidate_token_ids.extend(candidates.token_ids)
         result.candidate_logprobs.extend(candidates.logprobs)
+    if output.token_logprobs is not None:
+        result.token_logprobs.extend(output.token_logprobs.tolist())
     return request
 
 
@@ -194,6 +201,7 @@ def _decode_added(added: pb.AddedSequence) -> AddedSequence:
             min_tokens=sampler.min_tokens,
             end_token_ids=tuple(sampler.end_token_ids),
             num_candidates=sampler.num_candidates,
+            reports_logprobs=sampler.reports_logprobs,
         ),
     )
 

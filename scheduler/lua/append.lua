@@ -1,4 +1,4 @@
--- append: entries to the logs: token ids, or the words of a search. Invariant: write-once per index and contiguous.
+-- append: entries to the logs: token ids, or words of a search or a ranked choice. Invariant: write-once per index and contiguous.
 -- rows: log's place in KEYS (u32), offset in entries (u32), count (u32), count entries (u32)
 local log_keys, log_tokens = {}, {}
 local log_lengths = {}         -- key -> bytes, as it will be: a script may hold the tokens of several steps

@@ -12,7 +12,8 @@ from time import perf_counter
 
 from scheduler.changes import Changes
 from scheduler.keys import worker_key
-from scheduler.redis_pipe import RedisPipe, Reply
+from scheduler.redis_node import Reply
+from scheduler.redis_pipe import RedisPipe
 from scheduler.scripts import ALL_SCRIPTS
 from scheduler.store import WorkerStore
 from tests.load.full_pool import FullPool

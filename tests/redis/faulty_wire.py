@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from redis.exceptions import ResponseError
 
-from scheduler.redis_pipe import RedisPipe, Reply, Script
+from scheduler.redis_node import Reply, Script
+from scheduler.redis_pipe import RedisPipe
 from scheduler.scripts import RECLAIM, STEP
 
 

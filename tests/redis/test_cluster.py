@@ -92,10 +92,31 @@ async def test_every_other_script_stays_within_its_tag(cluster: RedisCluster, pi
             await requests.end(request_id, ("worker-9", 1), b"end")
 
 
-async def test_a_scheduler_refuses_a_node_of_several(cluster: RedisCluster) -> None:
-    """Its one connection does not follow MOVED: it would wait for ever."""
-    with pytest.raises(ConfigError, match="a Redis Cluster of 3 nodes is not served yet"):
-        await check_redis(cluster.nodes[0].url)
+async def test_a_scheduler_knows_a_cluster_when_it_sees_one(cluster: RedisCluster) -> None:
+    assert await check_redis(cluster.nodes[1].url)
+    assert await check_redis(f"redis://127.0.0.1:{cluster.ports[2]}")
+
+
+async def test_a_scheduler_refuses_a_cluster_that_loses_things(cluster: RedisCluster) -> None:
+    """Whichever of its nodes does."""
+    node = f"node 127.0.0.1:{cluster.ports[2]} of the cluster: "
+    with cluster.nodes[2].client() as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            with pytest.raises(ConfigError, match=f"{node}its maxmemory-policy is allkeys-lru"):
+                await check_redis(cluster.nodes[0].url)
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_scheduler_refuses_a_cluster_with_slots_that_nobody_owns(cluster: RedisCluster) -> None:
+    with cluster.nodes[0].client() as client:
+        client.execute_command("CLUSTER", "DELSLOTS", 1, 2)
+        try:
+            with pytest.raises(ConfigError, match="nobody owns 2 of the cluster's slots"):
+                await check_redis(cluster.nodes[0].url)
+        finally:
+            client.execute_command("CLUSTER", "ADDSLOTS", 1, 2)
 
 
 def test_a_node_refuses_a_script_of_two_tags(cluster: RedisCluster) -> None:

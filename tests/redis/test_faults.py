@@ -28,7 +28,7 @@ TIMEOUT_S = 20.0
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe that gives a silent server up sooner, so that tests take less time."""
-    monkeypatch.setattr("scheduler.redis_pipe.REPLY_TIMEOUT_S", REPLY_TIMEOUT_S)
+    monkeypatch.setattr("scheduler.redis_node.REPLY_TIMEOUT_S", REPLY_TIMEOUT_S)
 
 
 @contextlib.asynccontextmanager

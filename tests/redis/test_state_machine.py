@@ -56,7 +56,6 @@ def test_mirror_and_redis_agree_whatever_happens(server: RedisServer) -> None:
             max_examples=NUM_MACHINES[server.kind] * (10 if IS_LONG else 1),
             stateful_step_count=NUM_STEPS,
             deadline=None,
-            derandomize=not IS_LONG,
             phases=[Phase.generate],  # shrinking takes minutes; the failing operations are printed as they are
             suppress_health_check=list(HealthCheck),
             print_blob=True,

@@ -158,6 +158,23 @@ def test_choices_are_written_one_after_the_other(up):
     assert one["token_ids"] == answer["choices"][0]["token_ids"]
 
 
+def test_the_best_of_several_are_written_with_their_scores(up):
+    flags = ("--prompt", "the quick brown fox", "--max-tokens", 8, "--seed", 5, "--ignore-eos")
+    every = json.loads(up.generate(*flags, "--n", 5, "--json").stdout)["choices"]
+    answer = json.loads(up.generate(*flags, "--n", 2, "--best-of", 5, "--json").stdout)
+    scores = [choice["score"] for choice in answer["choices"]]
+    assert len(scores) == 2
+    assert scores == sorted(scores, reverse=True)
+    assert all(choice["text"] in [other["text"] for other in every] for choice in answer["choices"])
+    text = up.generate(*flags, "--n", 2, "--best-of", 5)
+    assert text.stdout == "".join(f"--- choice {i}\n{c['text']}\n" for i, c in enumerate(answer["choices"]))
+    one = json.loads(up.generate(*flags, "--best-of", 5, "--json").stdout)
+    assert (one["token_ids"], one["score"]) == (answer["choices"][0]["token_ids"], scores[0])
+    refused = up.generate(*flags, "--n", 2, "--best-of", 1)
+    assert "best_of" in refused.stderr
+    assert refused.returncode != 0
+
+
 def test_beams_are_written_best_first_with_their_scores(up):
     flags = ("--prompt", "the quick brown fox", "--max-tokens", 6, "--ignore-eos", "--beam-width", 3)
     best = json.loads(up.generate(*flags, "--json").stdout)

@@ -16,11 +16,12 @@ from typing import cast
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.admitter import PlannerLimits
-from scheduler.beam_search import BeamParams, BeamSearch, EarlyStopping, to_float32
+from scheduler.beam_search import BeamParams, BeamSearch, EarlyStopping
 from scheduler.block_hash import root_hash
 from scheduler.block_manager import BlockCopy, BlockManager
 from scheduler.changes import Changes
 from scheduler.committer import Committer
+from scheduler.float_bits import to_float32
 from scheduler.host_pool import HostPool
 from scheduler.live_request import Ending, LiveChoice, LiveRequest
 from scheduler.pins import Pins

@@ -141,4 +141,6 @@ class QueuedStep:
 def rows(output: StepOutput) -> list[object]:
     """All that it says of sequences."""
     columns = (output.attempts, output.num_computed_tokens, output.first_output_indexes, output.num_tokens)
-    return [output.seq_ids, *(c.tolist() for c in columns), output.token_ids.tolist(), output.failed_seq_ids]
+    logprobs = None if output.token_logprobs is None else output.token_logprobs.tolist()
+    assert logprobs is None or len(logprobs) == len(output.token_ids)
+    return [output.seq_ids, *(c.tolist() for c in columns), output.token_ids.tolist(), logprobs, output.failed_seq_ids]

@@ -16,7 +16,7 @@ from scheduler.sequence import BlockSource
 from tests.unit.traffic import Pool, prompts
 
 IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
-MANY = settings(max_examples=2000 if IS_LONG else 300, deadline=None, derandomize=not IS_LONG)
+MANY = settings(max_examples=2000 if IS_LONG else 300, deadline=None)
 NUM_BLOCKS = 12
 NUM_REMEMBERED = 5
 OPERATIONS = st.lists(
@@ -203,7 +203,7 @@ class Forest:
 def test_a_chain_never_loses_a_block_that_a_longer_one_needs() -> None:
     events.clear()
 
-    @settings(max_examples=300 if IS_LONG else 30, deadline=None, derandomize=not IS_LONG)
+    @settings(max_examples=300 if IS_LONG else 30, deadline=None)
     @given(st.integers(0, 2**32))
     def runs(seed: int) -> None:
         forest = Forest(seed)

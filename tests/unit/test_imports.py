@@ -15,6 +15,8 @@ PURE = (
     "planner",
     "admitter",
     "beam_search",
+    "best_of",
+    "float_bits",
     "forks",
     "sequence",
     "block_hash",
@@ -26,7 +28,9 @@ PURE = (
     "host_pool",
     "swapper",
     "swap_ahead",
+    "promises",
     "waiting_queue",
+    "worker_choice",
     "admission",
     "changes",
 )

@@ -80,7 +80,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
 def test_everything_ends_with_exactly_its_tokens() -> None:
     met: Counter[str] = Counter()
 
-    @settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=not IS_LONG)
+    @settings(max_examples=NUM_EXAMPLES, deadline=None)
     @given(simulations())
     def runs(simulation: Simulation) -> None:
         counters = simulation.run().planner.counters

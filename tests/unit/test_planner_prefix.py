@@ -177,5 +177,5 @@ def test_a_follower_is_counted_as_uncached_only_for_what_nobody_computes() -> No
     simulation = Simulation(ROOMY, [Arrival((1,) * 40, 2)])
     simulation.step()
     hashes = chain((1,) * 40 + (2,) * 8)
-    assert simulation.planner.num_uncached_tokens(hashes, 50) == 10
-    assert simulation.planner.num_uncached_tokens(chain((2,) * 8), 8) == 8
+    assert simulation.planner._admitter.outlook(hashes, []).num_promised == 40
+    assert simulation.planner._admitter.outlook(chain((2,) * 8), []).num_promised == 0

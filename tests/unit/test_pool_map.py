@@ -34,7 +34,7 @@ def drawn(pool: pb.PoolBlocks, size: MapSize = SIZE) -> list[str]:
 def test_a_small_pool_shows_every_block() -> None:
     states = FREE * 3 + CACHED * 2 + PROTECTED + REFERENCED * 4 + FREE * 60
     head, first, second = drawn(pool(states, {7: 2, 8: 9, 9: 10}))
-    assert head == "worker-0  70 blocks: 63 free, 4 referenced, 3 cached (1 hit), 1,234 evicted so far"
+    assert head == "worker-0  70 blocks: 63 free, 4 referenced, 3 cached (1 hit), 1,234 evicted"
     assert first == "     1 ···--=129+" + "·" * 54
     assert second == "    65 ······"
 

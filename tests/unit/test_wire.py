@@ -88,11 +88,13 @@ def test_results_describe_themselves() -> None:
         token_ids=[10, 20, 21, 22, 30],
     )
     assert result_rows(pb.StepResult.FromString(result.SerializeToString())) == [
-        ResultRow(1, 0, 7, 0, []),
-        ResultRow(2, 1, 16, 4, [10]),
-        ResultRow(3, 0, 9, 2, [20, 21, 22]),
-        ResultRow(4, 5, 1, 0, [30]),
+        ResultRow(1, 0, 7, 0, [], []),
+        ResultRow(2, 1, 16, 4, [10], []),
+        ResultRow(3, 0, 9, 2, [20, 21, 22], []),
+        ResultRow(4, 5, 1, 0, [30], []),
     ]
+    result.token_logprobs.extend([0.0, -0.5, -1.0, -2.0, 0.0])
+    assert [row.logprobs for row in result_rows(result)] == [[], [0.0], [-0.5, -1.0, -2.0], [0.0]]
     result.attempts.pop()
     with pytest.raises(ValueError):
         result_rows(result)
@@ -127,3 +129,5 @@ def test_the_worker_s_share_of_the_parameters() -> None:
         min_tokens=3,
         end_token_ids=[0, 2],
     )
+    sequence.logprobs = []
+    assert sampler_params(sequence, params).reports_logprobs

@@ -124,6 +124,13 @@ class OwnersAndPlans(RuleBasedStateMachine):
         assert set(kept) <= set(self.finished)
 
     @invariant()
+    def what_is_forgotten_is_said_to_be_committed(self) -> None:
+        """By which a new owner tells a Redis that has lost some of it."""
+        kept = {result.step_id for result in self.ledger.uncommitted()}
+        assert all(step in kept or step <= self.ledger.committed_step_id for step in self.finished)
+        assert self.ledger.committed_step_id <= self.committed
+
+    @invariant()
     def the_highest_covers_what_was_run(self) -> None:
         own = any(order.incarnation == self.ledger.incarnation for order in self.begun)
         assert not own or self.ledger.highest_step_id >= self.run[-1]

@@ -218,6 +218,7 @@ def test_a_new_owner_gets_results_again_and_hears_what_was_dropped(server: Sched
     second = server.accept()
     assert second.register.incarnation == incarnation
     assert (second.register.highest_epoch, second.register.highest_step_id) == (1, 3)
+    assert second.register.committed_step_id == 1, "as the last plan told it"
     assert second.registered(2, committed_step_id=1) == [4, 5]
     assert second.receive("result").step_id == 2
     worker.runner.gate.set()

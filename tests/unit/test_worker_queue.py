@@ -3,8 +3,10 @@
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +20,7 @@ from worker import model_runner
 from worker.assemble import Assembly, assemble
 from worker.config import parse_config
 from worker.models.decoder import Decoder
+from worker.rng import uniforms
 from worker.runner import TimedRunner
 from worker.sampler import Choices, choose
 from worker.step import SampledRows, null_inputs
@@ -26,9 +29,9 @@ from worker.wire import StepOutput
 BLOCK_SIZE, NUM_BLOCKS = 16, 64
 SAMPLERS = (
     {},
-    {"temperature": 0.8, "seed": 5},
+    {"temperature": 0.8, "seed": 5, "reports_logprobs": True},
     {"temperature": 1.5, "seed": 6, "top_p": 0.9, "top_k": 40},
-    {"min_tokens": 5, "end_token_ids": range(0, VOCAB_SIZE, 2)},
+    {"min_tokens": 5, "end_token_ids": range(0, VOCAB_SIZE, 2), "reports_logprobs": True},
     {"temperature": 1.0, "seed": 7, "min_tokens": 3, "end_token_ids": range(1, VOCAB_SIZE, 2)},
 )
 
@@ -68,11 +71,11 @@ def test_queued_steps_do_what_they_do_one_by_one(assembly: Assembly, seed: int, 
     assert [output.step_id for output in queued.outputs] == [plan.step_id for plan in plans]
 
 
-def decodes(num_steps: int) -> list[pb.StepPlan]:
+def decodes(num_steps: int, **sampler: bool) -> list[pb.StepPlan]:
     """Three sequences that run side by side in each step, by ids 0 to 2."""
     planner = PlannerAhead(BLOCK_SIZE, NUM_BLOCKS)
     for seq_id in range(3):
-        planner.add(seq_id, [10 + seq_id, 20, 30])
+        planner.add(seq_id, [10 + seq_id, 20, 30], **sampler)
     plans = [planner.plan(dict.fromkeys(range(3), 3))]
     return plans + [planner.plan(dict.fromkeys(range(3), 1)) for _ in range(num_steps - 1)]
 
@@ -123,6 +126,22 @@ def test_what_follows_from_a_failed_row_fails_too(assembly: Assembly, failing_st
     assert [tokens(outputs, i) for i in (0, 2)] == [tokens(sound, i) for i in (0, 2)]
 
 
+def test_log_probabilities_stand_beside_their_tokens_where_others_have_failed(
+    assembly: Assembly, failing_step: int
+) -> None:
+    plans = decodes(7, reports_logprobs=True)
+    outputs = play(plans, assembly, QueueingRunner(assembly.runner)).outputs
+    sound = play(plans, assembly, assembly.runner).outputs
+    assert [len(output.token_ids) for output in outputs] == [3, 3, 2, 2, 2, 2, 2]
+    for output, wanted in zip(outputs, sound, strict=True):
+        assert output.token_logprobs is not None
+        assert wanted.token_logprobs is not None
+        if len(output.token_ids) == 2:
+            assert output.token_logprobs.tolist() == wanted.token_logprobs[[0, 2]].tolist()
+        else:
+            assert output.token_logprobs.tolist() == wanted.token_logprobs.tolist()
+
+
 def test_a_sequence_that_failed_begins_anew(assembly: Assembly, failing_step: int) -> None:
     """Sent in full while the step that was fed with its failure still runs, it is what it would be alone."""
     plans = decodes(failing_step + 1)
@@ -151,6 +170,15 @@ def test_sequences_end_at_their_longest(assembly: Assembly, num_left: int) -> No
     ]
     assert len(tokens(outputs, 1)) == num_left
     assert outputs[-1].num_computed_tokens.tolist() == [MAX_MODEL_LEN]
+
+
+def test_timed_log_probabilities_are_a_function_of_seed_and_index() -> None:
+    inputs = null_inputs(2, 1)
+    assert TimedRunner(0.0, VOCAB_SIZE).launch(inputs).wait().logprobs is None
+    asking = replace(inputs.sampled, seeds=np.array([7, 8], np.uint64), reports_logprobs=np.array([True, False]))
+    found = TimedRunner(0.0, VOCAB_SIZE).launch(replace(inputs, sampled=asking)).wait().logprobs
+    assert found is not None
+    assert found.tolist() == [np.log1p(-uniforms(asking.seeds, asking.output_indexes)).astype(np.float32)[0], 0.0]
 
 
 def test_timed_steps_run_one_after_the_other() -> None:

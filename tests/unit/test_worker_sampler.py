@@ -246,6 +246,43 @@ def test_each_row_has_its_own_forbidden_ids() -> None:
     assert found.is_finite.all()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_log_probabilities_are_the_model_s_own(temperature: float) -> None:
+    """Before temperature, filters and what is forbidden; of those rows alone that ask, and the same in any company."""
+    logits = random_logits(6)
+    likeliest = logits[2].argmax().item()
+    asked = np.array([True, False, True, False, False, True])
+    some = replace(rows(6, temperature, top_k=40, min_p=0.01), forbidden=((2, (likeliest,)),), reports_logprobs=asked)
+    found = sample(logits.clone(), some)
+    assert found.logprobs is not None
+    assert found.logprobs.dtype == np.float32
+    assert found.token_ids[2] != likeliest
+    own = logits.double().log_softmax(-1).gather(1, torch.from_numpy(found.token_ids)[:, None])[:, 0].numpy()
+    assert found.logprobs == pytest.approx(np.where(asked, own, 0.0), abs=1e-5)
+    for row in np.flatnonzero(asked):
+        alone = replace(some.take(np.array([row])), forbidden=((0, (likeliest,)),) if row == 2 else ())
+        logprobs = sample(logits[row : row + 1].clone(), replace(alone, reports_logprobs=np.array([True]))).logprobs
+        assert logprobs is not None
+        assert logprobs[0] == found.logprobs[row]
+
+
+def test_nobody_asks_for_log_probabilities() -> None:
+    assert sample(random_logits(3), rows(3)).logprobs is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_row_that_is_not_finite_takes_no_other_s_log_probability(bad: float) -> None:
+    logits = random_logits(3)
+    asking = replace(rows(3), reports_logprobs=np.ones(3, np.bool_))
+    wanted = sample(logits.clone(), asking).logprobs
+    logits[1] = bad
+    found = sample(logits, asking)
+    assert found.is_finite.tolist() == [True, False, True]
+    assert wanted is not None
+    assert found.logprobs is not None
+    assert found.logprobs[[0, 2]].tolist() == wanted[[0, 2]].tolist()
+
+
 def test_rows_that_are_sorted_in_full_unasked_choose_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU does with those that may need it."""
     num_rows = 2 * sampling.ROWS_SORTED + 5

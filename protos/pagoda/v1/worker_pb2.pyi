@@ -198,6 +198,7 @@ class Register(_message.Message):
     NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
     SWAP_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     CALIBRATED_S_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    COMMITTED_STEP_ID_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this contract; equal on both sides."""
     worker_name: _builtins.str
@@ -236,6 +237,8 @@ class Register(_message.Message):
     """Bytes per second between the two pools, measured in warm-up; 0: not measured."""
     calibrated_s_per_token: _builtins.float
     """Seconds that one more token of a prompt adds to a step, measured in warm-up; 0: not measured."""
+    committed_step_id: _builtins.int
+    """Highest step that an owner told this incarnation is in Redis, and whose results it has forgotten; 0: none."""
     @_builtins.property
     def kv_groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___KVGroup]:
         """One entry per KV group; most models have one."""
@@ -263,10 +266,11 @@ class Register(_message.Message):
         num_host_blocks: _builtins.int = ...,
         swap_bytes_per_s: _builtins.float = ...,
         calibrated_s_per_token: _builtins.float = ...,
+        committed_step_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_s_per_token", b"calibrated_s_per_token", "calibrated_step_s", b"calibrated_step_s", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "swap_bytes_per_s", b"swap_bytes_per_s", "worker_name", b"worker_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "block_size", b"block_size", "calibrated_s_per_token", b"calibrated_s_per_token", "calibrated_step_s", b"calibrated_step_s", "committed_step_id", b"committed_step_id", "device", b"device", "highest_epoch", b"highest_epoch", "highest_step_id", b"highest_step_id", "incarnation", b"incarnation", "kv_dtype", b"kv_dtype", "kv_groups", b"kv_groups", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model_fingerprint", b"model_fingerprint", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks", "poison_freed_blocks", b"poison_freed_blocks", "protocol_version", b"protocol_version", "swap_bytes_per_s", b"swap_bytes_per_s", "worker_name", b"worker_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,6 +522,7 @@ class SamplerParams(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     END_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_CANDIDATES_FIELD_NUMBER: _builtins.int
+    REPORTS_LOGPROBS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy."""
     top_k: _builtins.int
@@ -532,6 +537,8 @@ class SamplerParams(_message.Message):
     """Output tokens before which no id of end_token_ids may be sampled."""
     num_candidates: _builtins.int
     """Likeliest tokens to report with each token that is sampled, for beam search; 0: none."""
+    reports_logprobs: _builtins.bool
+    """Whether to report the log probability of each token that is sampled."""
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """End-of-sequence and stop ids."""
@@ -547,10 +554,11 @@ class SamplerParams(_message.Message):
         min_tokens: _builtins.int = ...,
         end_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_candidates: _builtins.int = ...,
+        reports_logprobs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token_ids", b"end_token_ids", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_candidates", b"num_candidates", "reports_logprobs", b"reports_logprobs", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +722,7 @@ class StepResult(_message.Message):
     FAILED_SEQ_IDS_FIELD_NUMBER: _builtins.int
     CANDIDATE_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CANDIDATE_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Epoch of the plan."""
     step_id: _builtins.int
@@ -760,6 +769,12 @@ class StepResult(_message.Message):
     def candidate_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Their log probabilities (natural logarithm)."""
 
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Log probability (natural logarithm) of each of token_ids by the model's own distribution: before temperature, before
+        any filter and with every id allowed. 0 for sequences that did not ask; empty where none of the step did.
+        """
+
     def __init__(
         self,
         *,
@@ -777,10 +792,11 @@ class StepResult(_message.Message):
         failed_seq_ids: _abc.Iterable[_builtins.int] | None = ...,
         candidate_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         candidate_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "candidate_logprobs", b"candidate_logprobs", "candidate_token_ids", b"candidate_token_ids", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "back_to_back", b"back_to_back", "candidate_logprobs", b"candidate_logprobs", "candidate_token_ids", b"candidate_token_ids", "epoch", b"epoch", "failed_seq_ids", b"failed_seq_ids", "first_output_indexes", b"first_output_indexes", "gap_s", b"gap_s", "num_computed_tokens", b"num_computed_tokens", "num_tokens", b"num_tokens", "seq_ids", b"seq_ids", "step_id", b"step_id", "step_s", b"step_s", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

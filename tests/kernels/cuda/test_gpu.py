@@ -15,7 +15,7 @@ from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import relative_error
 from tests.kernels.cuda.steps import Case, Step, cases, sharing_cases
-from tests.kernels.cuda.test_attention import TOLERANCES
+from tests.kernels.cuda.test_attention import TOLERANCES, tolerance_of
 from tests.kernels.cuda.test_linear import TOLERANCES as PRODUCT_TOLERANCES
 from tests.kernels.products import Product, check_choices, greedy_cases
 
@@ -41,7 +41,7 @@ def kernels_for(case: Case) -> CudaKernels:
 def test_equals_dense_attention(variant: Variant, data: st.DataObject) -> None:
     case = data.draw(cases(variant))
     step = Step(case, place)
-    assert relative_error(step.run(kernels_for(case)).cpu(), step.dense()) < TOLERANCES[variant.dtype]
+    assert relative_error(step.run(kernels_for(case)).cpu(), step.dense()) < tolerance_of(variant)
 
 
 @each_variant

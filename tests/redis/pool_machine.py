@@ -66,7 +66,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.results: deque[Plan] = deque()
         self.swapped: deque[tuple[int, Swap]] = deque()
         self.watcher = Watcher(self.world, self.client, WORKER, self._run)
-        self._new_worker(7, 9)
+        self._new_worker(7, 7)
 
     async def _start(self) -> None:
         self.pipe.start()
@@ -382,7 +382,7 @@ class PoolMachine(RuleBasedStateMachine):
     def lose_the_worker(self, pick: int, amount: int) -> None:
         """Its incarnation is dead: nothing of it stays reachable; a new one begins with an empty pool."""
         events["dead incarnations"] += 1
-        self._new_worker(6 + amount % 5, (0, 3, 9, 12)[pick % 4])
+        self._new_worker(6 + amount % 5, (0, 3, 6, 9)[pick % 4])
 
     def _new_worker(self, num_blocks: int, num_host_blocks: int) -> None:
         self.num_incarnations += 1

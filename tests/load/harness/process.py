@@ -58,6 +58,7 @@ async def _generate(job: Job, pipe: "Connection[object, object]") -> None:
     backend = connect(job.settings.target)
     generator = Generator(job.settings, plan, job.share, backend, job.run_id)
     try:
+        await backend.model()  # so that no request pays for the connection
         await _warm_up(generator, job.settings.num_warmups)
         pipe.send(READY)
         start_s = await asyncio.to_thread(pipe.recv)

@@ -22,6 +22,7 @@ PURE = (
     "eviction",
     "history",
     "pins",
+    "retry_delay",
     "host_pool",
     "swapper",
     "swap_ahead",

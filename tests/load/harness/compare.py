@@ -25,7 +25,7 @@ def _rows(first: Result, second: Result) -> Iterator[list[str]]:
     for name in RATES:
         yield _row(name.replace("_", " "), first.get(name), second.get(name), more_is_better=True)
     for metric in METRICS:
-        for key in (key for key in first if key.endswith(f"_{metric}_ms") and not key.startswith("std")):
+        for key in (key for key in first if key.endswith(f"_{metric}_ms") and not key.startswith(("std", "median"))):
             yield _row(key.replace("_", " "), first[key], second.get(key), more_is_better=False)
 
 

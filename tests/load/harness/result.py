@@ -25,7 +25,7 @@ from tests.load.harness.server_figures import server_figures
 from tests.load.harness.settings import Settings
 
 KIND = "pagoda load"
-MAX_POINTS = 1500
+MAX_POINTS = 600
 """Requests that the page shows one by one: every so manieth where there are more."""
 
 

@@ -30,6 +30,8 @@ from tests.stack import ROOT, free_port
 
 MODEL = ROOT / "deploy/demo/model"
 NUM_STREAMS = 500
+UP_FLAGS = ("--record-ttl-s", "30", "--num-blocks", "6000")
+"""A pool that is full of cached blocks within the first minutes: what is kept of each does not grow from then on."""
 LEAVERS = Leavers(cancel_share=0.1, disconnect_share=0.1, after_tokens=8)
 SLACK_MIB = 8.0
 START_TIMEOUT_S = 120.0
@@ -70,10 +72,10 @@ class Soaked:
 
 
 @contextlib.asynccontextmanager
-async def pagoda_up(folder: Path) -> AsyncIterator[tuple[int, int]]:
+async def pagoda_up(folder: Path, *more: str) -> AsyncIterator[tuple[int, int]]:
     """(port, the scheduler's process id) of the demo model's service, ended afterwards."""
     port, pids = free_port(), folder / "pids.json"
-    flags = ("--port", str(port), "--model", str(MODEL), "--pids", str(pids), "--record-ttl-s", "30")
+    flags = ("--port", str(port), "--model", str(MODEL), "--pids", str(pids), *more)
     command = [sys.executable, "-m", "deploy.cli", "up", *flags]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=subprocess.PIPE)
@@ -90,7 +92,7 @@ async def pagoda_up(folder: Path) -> AsyncIterator[tuple[int, int]]:
 async def soak(seconds: float, num_streams: int = NUM_STREAMS) -> Soaked:
     """Runs it on a service of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        async with pagoda_up(Path(folder)) as (port, scheduler_pid):
+        async with pagoda_up(Path(folder), *UP_FLAGS) as (port, scheduler_pid):
             settings = Settings(
                 target=Target(address=f"127.0.0.1:{port}", stream_interval=8),
                 pace=Pace(max_concurrency=num_streams, duration_s=seconds, num_prompts=5000),

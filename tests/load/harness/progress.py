@@ -11,7 +11,7 @@ from rich.table import Table
 from tests.load.harness.backend import ServerSample
 from tests.load.harness.generator import Counts
 
-LINE_INTERVAL_S = 5.0
+LINE_INTERVAL_S = 2.0
 
 
 class Progress:

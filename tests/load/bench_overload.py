@@ -33,6 +33,7 @@ PLACES_PER_S = MAX_NUM_SEQS / (STEP_S * (OUTPUT_TOKENS + 1))
 LIMITS_MS = (("ttft", 2000.0), ("tpot", 50.0))
 MAX_WAITING = 16
 """Two thirds of a second's work: a third of the limit for the first token, for the machine may slow down as much."""
+RAMP = Ramp("linear", 0.6 * PLACES_PER_S, 1.3 * PLACES_PER_S)
 KNEE = Knee(goodput_share=0.9, stage_s=8.0, num_stages=8)
 
 
@@ -66,11 +67,11 @@ def timed_stack(model: Path) -> Stack:
     return Stack(model, 1, ("--max-waiting", str(MAX_WAITING)), flags)
 
 
-async def measure(stack: Stack, knee: Knee) -> Overload:
+async def measure(stack: Stack, knee: Knee, ramp: Ramp = RAMP) -> Overload:
     """The knee, then FACTOR times it, each for as long as one stage of the knee."""
     settings = Settings(
         target=Target(address=stack.address),
-        pace=Pace(ramp=Ramp("linear", 0.6 * PLACES_PER_S, 1.3 * PLACES_PER_S)),
+        pace=Pace(ramp=ramp),
         dataset=Dataset(input_len=20, output_len=OUTPUT_TOKENS),
         measures=Measures(goodput_ms=LIMITS_MS),
         knee=knee,

@@ -1,7 +1,7 @@
 """A server that generates nothing: it delays by a known schedule, and keeps its own time of everything it sends.
 
 The harness is held against it. `python -m tests.load.double OPTIONS` serves our contract and OpenAI's /v1/completions
-on two ports, which it prints, and prints what it has seen as JSON when its standard input ends.
+on two ports, which it prints, and prints what it has seen since it was last asked, as JSON, for each line it reads.
 
 Request k (in order of arrival) gets its first token after FIRST_S[k % 64], then one per GAP_S[j % 64]: both drawn once.
 With `--fail-every N` every Nth request is refused, with a delay to come back after; every Nth after the first fails
@@ -191,7 +191,7 @@ class Completions:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Serves until standard input ends."""
+    """Serves until standard input ends; each line asks for what was seen."""
     schedule = Schedule(options)
     server = grpc.aio.server()
     generation_pb2_grpc.add_GenerationServicer_to_server(Generation(schedule), server)
@@ -206,8 +206,9 @@ async def serve(options: argparse.Namespace) -> None:
     await site.start()
     http_port = runner.addresses[0][1]
     print(json.dumps({"grpc": grpc_port, "http": http_port}), flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    print(json.dumps([asdict(seen) for seen in schedule.seen]), flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        print(json.dumps([asdict(seen) for seen in schedule.seen]), flush=True)
+        schedule.seen.clear()
     await server.stop(0)
     await runner.cleanup()
 

@@ -89,14 +89,14 @@ async def pagoda_up(folder: Path, *more: str) -> AsyncIterator[tuple[int, int]]:
         await process.wait()
 
 
-async def soak(seconds: float, num_streams: int = NUM_STREAMS) -> Soaked:
-    """Runs it on a service of its own."""
+async def soak(seconds: float, num_streams: int = NUM_STREAMS, output_len: int | None = None) -> Soaked:
+    """Runs it on a service of its own. `output_len`: mean tokens of an answer, where not those of Alpaca."""
     with tempfile.TemporaryDirectory() as folder:
         async with pagoda_up(Path(folder), *UP_FLAGS) as (port, scheduler_pid):
             settings = Settings(
                 target=Target(address=f"127.0.0.1:{port}", stream_interval=8),
                 pace=Pace(max_concurrency=num_streams, duration_s=seconds, num_prompts=5000),
-                dataset=Dataset("alpaca"),
+                dataset=Dataset("alpaca", output_len=output_len),
                 leavers=LEAVERS,
             )
             rss_mib: list[float] = []

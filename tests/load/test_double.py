@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,16 +38,24 @@ BACKENDS = ("pagoda", "openai")
 
 @dataclass
 class Double:
-    """A running double; what it saw is there when it has ended."""
+    """A running double."""
 
     process: "subprocess.Popen[str]"
     ports: dict[str, int]
-    seen: list[dict[str, Any]] = field(default_factory=list)
 
     def target(self, backend: str) -> Target:
         if backend == "pagoda":
             return Target(address=f"127.0.0.1:{self.ports['grpc']}")
         return Target(backend="openai", address=f"http://127.0.0.1:{self.ports['http']}")
+
+    def seen(self) -> list[dict[str, Any]]:
+        """What it saw since this was last asked."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("seen\n")
+        self.process.stdin.flush()
+        found: list[dict[str, Any]] = json.loads(self.process.stdout.readline())
+        return found
 
 
 @contextlib.contextmanager
@@ -57,15 +65,18 @@ def double(*flags: object) -> Iterator[Double]:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     ) as process:
-        assert process.stdin is not None
         assert process.stdout is not None
         try:
-            found = Double(process, json.loads(process.stdout.readline()))
-            yield found
-            process.stdin.close()
-            found.seen += json.loads(process.stdout.readline())
+            yield Double(process, json.loads(process.stdout.readline()))
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Double]:
+    """One that neither fails nor stalls, for several tests."""
+    with favoured(), double() as server:
+        yield server
 
 
 @contextlib.contextmanager
@@ -99,13 +110,14 @@ def load(target: Target, **fields: Any) -> Settings:
 
 
 @pytest.mark.parametrize(("backend", "num_processes"), [("pagoda", 3), ("openai", 1)])
-def test_percentiles_are_those_that_the_double_measured(backend: str, num_processes: int) -> None:
+def test_percentiles_are_those_that_the_double_measured(plain: Double, backend: str, num_processes: int) -> None:
     differences: dict[str, float] = {}
     for _ in range(MAX_TRIES):
-        with favoured(), double() as server:
-            result = asyncio.run(run(load(server.target(backend), num_processes=num_processes)))
-        assert Counter(seen["how"] for seen in server.seen) == {"completed": 60}
-        differences = worst_differences(Latencies.of(result.records), server.seen)
+        with favoured():
+            result = asyncio.run(run(load(plain.target(backend), num_processes=num_processes)))
+        all_seen = plain.seen()
+        assert Counter(seen["how"] for seen in all_seen) == {"completed": 60}
+        differences = worst_differences(Latencies.of(result.records), all_seen)
         if max(differences.values()) <= TOLERANCE:
             return
     raise AssertionError(f"further apart than {TOLERANCE:.0%}, in each of {MAX_TRIES} tries: {differences}")
@@ -138,9 +150,9 @@ def test_a_stall_shows_in_every_request_that_was_due_meanwhile(max_concurrency: 
     pace = Pace(num_prompts=55, request_rate=25.0, max_concurrency=max_concurrency)
     with double("--stall-at-s", STALL_AT_S, "--stall-s", STALL_S) as server:
         result = asyncio.run(run(load(server.target("pagoda"), pace=pace, dataset=Dataset(input_len=6, output_len=2))))
+        stall_from_s = min(seen["arrived_s"] for seen in server.seen()) + STALL_AT_S
     records = result.records
     assert all(record.outcome is Outcome.COMPLETED for record in records)
-    stall_from_s = min(seen["arrived_s"] for seen in server.seen) + STALL_AT_S
     stall_to_s = stall_from_s + STALL_S
     meanwhile = [record for record in records if stall_from_s - 0.1 <= record.due_s < stall_to_s - 0.2]
     assert len(meanwhile) > 10
@@ -173,12 +185,11 @@ def test_failures_are_counted_by_their_status(backend: str) -> None:
     assert {row["status"]: row["with_retry_delay"] for row in failures} == {refused: 8, broken: 0}  # type: ignore[index,attr-defined]
 
 
-def test_who_cancels_and_who_disconnects_is_told_apart() -> None:
+def test_who_cancels_and_who_disconnects_is_told_apart(plain: Double) -> None:
     leavers = Leavers(cancel_share=0.3, disconnect_share=0.3, after_tokens=3)
-    with double() as server:
-        result = asyncio.run(run(load(server.target("pagoda"), leavers=leavers)))
+    result = asyncio.run(run(load(plain.target("pagoda"), leavers=leavers)))
     ours = Counter(record.outcome for record in result.records)
-    theirs = Counter(seen["how"] for seen in server.seen)
+    theirs = Counter(seen["how"] for seen in plain.seen())
     assert ours[Outcome.CANCELLED] == theirs["cancelled"] > 5
     assert ours[Outcome.DISCONNECTED] == theirs["left"] > 5
     assert ours[Outcome.COMPLETED] == theirs["completed"] > 5
@@ -189,43 +200,42 @@ def test_who_cancels_and_who_disconnects_is_told_apart() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_who_leaves_after_a_time_leaves_then(backend: str) -> None:
+def test_who_leaves_after_a_time_leaves_then(plain: Double, backend: str) -> None:
     cancel_share = 0.4 if backend == "pagoda" else 0.0
     leavers = Leavers(cancel_share, disconnect_share=0.4, after_s=0.5)
-    with double() as server:
-        settings = load(server.target(backend), leavers=leavers, pace=Pace(num_prompts=40, request_rate=40.0))
-        result = asyncio.run(run(settings))
+    settings = load(plain.target(backend), leavers=leavers, pace=Pace(num_prompts=40, request_rate=40.0))
+    result = asyncio.run(run(settings))
+    hows = Counter(seen["how"] for seen in plain.seen())
     left = [record for record in result.records if record.outcome is Outcome.DISCONNECTED]
-    assert len(left) == sum(seen["how"] == "left" for seen in server.seen) > 5
+    assert len(left) == hows["left"] > 5
     assert all(0.49 < record.end_s - record.sent_s < 0.8 for record in left)
     cancelled = [record for record in result.records if record.outcome is Outcome.CANCELLED]
-    assert len(cancelled) == sum(seen["how"] == "cancelled" for seen in server.seen)
+    assert len(cancelled) == hows["cancelled"]
     assert bool(cancelled) == (backend == "pagoda")
 
 
 # -- paces ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_loop_keeps_its_places_busy_and_no_more() -> None:
+def test_a_closed_loop_keeps_its_places_busy_and_no_more(plain: Double) -> None:
     pace = Pace(max_concurrency=7, duration_s=2.5)
-    with double() as server:
-        result = asyncio.run(run(load(server.target("pagoda"), pace=pace, num_processes=2)))
+    result = asyncio.run(run(load(plain.target("pagoda"), pace=pace, num_processes=2)))
     records = result.records
     assert summary(records, result.start_s, Measures())["max_concurrent_requests"] == 7
     assert max(record.sent_s for record in records) - result.start_s < 2.6
     assert len({record.index for record in records}) == len(records) > 12
-    assert len(records) == len(server.seen)
+    assert len(records) == len(plain.seen())
     watched = server_figures(result.samples, result.start_s)
     assert watched is not None
     assert (watched["max_running"], watched["is_idle_after"]) == (7, True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_conversation_goes_on_after_each_answer_with_all_that_was_said(backend: str) -> None:
+def test_a_conversation_goes_on_after_each_answer_with_all_that_was_said(plain: Double, backend: str) -> None:
     dataset = Dataset("conversation", input_len=5, output_len=3, length_sigma=0, num_turns=3, think_time_s=0.1)
-    with double() as server:
-        settings = load(server.target(backend), dataset=dataset, pace=Pace(num_prompts=6, request_rate=20.0))
-        result = asyncio.run(run(settings))
+    settings = load(plain.target(backend), dataset=dataset, pace=Pace(num_prompts=6, request_rate=20.0))
+    result = asyncio.run(run(settings))
+    plain.seen()
     by_conversation: dict[int, list[Record]] = {}
     for record in result.records:
         by_conversation.setdefault(record.index, []).append(record)
@@ -236,11 +246,11 @@ def test_a_conversation_goes_on_after_each_answer_with_all_that_was_said(backend
             assert after.due_s >= before.end_s
 
 
-def test_a_generator_that_is_too_slow_for_its_plan_says_so() -> None:
+def test_a_generator_that_is_too_slow_for_its_plan_says_so(plain: Double) -> None:
     """Hundreds at one moment: the last of them can't be sent in time."""
     pace = Pace(num_prompts=600, request_rate=math.inf)
-    with double() as server:
-        settings = load(server.target("pagoda"), pace=pace, dataset=Dataset(input_len=1500, output_len=1))
-        result = asyncio.run(run(settings))
+    settings = load(plain.target("pagoda"), pace=pace, dataset=Dataset(input_len=1500, output_len=1))
+    result = asyncio.run(run(settings))
+    plain.seen()
     figures = generator_figures(result.generations, result.records)
     assert "after they were due" in str(figures["complaints"]), figures

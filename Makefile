@@ -10,7 +10,7 @@ COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap plots kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap bench-load bench-streams bench-overload bench-peers soak plots kernels bench-kernels kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,21 @@ bench-memory: setup ## KV memory wasted, and throughput, paged beside dense in t
 
 bench-swap: setup ## An eighth of the KV memory that a batch needs: swapped, recomputed, or what is cheaper
 	@$(BIN)/python -m tests.load.bench_swap $(if $(JSON),--json $(JSON))
+
+bench-load: setup ## pagoda load on the demo model, rate upon rate, to the knee; writes JSON and a page
+	@$(BIN)/python -m tests.load.bench_load --json $(or $(JSON),build/load.json)
+
+bench-streams: setup ## Tokens per second that one scheduler sustains to streaming clients, and their delay
+	@$(BIN)/python -m tests.load.bench_streams $(if $(JSON),--json $(JSON))
+
+bench-overload: setup ## Ten times the knee, with timed workers: who is served, and what the others are told
+	@$(BIN)/python -m tests.load.bench_overload $(if $(JSON),--json $(JSON))
+
+bench-peers: setup ## OpenAI servers under the same arrivals as ours: PEERS='--peer vllm=PYTHON --peer NAME=URL'
+	@$(BIN)/python -m tests.load.bench_peers $(PEERS) $(if $(JSON),--json $(JSON))
+
+soak: setup ## 500 streams on the demo model for ten minutes, some cancelled, some left
+	@$(BIN)/python -m tests.load.soak $(if $(JSON),--json $(JSON))
 
 plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON=...)
 	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-cascade-lake.json)

@@ -222,6 +222,14 @@ def explain(
     explain_at(port, request_id, json)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def load(context: typer.Context) -> None:
+    """Send load to a running service, ours or an OpenAI server, and report how it fared (see pagoda load --help)."""
+    from deploy.load import load
+
+    load(context.args)
+
+
 def _one_of(flags: dict[str, object]) -> None:
     if sum(value is not None for value in flags.values()) != 1:
         raise DeployError(f"give exactly one of {', '.join(flags)}", 2)

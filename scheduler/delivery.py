@@ -6,7 +6,7 @@ A stream holds nothing but its place: what a slow client has not read stays in t
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from time import perf_counter
+from time import monotonic, perf_counter
 
 from pagoda.v1 import generation_pb2 as pb
 
@@ -16,10 +16,12 @@ from scheduler.live_request import EndState, LiveChoice, LiveRequest
 from scheduler.sequence import FinishReason
 from scheduler.tokenizer import Tokenizer
 
-TURNS_PER_PASS = 4
-"""Streams that get the processor between two looks of the event loop at everything else."""
+TURN_INTERVAL_S = 0.0002
+"""5,000 messages a second take about half a core, and leave the other half to the engines."""
 PASS_INTERVAL_S = 0.0008
-"""Between passes: 5,000 messages a second take about half a core, and leave the other half to the engines."""
+"""Between passes, if the event loop comes to it in time: it counts in milliseconds, and has engines to serve."""
+MAX_TURNS_PER_PASS = 16
+"""Streams that get the processor between two looks of the event loop at everything else, however late a pass is."""
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -39,33 +41,42 @@ class DeliveryGate:
         self.busy_s = 0.0
         """Processor time of all streams together."""
         self._waiting: deque[asyncio.Future[None]] = deque()
-        self._num_turns = 0
+        self._num_turns_left = self._turns_after(PASS_INTERVAL_S)
+        self._last_pass_s = 0.0
         self._is_armed = False
 
     async def turn(self) -> None:
         """Returns when it is the caller's turn."""
-        if self._num_turns >= TURNS_PER_PASS or self._waiting:
+        if not self._num_turns_left or self._waiting:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             self._arm()
             await waiter
-        self._num_turns += 1
-        self._arm()
+        else:
+            self._num_turns_left -= 1
+            self._arm()
 
     def _arm(self) -> None:
         if not self._is_armed:
             self._is_armed = True
+            self._last_pass_s = monotonic()
             asyncio.get_running_loop().call_later(PASS_INTERVAL_S, self._next_pass)
 
     def _next_pass(self) -> None:
+        """As many turns as are due by the time since the last pass: a pass that comes late makes up for it."""
         self._is_armed = False
-        self._num_turns = 0
-        for _ in range(min(TURNS_PER_PASS, len(self._waiting))):
+        self._num_turns_left = self._turns_after(monotonic() - self._last_pass_s)
+        while self._waiting and self._num_turns_left:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
+                self._num_turns_left -= 1
         if self._waiting:
             self._arm()
+
+    @staticmethod
+    def _turns_after(elapsed_s: float) -> int:
+        return min(MAX_TURNS_PER_PASS, int(elapsed_s / TURN_INTERVAL_S))
 
 
 def num_ready_tokens(choice: LiveChoice) -> int:

@@ -6,6 +6,9 @@ import grpc
 class RequestError(Exception):
     """The base of all that a client is told; its text is the status message: one line that says what to do."""
 
+    retry_after_s: float | None = None
+    """When the same call may go through, as far as that can be told."""
+
 
 class InvalidArgumentError(RequestError):
     """A field of the request breaks a rule."""
@@ -32,6 +35,11 @@ class NotFoundError(RequestError):
 
 class QueueFullError(RequestError):
     """The waiting queue is at its limit; try again later."""
+
+    def __init__(self, num_waiting: int, retry_after_s: float | None) -> None:
+        when = "later" if retry_after_s is None else f"in {retry_after_s:.1f} s"
+        super().__init__(f"{num_waiting} requests are waiting already; try again {when}")
+        self.retry_after_s = retry_after_s
 
 
 class PinBudgetError(RequestError):

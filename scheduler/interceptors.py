@@ -1,4 +1,7 @@
-"""Turns every failure of a call into a gRPC status, in one place: the table in errors.py, INTERNAL for our bugs."""
+"""Turns every failure of a call into a gRPC status, in one place: the table in errors.py, INTERNAL for our bugs.
+
+Where it is known when to come back, the status's details have a google.rpc.RetryInfo.
+"""
 
 import inspect
 import logging
@@ -7,6 +10,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from scheduler.errors import STATUS_OF, RequestError
 
@@ -44,7 +50,7 @@ def _stream(
                 yield response
         except RequestError as error:
             count(STATUS_OF[type(error)])
-            await context.abort(STATUS_OF[type(error)], str(error))
+            await _abort(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -62,7 +68,7 @@ def _call(
             return await serve(request, context)
         except RequestError as error:
             count(STATUS_OF[type(error)])
-            await context.abort(STATUS_OF[type(error)], str(error))
+            await _abort(context, error)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -70,6 +76,19 @@ def _call(
             await _abort_as_bug(context, error)
 
     return checked
+
+
+async def _abort(context: Any, error: RequestError) -> None:
+    code = STATUS_OF[type(error)]
+    metadata: Any = ()
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        status = status_pb2.Status(code=code.value[0], message=str(error), details=[detail])
+        metadata = rpc_status.to_status(status).trailing_metadata
+    await context.abort(code, str(error), metadata)
 
 
 async def _abort_as_bug(context: Any, error: Exception) -> None:

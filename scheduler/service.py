@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
+from time import monotonic
 from typing import TypeVar
 
 import grpc
@@ -21,6 +22,7 @@ from scheduler.pool_map import blocks_of
 from scheduler.recovery import Reviver
 from scheduler.request import RequestBody
 from scheduler.request_store import OwnershipLostError, RequestStore
+from scheduler.retry_delay import RetryDelay
 from scheduler.sequence import FinishReason
 from scheduler.status import ServedModel, status_of
 from scheduler.tokenizer import Tokenizer
@@ -48,6 +50,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         self._delivery = Delivery(model.tokenizer)
         self._first_seq_id = self._next_seq_id = 0
         self._accepting: dict[str, _Acceptance] = {}
+        self._retry_delay = RetryDelay()
 
     async def start(self) -> None:
         """Draws the prefix of this scheduler's seq_ids."""
@@ -152,8 +155,11 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
     def _begin_accepting(self, body: RequestBody) -> "_Acceptance":
         num_waiting = len(self._accepting) + len(self._live_requests)
         num_waiting -= sum(engine.planner.num_running_requests for engine in self._fleet.engines)
+        now_s = monotonic()
+        self._retry_delay.note(now_s, num_waiting)
         if num_waiting >= self._model.max_waiting:
-            raise QueueFullError(f"{num_waiting} requests are waiting already; try again later")
+            raise QueueFullError(num_waiting, self._retry_delay.refuse(now_s, num_waiting))
+        self._retry_delay.accept()
         acceptance = self._accepting[body.request_id] = _Acceptance(asyncio.create_task(self._create(body)))
         acceptance.task.add_done_callback(lambda _: self._accepting.pop(body.request_id))
         return acceptance

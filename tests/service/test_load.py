@@ -13,6 +13,7 @@ import pytest
 from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.client import PagodaClient
+from tests.load.harness.pagoda_backend import retry_after_s
 from tests.service.calls import Stub, begun, failure
 from tests.stack import Stack, collect, running, started
 from tests.timed import timed_request, timed_tokens
@@ -236,3 +237,36 @@ async def test_a_full_queue_refuses_and_serves_again(narrow: Stack) -> None:
         await running_one
         assert (await collect(client, requests[-1]))[0] == timed_tokens(399, 5)
         await narrow.idle()
+
+
+async def test_who_finds_the_queue_full_is_told_when_to_come_back_and_then_gets_in(timed_model: Path) -> None:
+    """One at a time, a tenth of a second each: the k-th one that is refused is told k tenths of a second, or so."""
+    flags = ("--timed-step-s", "0.005", "--num-blocks", "500", "--max-num-seqs", "1")
+    stack = Stack(timed_model, 1, ("--max-waiting", "8"), flags)
+    told_s: list[float] = []
+    async with running(stack), stack.client() as client:
+
+        async def insist(seed: int) -> int:
+            """Comes back when it is told to; how often it came."""
+            for attempt in range(1, 20):
+                [result] = await asyncio.gather(collect(client, timed_request(seed, 20)), return_exceptions=True)
+                if not isinstance(result, BaseException):
+                    assert result[0] == timed_tokens(seed, 20)
+                    return attempt
+                assert isinstance(result, grpc.aio.AioRpcError)
+                assert result.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                delay_s = retry_after_s(result)
+                assert f"try again {'later' if delay_s is None else f'in {delay_s:.1f} s'}" in str(result.details())
+                told_s.append(delay_s or 0.5)
+                await asyncio.sleep(told_s[-1])
+            raise AssertionError("it never got in")
+
+        keeping_full = [asyncio.create_task(insist(seed)) for seed in range(500, 512)]
+        await asyncio.sleep(0.7)  # some have left the queue by now: there is a pace to tell
+        began_s = time.monotonic()
+        attempts = await asyncio.gather(*(insist(seed) for seed in range(600, 640)), *keeping_full)
+        took_s = time.monotonic() - began_s
+        await stack.idle()
+    assert max(told_s) > 20 * 0.1, "all at once"
+    assert sum(attempts) / len(attempts) < 4, "most were told too little"
+    assert took_s < 2.5 * 52 * 0.11, "most were told too much"

@@ -25,6 +25,7 @@ PURE = (
     "eviction",
     "history",
     "pins",
+    "retry_delay",
     "host_pool",
     "swapper",
     "swap_ahead",
@@ -78,6 +79,7 @@ def violations(path: Path, allowed: set[str]) -> list[str]:
         ("scheduler", {"scheduler", "pagoda"}),
         ("worker", {"worker", "pagoda", "kernels"}),
         ("deploy", {"deploy", "pagoda", "scheduler.config", "scheduler.client", "worker.config"}),
+        ("tests/load/harness", {"tests.load.harness", "pagoda", "scheduler.client"}),
     ],
 )
 def test_packages_know_only_what_they_stand_on(package: str, allowed: set[str]) -> None:
@@ -123,7 +125,9 @@ def test_the_core_uses_the_standard_library_and_itself(module: str) -> None:
         ("scheduler.__main__", ("torch", "numpy", "transformers", "worker", "deploy", "kernels")),
         ("scheduler.client", ("torch", "numpy", "redis", "scheduler.engine")),
         ("worker.__main__", ("redis", "scheduler", "transformers")),
-        ("deploy.cli", ("torch", "numpy", "transformers")),
+        ("deploy.cli", ("torch", "numpy", "transformers", "tests")),
+        ("tests.load.harness.cli", ("torch", "numpy", "grpc", "aiohttp")),
+        ("tests.load.harness.pagoda_backend", ("torch", "redis", "worker", "deploy", "scheduler.engine")),
     ],
 )
 def test_nothing_forbidden_comes_in_by_way_of_others(module: str, forbidden: tuple[str, ...]) -> None:

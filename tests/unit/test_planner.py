@@ -69,9 +69,9 @@ def simulations(draw: st.DrawFn) -> Simulation:
         lookahead=draw(st.integers(2, 9)),
         ack_rounds=draw(st.integers(0, 4)),
         plans_ahead=draw(st.sampled_from([1, 2])),
-        num_host_blocks=draw(st.sampled_from([0, 0, 1, 5, 40])),
+        num_host_blocks=draw(st.sampled_from([0, 1, 12, 40, 200])),
         preemption=draw(st.sampled_from(list(Preemption))),
-        swap_rounds=draw(st.integers(0, 6)),
+        swap_rounds=draw(st.sampled_from([0, 1, 1, 2, 6])),
         max_pinned_blocks=draw(st.sampled_from([0, 3, 100])),
     )
     return Simulation(limits, requests)
@@ -101,6 +101,6 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
     print(f"\n{met['runs']} runs, {met['hits']} with hits, {met['host hits']} with some on the host, {others}")
     assert met["hits"] > met["runs"] // 10
     assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"
-    assert met["pins"] > met["runs"] // 4, "a case that no run met is not tested"
-    assert met["host hits"] > met["runs"] // 50, "a case that no run met is not tested"
+    assert met["pins"] > met["runs"] // 10, "a case that no run met is not tested"
+    assert met["host hits"] > met["runs"] // 100, "a case that no run met is not tested"
     assert met["forks"] > met["copies"] > met["runs"] // 4, "a case that no run met is not tested"

@@ -95,7 +95,8 @@ class GenerationServicer:
         """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
         running or finished request instead of running it twice.
         Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-        (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+        (no room for a pin; or queue full: where that can be estimated, a google.rpc.RetryInfo in the status's details says when
+        to come back), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,8 @@ class GenerationStub:
     """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
     running or finished request instead of running it twice.
     Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-    (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+    (no room for a pin; or queue full: where that can be estimated, a google.rpc.RetryInfo in the status's details says when
+    to come back), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
     """
     Attach: _grpc.UnaryStreamMultiCallable[_generation_pb2.AttachRequest, _generation_pb2.AttachResponse]
     """Goes on with a request's stream from the given index of each choice.
@@ -80,7 +81,8 @@ class GenerationAsyncStub(GenerationStub):
     """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
     running or finished request instead of running it twice.
     Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-    (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+    (no room for a pin; or queue full: where that can be estimated, a google.rpc.RetryInfo in the status's details says when
+    to come back), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
     """
     Attach: _aio.UnaryStreamMultiCallable[_generation_pb2.AttachRequest, _generation_pb2.AttachResponse]  # type: ignore[assignment]
     """Goes on with a request's stream from the given index of each choice.
@@ -123,7 +125,8 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         """Runs a request and streams its tokens as they are logged. The same request_id and body again attaches to the
         running or finished request instead of running it twice.
         Errors: INVALID_ARGUMENT (names the field), ALREADY_EXISTS (same request_id, another body), RESOURCE_EXHAUSTED
-        (queue full, or no room for a pin), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
+        (no room for a pin; or queue full: where that can be estimated, a google.rpc.RetryInfo in the status's details says when
+        to come back), UNAVAILABLE (resume with Attach), DEADLINE_EXCEEDED, UNIMPLEMENTED (names the option).
         """
 
     @_abc_1.abstractmethod

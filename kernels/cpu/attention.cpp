@@ -108,8 +108,8 @@ class Attention {
         const float* part_sums = call_.partial_sums + part * partial_dim_;
         for (int d = 0; d < partial_dim_; ++d) sums[d] += weight * part_sums[d];
       }
-      store_in_order(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
-                     shape_.head_dim);
+      store_scaled(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
+                   shape_.head_dim);
     }
   }
 

@@ -39,12 +39,9 @@ inline void store_columns(Element* to, FloatPair x, int count) {
   if (count > kLanes) store_some(to + kLanes, x.second, count - kLanes);
 }
 
-// sums: whole pairs, in KV's order; times `factor`, as the `width` elements of a row.
-inline void store_in_order(const float* sums, float factor, Element* row, int width) {
-  for (int d = 0; d < width; d += kPair) {
-    const FloatPair x = to_order<KV>({load(sums + d) * factor, load(sums + d + kLanes) * factor});
-    store_columns(row + d, x, std::min(kPair, width - d));
-  }
+// Sums, in whole vectors, times `factor`, as the `width` elements of a row.
+inline void store_scaled(const float* sums, float factor, Element* row, int width) {
+  for_vectors(width, [&](int d, int count) { store_some(row + d, load(sums + d) * factor, count); });
 }
 
 // 1 / root of the mean of squares.

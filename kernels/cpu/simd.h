@@ -203,6 +203,8 @@ struct FloatPair {
   Floats first, second;
 };
 
+inline FloatPair operator*(FloatPair x, float factor) { return {x.first * factor, x.second * factor}; }
+
 template <class Element>
 inline FloatPair load_pair(const Element* from) {
   return {load(from), load(from + kLanes)};

@@ -173,7 +173,7 @@ def test_writes_what_the_reference_writes(target: Target, case: Case, dtypes: tu
     case = of_dtypes(case, dtypes)
     native, reference, kernels = Step(case), Step(case), CpuKernels(case.shape, target)
     native.run(kernels)
-    reference.run(ReferenceKernels(torch.device("cpu"), case.shape, kernels.kv_format.key_group))
+    reference.run(ReferenceKernels(torch.device("cpu"), case.shape, kernels.kv_format))
     assert torch.equal(native.layer.keys, reference.layer.keys)
     assert torch.equal(native.layer.values, reference.layer.values)
 
@@ -256,7 +256,7 @@ def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtypes: tuple
     kernels = CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, *dtypes))
     pool = torch.randint(0, 256, (3, 2, 5, 2, kernels.kv_format.head_bytes), dtype=torch.uint8)
     expected = pool.clone()
-    ReferenceKernels(torch.device("cpu"), kernels.shape, kernels.kv_format.key_group).copy_blocks(expected, blocks)
+    ReferenceKernels(torch.device("cpu"), kernels.shape, kernels.kv_format).copy_blocks(expected, blocks)
     kernels.copy_blocks(pool, blocks)
     assert torch.equal(pool, expected)
 

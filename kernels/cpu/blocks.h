@@ -10,6 +10,7 @@ namespace pagoda {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int kMaxHeadDim = 256;
+constexpr int kSpan = 128;  // tokens whose scores become weights together
 
 // Dimensions of a key that lie together, token beside token, and tokens of which the values do, dimension beside
 // dimension. Pairs unpack into whole vectors of one dimension or token each, and are what dot products take two of.
@@ -40,6 +41,13 @@ class HeadBlocks {
         block_stride_(block_stride),
         block_bits_(__builtin_ctz(layout.block_size)),
         layout_(layout) {}
+
+  // The same blocks, seen from the KV head after this one.
+  HeadBlocks next_head() const {
+    HeadBlocks next = *this;
+    next.first_ += layout_.bytes();
+    return next;
+  }
 
   int block_size() const { return layout_.block_size; }
   int offset(int token) const { return token & (layout_.block_size - 1); }
@@ -77,6 +85,8 @@ class HeadBlocks {
 struct Partition {
   HeadBlocks keys, values;
   int begin, end;  // visible tokens
+
+  Partition next_head() const { return {keys.next_head(), values.next_head(), begin, end}; }
 };
 
 // kPair dimensions of the kValueGroup tokens that lie together, or the first `count`; the others are zeros.

@@ -17,7 +17,6 @@
 
 namespace pagoda {
 
-constexpr int kChunk = 128;           // tokens
 constexpr int kMaxRows = kLanes / 2;  // their accumulators fill the registers
 
 template <int kRows>
@@ -38,8 +37,8 @@ class DecodeTile {
   }
 
   void attend(const Partition& kv) {
-    for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kChunk) {
-      const int first = std::max(chunk, kv.begin), last = std::min(chunk + kChunk, kv.end);
+    for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kSpan) {
+      const int first = std::max(chunk, kv.begin), last = std::min(chunk + kSpan, kv.end);
       score(kv, chunk, last);
       weigh(first - chunk, last - chunk);
       if constexpr (kIsScaled) scale_weights(kv.values, chunk, last);
@@ -160,8 +159,8 @@ class DecodeTile {
           if (is_edge) x = hide_tokens(x, token, strip.first, strip.last);
           for (int row = 0; row < kRows; ++row) {
             for (int j = 0; j < kValueGroup; ++j) {
-              sums[row][i].first += x.tokens[j].first * weights[row * kChunk + j];
-              sums[row][i].second += x.tokens[j].second * weights[row * kChunk + j];
+              sums[row][i].first += x.tokens[j].first * weights[row * kSpan + j];
+              sums[row][i].second += x.tokens[j].second * weights[row * kSpan + j];
             }
           }
         }
@@ -183,7 +182,7 @@ class DecodeTile {
   int head_dim_, padded_dim_;
   alignas(kAlignment) float query_[kRows][kMaxHeadDim];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
-  alignas(kAlignment) float scores_[kRows][kChunk];
+  alignas(kAlignment) float scores_[kRows][kSpan];
   RowState states_[kRows];
   float decay_[kRows];
 };

@@ -18,8 +18,6 @@
 
 namespace pagoda {
 
-constexpr int kSpan = 128;  // tokens
-
 // Query tokens `first_position` to `first_position + num_tokens - 1`; rows are (token, head of the group).
 struct QueryTile {
   int first_position;

@@ -152,6 +152,17 @@ inline void store(BFloat16* to, Floats x) {
   std::memcpy(to, &halves, sizeof halves);
 }
 
+// x: not negative; rounded to bfloat16, halves up.
+inline Floats rounded_up(Floats x) {
+  return reinterpret_cast<Floats>((reinterpret_cast<Words>(x) + 0x8000) & 0xffff0000);
+}
+
+// x: rounded to bfloat16.
+inline void store_rounded(BFloat16* to, Floats x) {
+  const Halves halves = __builtin_convertvector(reinterpret_cast<Words>(x) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
 inline void store(Float16* to, Floats x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -305,10 +316,10 @@ inline FloatPair to_order(FloatPair x) {
   }
 }
 
-// 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity.
+// 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity. A NaN stays one.
 inline Floats exp2(Floats x) {
   constexpr float kLowest = -125.0f;
-  const Floats clamped = max(x, broadcast(kLowest));
+  const Floats clamped = max(broadcast(kLowest), x);
   const Floats shifted = clamped + kRounder;
   const Floats f = clamped - (shifted - kRounder);
   Floats power = broadcast(1.54614449e-4f);
@@ -322,6 +333,22 @@ inline Floats exp2(Floats x) {
   return select(x < kLowest, Floats{}, reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + exponents));
 }
 
+// The same for what is rounded to bfloat16 (relative error 1e-4).
+inline Floats exp2_rough(Floats x) {
+#if defined(__AVX512DQ__)
+  constexpr int kFloor = 0x09;
+  const Floats f = _mm512_reduce_ps(x, kFloor);
+  Floats power = broadcast(7.80245215e-2f);
+  power = power * f + 2.26067171e-1f;
+  power = power * f + 6.95833504e-1f;
+  power = power * f + 9.99925196e-1f;
+  return _mm512_scalef_ps(power, x);
+#else
+  return exp2(x);
+#endif
+}
+
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
+inline void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }  // to the L2 cache
 
 }  // namespace pagoda

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from kernels import AttentionShape, BlockCopy, LayerKV, select_kernels
 from kernels.build import find_compiler
 from kernels.cpu import PARTITION_LEN, CpuKernels
-from kernels.cpu.targets import BASELINE, Target, runnable_targets
+from kernels.cpu.targets import AMX, BASELINE, Target, runnable_targets
 from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
-from tests.kernels.cpu_targets import WRITTEN_OUT, all_targets, fitting_dtype, targets, used_targets
+from tests.kernels.cpu_targets import TILES, WRITTEN_OUT, all_targets, fitting_dtype, targets, used_targets
 from tests.kernels.guarded import guarded
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
@@ -176,6 +176,15 @@ def test_a_chunked_prompt_is_the_same_prompt(
     place(step, 0, chunk, 0)
     chunk.queries[0] = step.queries[0][before:]
     assert torch.equal(chunk.run(CpuKernels(case.shape, target)), whole[before:])
+
+
+@pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")
+@settings(max_examples=15, deadline=None)
+@given(case=cases)
+def test_tiles_do_what_is_written_out(case: Case) -> None:
+    """Bit for bit: what is tested where there are none is what runs where there are."""
+    case = of_dtypes(longer(case), (torch.bfloat16, torch.bfloat16))
+    assert torch.equal(Step(case).run(CpuKernels(case.shape, AMX)), Step(case).run(CpuKernels(case.shape, TILES)))
 
 
 @targets

@@ -26,7 +26,7 @@ struct KeyColumns {
   int64_t stride;
 
   const BFloat16* at(int pair, int i) const { return tiles[i] + pair * stride; }
-  void prefetch() const {
+  void prefetch(int, int) const {
     if (ahead) ahead->advance(kTilePairs);
   }
 };
@@ -39,7 +39,7 @@ struct ValueColumns {
   int dimension;
 
   const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * dimension + i * kLine; }
-  void prefetch() const {
+  void prefetch(int, int) const {
     if (ahead) ahead->advance(kTokenTile / 2);
   }
 };
@@ -130,7 +130,7 @@ class DotTile {
         columns.tiles[i] = tiles_.keys[std::clamp(tile + i, seen.first_tile(), seen.end_tile() - 1)];
       }
       const SumRows sums{scores_ + tile * kTokenTile, kSpan, true};
-      DotProduct<kTileSums, kTilePairs, KeyColumns>(left, columns, sums).run(head_dim_ / 2);
+      DotProduct<1, kTileSums, kTilePairs, KeyColumns>(left, columns, sums).run(head_dim_ / 2);
     }
   }
 
@@ -158,7 +158,7 @@ class DotTile {
     for (; dimension + kColumns * kTileColumns <= head_dim_; dimension += kColumns * kTileColumns) {
       const ValueColumns columns{tiles_.values + first, ahead, 2 * head_dim_, dimension};
       const SumRows sums{sums_ + row * head_dim_ + dimension, head_dim_, false};
-      DotProduct<kColumns, kTokenTile / 2, ValueColumns>(left, columns, sums).run(num_pairs);
+      DotProduct<1, kColumns, kTokenTile / 2, ValueColumns>(left, columns, sums).run(num_pairs);
     }
     if constexpr (kColumns > 1) add_values<kColumns / 2>(row, seen, dimension, ahead);
   }

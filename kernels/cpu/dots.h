@@ -19,7 +19,8 @@ constexpr bool kHasTiles = false, kHasDots = true;
 constexpr bool kHasTiles = false, kHasDots = false;
 #endif
 
-// The left side: rows of the depth, `stride` elements apart. With tiles: at most kTileHeight, as many as set_up() says.
+// The left side: rows of the depth, `stride` elements apart. With tiles, whole tiles of the height that was set up are
+// read, and their sums written.
 struct LeftRows {
   const BFloat16* first;
   int64_t stride;
@@ -34,16 +35,19 @@ struct SumRows {
 };
 
 // sums += left * right, over the depth from 0 to num_pairs in steps of kStepPairs (kTilePairs, or half of them), for
-// kColumns * kTileColumns columns. A rest of the depth is half of kTilePairs. right.at(pair, i): the elements of pairs
-// `pair` on, in columns i * kTileColumns on, pairs right.stride elements apart; right.prefetch() is called for each of these tiles.
-template <int kColumns, int kStepPairs, class Right>
+// kRowTiles * kTileHeight rows at most and kColumns * kTileColumns columns. A rest of the depth is half of kTilePairs.
+// right.at(pair, i): the elements of pairs `pair` on, in columns i * kTileColumns on, pairs right.stride elements apart;
+// right.prefetch(pair, i) is called once for each of these tiles.
+template <int kRowTiles, int kColumns, int kStepPairs, class Right>
 class DotProduct {
+  static_assert(kRowTiles * kColumns <= kTileSums);
+
  public:
   DotProduct(LeftRows left, const Right& right, SumRows sums) : left_(left), right_(right), sums_(sums) {}
 
   void run(int num_pairs) const {
     if constexpr (kHasTiles) {
-      run_tiles(num_pairs, std::make_integer_sequence<int, kColumns>{});
+      run_tiles(num_pairs, std::make_integer_sequence<int, kRowTiles * kColumns>{});
     } else {
       run_rows<kRowsAtOnce>(0, num_pairs);
     }
@@ -51,34 +55,41 @@ class DotProduct {
 
  private:
   template <int... i>
-  void run_tiles(int num_pairs, std::integer_sequence<int, i...> columns) const {
+  void run_tiles(int num_pairs, std::integer_sequence<int, i...> tiles) const {
     if (sums_.is_new) {
       (Tiles::clear_sums<i>(), ...);
     } else {
-      (Tiles::load_sums<i>(sums_.first + i * kTileColumns, sums_.stride), ...);
+      (Tiles::load_sums<i>(sums_at(i), sums_.stride), ...);
     }
     int pair = 0;
-    for (; pair + kStepPairs <= num_pairs; pair += kStepPairs) add_tiles<kStepPairs < kTilePairs>(pair, columns);
-    if (kStepPairs == kTilePairs && pair < num_pairs) add_tiles<true>(pair, columns);
-    (Tiles::store_sums<i>(sums_.first + i * kTileColumns, sums_.stride), ...);
+    for (; pair + kStepPairs <= num_pairs; pair += kStepPairs) add_step<kStepPairs < kTilePairs>(pair, tiles);
+    if (kStepPairs == kTilePairs && pair < num_pairs) add_step<true>(pair, tiles);
+    (Tiles::store_sums<i>(sums_at(i), sums_.stride), ...);
+  }
+
+  float* sums_at(int i) const {
+    return sums_.first + i / kColumns * kTileHeight * sums_.stride + i % kColumns * kTileColumns;
   }
 
   template <bool is_half, int... i>
-  void add_tiles(int pair, std::integer_sequence<int, i...>) const {
-    Tiles::load_left<is_half>(left_.first + 2 * pair, left_.stride);
+  void add_step(int pair, std::integer_sequence<int, i...>) const {
     (add_tile<is_half, i>(pair), ...);
   }
 
   template <bool is_half, int i>
   void add_tile(int pair) const {
-    right_.prefetch();
-    Tiles::load_right<is_half>(right_.at(pair, i), right_.stride);
+    constexpr int kRow = i / kColumns, kColumn = i % kColumns;
+    if constexpr (kRow == 0) right_.prefetch(pair, kColumn);
+    if constexpr (kColumn == 0) {
+      Tiles::load_left<is_half>(left_.first + kRow * kTileHeight * left_.stride + 2 * pair, left_.stride);
+    }
+    if constexpr (kRow == 0 || kColumns > 1) Tiles::load_right<is_half>(right_.at(pair, kColumn), right_.stride);
     Tiles::multiply<i, is_half>();
   }
 
   // Without tiles: some rows at a time, their sums in registers.
   static constexpr int kVectors = kTileColumns / kLanes;
-  static constexpr int kRowsAtOnce = 16 / kColumns;
+  static constexpr int kRowsAtOnce = kTileSums * 4 / kColumns;
 
   template <int kRows>
   void run_rows(int row, int num_pairs) const {
@@ -97,7 +108,7 @@ class DotProduct {
       const BFloat16* columns[kColumns];
       for (int i = 0; i < kColumns; ++i) {
         columns[i] = right_.at(pair, i);
-        if (row == 0) right_.prefetch();
+        if (row == 0) right_.prefetch(pair, i);
       }
       const BFloat16* left = left_.first + row * left_.stride + 2 * pair;
       for (int p = 0; p < std::min(kStepPairs, num_pairs - pair); ++p, left += 2) {

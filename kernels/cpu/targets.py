@@ -17,7 +17,7 @@ SOURCES = (
 )
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "dot_tile.h", "dots.h", "layers.h", "linear.h", "matmul.h"),
-    *("prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "softmax.h", "spans.h", "team.h", "tiles.h"),
+    *("panels.h", "prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "softmax.h", "spans.h", "team.h", "tiles.h"),
 )
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 # As `simd.h` names them.

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from kernels.cpu.targets import AVX2, AVX512, BASELINE, Target, runnable_targets
+from kernels.cpu.targets import AMX, AVX2, AVX512, AVX512_BF16, BASELINE, Target, runnable_targets
 
 
 def _written_out(name: str, macro: str) -> Target:
@@ -24,6 +24,11 @@ USED = (runnable_targets()[0], *WRITTEN_OUT)
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 used_targets = pytest.mark.parametrize("target", USED, ids=lambda target: target.name)
 all_targets = pytest.mark.parametrize("target", [*runnable_targets(), *WRITTEN_OUT], ids=lambda target: target.name)
+
+
+def rounds_rows(target: Target, dtype: torch.dtype) -> bool:
+    """Whether the rows of a product are rounded to `dtype` before they are multiplied."""
+    return dtype == torch.bfloat16 and target in (AMX, AVX512_BF16, *WRITTEN_OUT)
 
 
 def fitting_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:

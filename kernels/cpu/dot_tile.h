@@ -73,7 +73,7 @@ class DotTile {
   }
 
   void attend(const Partition& kv, LinesAhead& ahead) {
-    if constexpr (kHasTiles) Tiles::set_up(height_);
+    Scores::set_up(num_rows_);
     for (int start = kv.begin / kSpan * kSpan; start < kv.end; start += kSpan) {
       const SpanPart part{start, std::max(start, kv.begin), std::min(start + kSpan, kv.end)};
       tiles_.find(kv, part);
@@ -103,6 +103,8 @@ class DotTile {
   }
 
  private:
+  using Scores = DotProduct<1, kTileSums, Steps::kWholeAndHalf, KeyColumns>;
+
   struct Row {
     RowState state;
     int first_visible, visible_end;
@@ -130,7 +132,7 @@ class DotTile {
         columns.tiles[i] = tiles_.keys[std::clamp(tile + i, seen.first_tile(), seen.end_tile() - 1)];
       }
       const SumRows sums{scores_ + tile * kTokenTile, kSpan, true};
-      DotProduct<1, kTileSums, kTilePairs, KeyColumns>(left, columns, sums).run(head_dim_ / 2);
+      Scores(left, columns, sums).run(head_dim_ / 2);
     }
   }
 
@@ -158,7 +160,7 @@ class DotTile {
     for (; dimension + kColumns * kTileColumns <= head_dim_; dimension += kColumns * kTileColumns) {
       const ValueColumns columns{tiles_.values + first, ahead, 2 * head_dim_, dimension};
       const SumRows sums{sums_ + row * head_dim_ + dimension, head_dim_, false};
-      DotProduct<1, kColumns, kTokenTile / 2, ValueColumns>(left, columns, sums).run(num_pairs);
+      DotProduct<1, kColumns, Steps::kHalf, ValueColumns>(left, columns, sums).run(num_pairs);
     }
     if constexpr (kColumns > 1) add_values<kColumns / 2>(row, seen, dimension, ahead);
   }

@@ -34,15 +34,25 @@ struct SumRows {
   bool is_new;
 };
 
-// sums += left * right, over the depth from 0 to num_pairs in steps of kStepPairs (kTilePairs, or half of them), for
-// kRowTiles * kTileHeight rows at most and kColumns * kTileColumns columns. A rest of the depth is half of kTilePairs.
-// right.at(pair, i): the elements of pairs `pair` on, in columns i * kTileColumns on, pairs right.stride elements apart;
-// right.prefetch(pair, i) is called once for each of these tiles.
-template <int kRowTiles, int kColumns, int kStepPairs, class Right>
+// In which steps a depth is taken: of kTilePairs, with a rest of half of them or without; or of half of them. A tile's
+// sums over a step are made before they are added to those of the steps before.
+enum class Steps { kWhole, kWholeAndHalf, kHalf };
+
+// sums += left * right, over the depth from 0 to num_pairs, for kRowTiles * kTileHeight rows at most and kColumns *
+// kTileColumns columns. right.at(pair, i): the elements of pairs `pair` on, in columns i * kTileColumns on, pairs
+// right.stride elements apart; right.prefetch(pair, i) is called once for each of these tiles.
+template <int kRowTiles, int kColumns, Steps kSteps, class Right>
 class DotProduct {
   static_assert(kRowTiles * kColumns <= kTileSums);
 
  public:
+  // Before any product on this thread, for rows of these steps.
+  static void set_up(int num_rows) {
+    if constexpr (kHasTiles) {
+      Tiles::set_up(std::min(num_rows, kTileHeight), kSteps == Steps::kWhole ? kTilePairs : kTilePairs / 2);
+    }
+  }
+
   DotProduct(LeftRows left, const Right& right, SumRows sums) : left_(left), right_(right), sums_(sums) {}
 
   void run(int num_pairs) const {
@@ -62,8 +72,8 @@ class DotProduct {
       (Tiles::load_sums<i>(sums_at(i), sums_.stride), ...);
     }
     int pair = 0;
-    for (; pair + kStepPairs <= num_pairs; pair += kStepPairs) add_step<kStepPairs < kTilePairs>(pair, tiles);
-    if (kStepPairs == kTilePairs && pair < num_pairs) add_step<true>(pair, tiles);
+    for (; pair + kStepPairs <= num_pairs; pair += kStepPairs) add_step<kSteps == Steps::kHalf>(pair, tiles);
+    if (kSteps == Steps::kWholeAndHalf && pair < num_pairs) add_step<true>(pair, tiles);
     (Tiles::store_sums<i>(sums_at(i), sums_.stride), ...);
   }
 
@@ -76,16 +86,22 @@ class DotProduct {
     (add_tile<is_half, i>(pair), ...);
   }
 
+  // Of whole steps there are two left and two right tiles; else the second ones are for half steps.
   template <bool is_half, int i>
   void add_tile(int pair) const {
     constexpr int kRow = i / kColumns, kColumn = i % kColumns;
+    constexpr int kLeft = kSteps == Steps::kWhole ? kRow % 2 : is_half;
+    constexpr int kRight = kSteps == Steps::kWhole ? kColumn % 2 : is_half;
     if constexpr (kRow == 0) right_.prefetch(pair, kColumn);
     if constexpr (kColumn == 0) {
-      Tiles::load_left<is_half>(left_.first + kRow * kTileHeight * left_.stride + 2 * pair, left_.stride);
+      Tiles::load_left<kLeft>(left_.first + kRow * kTileHeight * left_.stride + 2 * pair, left_.stride);
     }
-    if constexpr (kRow == 0 || kColumns > 1) Tiles::load_right<is_half>(right_.at(pair, kColumn), right_.stride);
-    Tiles::multiply<i, is_half>();
+    constexpr bool is_there = kRow > 0 && kColumns <= (kSteps == Steps::kWhole ? 2 : 1);
+    if constexpr (!is_there) Tiles::load_right<kRight>(right_.at(pair, kColumn), right_.stride);
+    Tiles::multiply<i, kLeft, kRight>();
   }
+
+  static constexpr int kStepPairs = kSteps == Steps::kHalf ? kTilePairs / 2 : kTilePairs;
 
   // Without tiles: some rows at a time, their sums in registers.
   static constexpr int kVectors = kTileColumns / kLanes;

@@ -54,7 +54,7 @@ class Product {
       for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
         panels_.multiply(prepared, num_rows, panel, std::min(panel + unit_panels_, num_panels_),
-                         [=, this](int row, int column, Floats x) { write(x, first + row, column); });
+                         [=, this](const SumBlock& block) { finish(block, first); });
       });
     }
   }
@@ -83,16 +83,31 @@ class Product {
     }
   }
 
-  // Sums of kLanes columns, some of which may lie beyond the last.
-  void write(Floats x, int64_t row, int column) const {
-    const int count = std::min(kLanes, linear_.num_outputs - column);
-    if (count <= 0) return;
-    if (linear_.bias) x += load_some(static_cast<const Element*>(linear_.bias) + column, count);
-    const int64_t place = row * call_.output_stride + column;
-    if (call_.output_kind == kWriteFloat) return store_some(static_cast<float*>(call_.output) + place, x, count);
-    Element* to = static_cast<Element*>(call_.output) + place;
-    if (call_.output_kind == kAdd) x = load_some(to, count) + x;
-    store_some(to, x, count);
+  // Rows are counted from first_row on.
+  void finish(const SumBlock& block, int64_t first_row) const {
+    switch (call_.output_kind) {
+      case kWrite: return finish_rows<Element>(block, first_row, [](const Element*, int, Floats x) { return x; });
+      case kWriteFloat: return finish_rows<float>(block, first_row, [](const float*, int, Floats x) { return x; });
+      case kAdd:
+        return finish_rows<Element>(block, first_row, [](const Element* before, int count, Floats x) {
+          return load_some(before, count) + x;
+        });
+    }
+  }
+
+  template <class To, class Combine>
+  void finish_rows(const SumBlock& block, int64_t first_row, Combine combine) const {
+    const int num_columns = std::min(block.num_columns, linear_.num_outputs - block.first_column);
+    const auto* bias = static_cast<const Element*>(linear_.bias);
+    for (int row = block.first_row; row < block.end_row; ++row) {
+      const float* sums = block.sums + (row - block.first_row) * block.stride;
+      To* to = static_cast<To*>(call_.output) + (first_row + row) * call_.output_stride + block.first_column;
+      for_vectors(num_columns, [=](int column, int count) {
+        Floats x = load(sums + column);
+        if (bias) x += load_some(bias + block.first_column + column, count);
+        store_some(to + column, combine(to + column, count, x), count);
+      });
+    }
   }
 
   const Linear& linear_;

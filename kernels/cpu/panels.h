@@ -16,7 +16,14 @@ namespace pagoda {
 
 constexpr int kBytesAhead = 4096;  // from the weights in use to those that are prefetched, in each panel
 
-// Calls write(row, column, sums) for each row and each kLanes columns of some panels.
+// Finished sums, `stride` apart, of rows first_row to end_row, and of num_columns columns (whole vectors).
+struct SumBlock {
+  const float* sums;
+  int64_t stride;
+  int first_row, end_row;
+  int first_column, num_columns;
+};
+
 class FloatPanels {
  public:
   using Prepared = float;
@@ -29,7 +36,7 @@ class FloatPanels {
   FloatPanels(const Element* weight, int64_t depth, int64_t row_stride)
       : weight_(weight), depth_(depth), row_stride_(row_stride) {}
 
-  // Tiles of as equal heights as can be.
+  // Calls write(SumBlock) for each tile of rows and columns: tiles of as equal heights as can be.
   template <class Write>
   void multiply(const float* rows, int num_rows, int panel, int end_panel, const Write& write) const {
     const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
@@ -55,13 +62,11 @@ class FloatPanels {
     for (; panel + kPanels <= end_panel; panel += kPanels) {
       ProductTile<kRows, kPanels> tile = {};
       tile.template multiply<kBytesAhead>(rows, row_stride_, weight_ + panel * depth_ * kPanel, depth_ * kPanel, depth_);
-      for (int i = 0; i < kPanels; ++i) {
-        for (int r = 0; r < kRows; ++r) {
-          const FloatPair x = to_order<Element>(tile.sums[r][i]);
-          write(row + r, (panel + i) * kPanel, x.first);
-          write(row + r, (panel + i) * kPanel + kLanes, x.second);
-        }
+      alignas(kAlignment) float sums[kRows][kPanels * kPanel];
+      for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < kPanels; ++i) store_pair(&sums[r][i * kPanel], to_order<Element>(tile.sums[r][i]));
       }
+      write(SumBlock{sums[0], kPanels * kPanel, row, row + kRows, panel * kPanel, kPanels * kPanel});
     }
     if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, panel, end_panel, write);
   }
@@ -75,27 +80,24 @@ class DotPanels {
   using Prepared = BFloat16;
   static constexpr int kColumns = kTileColumns;
   static constexpr int kGroup = 2;
-  static constexpr int kDepthStep = kTilePairs;  // inputs: half a tile
+  static constexpr int kDepthStep = 2 * kTilePairs;
   static constexpr int kMaxUnit = 8;
 
   DotPanels(const void* weight, int64_t depth, int64_t row_stride)
       : weight_(static_cast<const BFloat16*>(weight)), depth_(depth), row_stride_(row_stride) {}
 
-  // rows: a whole number of tiles of them can be read.
+  // As above. A whole number of tiles of rows can be read.
   template <class Write>
   void multiply(const BFloat16* rows, int num_rows, int panel, int end_panel, const Write& write) const {
     const Job<Write> job{rows, num_rows, write};
     if constexpr (kHasTiles) {
-      Tiles::set_up(std::min(num_rows, kTileHeight));
-      const int num_tiles = (num_rows + kTileHeight - 1) / kTileHeight;
-      if (num_tiles == 1) return multiply_panels<1, 4>(job, panel, end_panel);
-      if (num_tiles == 3) return multiply_panels<3, 1>(job, panel, end_panel);
-      if (num_tiles == 4) return multiply_panels<4, 1>(job, panel, end_panel);
-      return multiply_panels<2, 2>(job, panel, end_panel);
+      DotProduct<1, 1, Steps::kWhole, Columns>::set_up(num_rows);
+      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panel, end_panel);
+      return multiply_rows<2, 2>(job, panel, end_panel);
     }
-    if (num_rows <= 4) return multiply_panels<1, 4>(job, panel, end_panel);
-    if (num_rows <= 8) return multiply_panels<1, 2>(job, panel, end_panel);
-    multiply_panels<1, 1>(job, panel, end_panel);
+    if (num_rows <= 4) return multiply_rows<1, 4>(job, panel, end_panel);
+    if (num_rows <= 8) return multiply_rows<1, 2>(job, panel, end_panel);
+    multiply_rows<1, 1>(job, panel, end_panel);
   }
 
  private:
@@ -123,16 +125,20 @@ class DotPanels {
     }
   };
 
+  // Some rows after the others, which stay in the L1 cache while all panels pass.
   template <int kRowTiles, int kPanels, class Write>
-  void multiply_panels(const Job<Write>& job, int panel, int end_panel) const {
-    for (; panel + kPanels <= end_panel; panel += kPanels) {
-      int row = 0;
-      for (; row + (kRowTiles - 1) * kTileHeight < job.num_rows; row += kRowTiles * kTileHeight) {
-        multiply_tiles<kRowTiles, kPanels>(job, row, panel);
-      }
-      for (; row < job.num_rows; row += kTileHeight) multiply_tiles<1, kPanels>(job, row, panel);
+  void multiply_rows(const Job<Write>& job, int panel, int end_panel) const {
+    int row = 0;
+    for (; row + (kRowTiles - 1) * kTileHeight < job.num_rows; row += kRowTiles * kTileHeight) {
+      multiply_panels<kRowTiles, kPanels>(job, row, panel, end_panel);
     }
-    if constexpr (kPanels > 1) multiply_panels<kRowTiles, kPanels / 2>(job, panel, end_panel);
+    for (; row < job.num_rows; row += kTileHeight) multiply_panels<1, kPanels>(job, row, panel, end_panel);
+  }
+
+  template <int kRowTiles, int kPanels, class Write>
+  void multiply_panels(const Job<Write>& job, int row, int panel, int end_panel) const {
+    for (; panel + kPanels <= end_panel; panel += kPanels) multiply_tiles<kRowTiles, kPanels>(job, row, panel);
+    if constexpr (kPanels > 1) multiply_panels<kRowTiles, kPanels / 2>(job, row, panel, end_panel);
   }
 
   template <int kRowTiles, int kPanels, class Write>
@@ -141,12 +147,8 @@ class DotPanels {
     const int end_row = std::min(row + kRowTiles * kTileHeight, job.num_rows);
     const LeftRows left{job.rows + row * row_stride_, row_stride_, end_row - row};
     const Columns columns{weight_ + panel * depth_ * kColumns, depth_ * kColumns, kPanels, row == 0};
-    DotProduct<kRowTiles, kPanels, kTilePairs, Columns>(left, columns, {sums[0], kPanels * kColumns, true}).run(depth_ / 2);
-    for (int i = row; i < end_row; ++i) {
-      for (int column = 0; column < kPanels * kColumns; column += kLanes) {
-        job.write(i, panel * kColumns + column, load(&sums[i - row][column]));
-      }
-    }
+    DotProduct<kRowTiles, kPanels, Steps::kWhole, Columns>(left, columns, {sums[0], kPanels * kColumns, true}).run(depth_ / 2);
+    job.write(SumBlock{sums[0], kPanels * kColumns, row, end_row, panel * kColumns, kPanels * kColumns});
   }
 
   const BFloat16* weight_;

@@ -148,7 +148,11 @@ inline Words rounded_bits(Floats x) {
 }
 
 inline void store(BFloat16* to, Floats x) {
+#if defined(__AVX512BF16__)  // numbers below 2^-126 become 0
+  const auto halves = _mm512_cvtneps_pbh(x);
+#else
   const Halves halves = __builtin_convertvector(rounded_bits(x) >> 16, Halves);
+#endif
   std::memcpy(to, &halves, sizeof halves);
 }
 

@@ -82,8 +82,7 @@ class Pool:
     def plain(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same in the order that torch reads: [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] of the dtype."""
         kv_format, dtype = self.kernels.kv_format, self.case.dtype
-        keys, values = kv_format.keys(self.layer.keys), kv_format.values(self.layer.values)
-        return keys.reshape(*keys.shape[:3], -1).to(dtype), values.reshape(*values.shape[:3], -1).to(dtype)
+        return kv_format.read_keys(self.layer.keys).to(dtype), kv_format.read_values(self.layer.values).to(dtype)
 
     def metadata(self) -> AttentionMetadata:
         """The slot mapping is not used: nothing is written."""

@@ -59,12 +59,12 @@ class _Pieces:
 class ReferenceKernels:
     """See `kernels.Kernels`."""
 
-    def __init__(self, device: torch.device, shape: AttentionShape, key_group: int | None = None) -> None:
-        """key_group: as in KVFormat; by default a key lies together."""
+    def __init__(self, device: torch.device, shape: AttentionShape, kv_format: KVFormat | None = None) -> None:
+        """kv_format: another implementation's, to compare pools with it; by default a token's key lies together."""
         self._device = device
         self._shape = shape
-        self._format = KVFormat(
-            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, key_group or shape.head_dim
+        self._format = kv_format or KVFormat(
+            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, key_group=shape.head_dim
         )
 
     @property
@@ -103,10 +103,8 @@ class ReferenceKernels:
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""
         for copy in copies:
-            for plane in self._format.slots(pool):
-                plane[..., copy.dst_block_id, :, : copy.num_tokens, :, :] = plane[
-                    ..., copy.src_block_id, :, : copy.num_tokens, :, :
-                ]
+            for plane in self._format.slots(pool, 0, copy.num_tokens):
+                plane[..., copy.dst_block_id, :, :, :, :] = plane[..., copy.src_block_id, :, :, :, :]
 
     def _group(self, block_tables: torch.Tensor, pieces: _Pieces, members: NDArray[np.int64], num_blocks: int) -> Group:
         device = self._device

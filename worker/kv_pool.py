@@ -10,7 +10,7 @@ import torch
 
 from kernels import LayerKV
 from kernels.cpu.memory import empty_on_huge_pages
-from kernels.kv_format import NAN_BYTE, KVFormat
+from kernels.kv_format import NAN_BITS, NAN_BYTE, KVFormat
 from worker.errors import ConfigError
 
 # On a CPU the pool shares memory with everything else: a quarter of what is free, 1 GiB at most, unless a flag says so.
@@ -96,8 +96,8 @@ class KVPool:
 
     def poison_block(self, block_id: int, first_slot: int) -> None:
         """Fill a block with NaN from `first_slot` on."""
-        for plane in self.kv_format.slots(self.blocks):
-            plane[..., block_id, :, first_slot:, :, :] = NAN_BYTE
+        for plane in self.kv_format.slots(self.blocks, first_slot, self.kv_format.block_size):
+            plane[..., block_id, :, :, :, :] = NAN_BITS
 
 
 def _meminfo_available() -> int | None:

@@ -42,7 +42,8 @@ class CpuKernels:
         self.shape = shape
         self.c_shape = c_shape(shape)
         self.kv_format = KVFormat(
-            shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size, self.native.key_group
+            *(shape.kv_dtype, shape.num_kv_heads, shape.head_dim, shape.block_size),
+            *(self.native.key_group, self.native.value_group),
         )
         self._stack: LayerStack | None = None
         group_size = shape.num_heads // shape.num_kv_heads

@@ -5,6 +5,7 @@
 #include "attention.h"
 
 #include "decode.h"
+#include "dot_tile.h"
 #include "prefill.h"
 #include "team.h"
 
@@ -12,6 +13,8 @@ namespace pagoda {
 namespace {
 
 constexpr int kFewMerges = 32;  // are not worth waking other threads
+constexpr int kUnitsPerThread = 8;
+constexpr bool kHasDotTiles = kHasDots && std::is_same_v<Element, BFloat16> && std::is_same_v<KV, BFloat16>;
 
 class Attention {
  public:
@@ -23,10 +26,10 @@ class Attention {
         partial_dim_((shape.head_dim + kPartialStep - 1) / kPartialStep * kPartialStep) {}
 
   void run() const {
-    const int num_units = work_.num_clusters * shape_.num_kv_heads;
+    const int unit_heads = heads_per_unit(), head_units = shape_.num_kv_heads / unit_heads;
     const int num_merge_units = work_.num_merges * shape_.num_heads;
-    for_units(work_.num_threads, num_units, [this](int64_t unit) {
-      do_cluster(unit / shape_.num_kv_heads, unit % shape_.num_kv_heads);
+    for_units(work_.num_threads, static_cast<int64_t>(work_.num_clusters) * head_units, [=, this](int64_t unit) {
+      do_cluster(unit / head_units, unit % head_units * unit_heads, unit_heads);
     });
     for_many(work_.num_threads, num_merge_units, kFewMerges, [this](int64_t unit) {
       merge(unit / shape_.num_heads, unit % shape_.num_heads);
@@ -34,15 +37,68 @@ class Attention {
   }
 
  private:
-  // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
-  void do_cluster(int cluster, int kv_head) const {
+  // KV heads that a thread does one after the other: all, where there are enough clusters for all threads to end
+  // together. What it reads next is then known while it still computes.
+  int heads_per_unit() const {
+    int count = shape_.num_kv_heads;
+    while (count > 1 && work_.num_clusters * (shape_.num_kv_heads / count) < kUnitsPerThread * work_.num_threads) {
+      do --count;
+      while (shape_.num_kv_heads % count);
+    }
+    return count;
+  }
+
+  void do_cluster(int cluster, int first_head, int num_heads) const {
     const int32_t* items = work_.order + work_.cluster_starts[cluster];
     const int num_items = work_.cluster_starts[cluster + 1] - work_.cluster_starts[cluster];
+    if constexpr (kHasDotTiles) {
+      if (shape_.head_dim % kTokenTile == 0) return attend_by_dots(items, num_items, first_head, num_heads);
+    }
+    // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
     const int seq = work_.seqs[items[0]];
-    if (work_.cu_seqlens_q[seq + 1] - work_.cu_seqlens_q[seq] > 1) {
-      for (int i = 0; i < num_items; ++i) prefill(items[i], kv_head);
-    } else {
-      decode_in_tiles(items, num_items, kv_head);
+    const bool is_prompt = work_.cu_seqlens_q[seq + 1] - work_.cu_seqlens_q[seq] > 1;
+    for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head) {
+      if (is_prompt) {
+        for (int i = 0; i < num_items; ++i) prefill(items[i], kv_head);
+      } else {
+        decode_in_tiles(items, num_items, kv_head);
+      }
+    }
+  }
+
+  // Rows are (item, query token, head of the group).
+  void attend_by_dots(const int32_t* items, int num_items, int first_head, int num_heads) const {
+    thread_local Scratch scratch;
+    int num_rows = 0;
+    for (int i = 0; i < num_items; ++i) num_rows += work_.num_queries[items[i]] * group_size_;
+    Partition kv = partition(items[0], first_head, position(items[0]));
+    LinesAhead ahead(kv, num_heads, shape_.head_dim);
+    for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head, kv = kv.next_head()) {
+      DotTile tile(num_rows, shape_.head_dim, shape_.scale, scratch);
+      for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {
+        const int at = position(item) + token;
+        const int first_visible = work_.sliding_window ? at - work_.sliding_window + 1 : 0;
+        tile.set_row(row, query(work_.query_starts[item] + token) + head * shape_.head_dim, first_visible, at + 1);
+      });
+      tile.attend(kv, ahead);
+      for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {
+        if (work_.partials[item] < 0) {
+          tile.write(row, output(work_.query_starts[item] + token) + head * shape_.head_dim);
+        } else {
+          const int64_t part = partial(item, token, head);
+          tile.write_partial(row, call_.partial_sums + part * partial_dim_, call_.partial_norms + part * 2);
+        }
+      });
+    }
+  }
+
+  template <class Apply>
+  void for_rows(const int32_t* items, int num_items, int kv_head, Apply apply) const {
+    int row = 0;
+    for (int i = 0; i < num_items; ++i) {
+      for (int token = 0; token < work_.num_queries[items[i]]; ++token) {
+        for (int j = 0; j < group_size_; ++j) apply(row++, items[i], token, kv_head * group_size_ + j);
+      }
     }
   }
 
@@ -108,8 +164,8 @@ class Attention {
         const float* part_sums = call_.partial_sums + part * partial_dim_;
         for (int d = 0; d < partial_dim_; ++d) sums[d] += weight * part_sums[d];
       }
-      store_in_order(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
-                     shape_.head_dim);
+      store_scaled(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
+                   shape_.head_dim);
     }
   }
 

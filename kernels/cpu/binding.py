@@ -145,6 +145,7 @@ class NativeLibrary:
         self.packed_size.argtypes = (c_int32, c_int32)
         self.packed_size.restype = c_int64
         self.key_group: int = library.pagoda_key_group()
+        self.value_group: int = library.pagoda_value_group()
         self.copy_blocks = library.pagoda_copy_blocks
         self.copy_blocks.argtypes = (POINTER(Shape), c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int32)
         self.copy_blocks.restype = None

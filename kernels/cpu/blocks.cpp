@@ -11,10 +11,20 @@ namespace {
 
 // The first num_tokens slots of a head's part of a block.
 void copy_slots(HeadLayout layout, bool is_key, const char* from, char* to, int64_t num_tokens) {
-  const int64_t slot_bytes = (is_key ? kKeyGroup : layout.head_dim) * sizeof(KV);
   const int64_t element_bytes = layout.elements() * sizeof(KV);
-  for (int64_t row = 0; row < element_bytes; row += layout.block_size * slot_bytes) {
-    std::memmove(to + row, from + row, num_tokens * slot_bytes);
+  if (is_key) {
+    constexpr int64_t kSlotBytes = kKeyGroup * sizeof(KV);
+    for (int64_t row = 0; row < element_bytes; row += layout.block_size * kSlotBytes) {
+      std::memmove(to + row, from + row, num_tokens * kSlotBytes);
+    }
+  } else {
+    const int64_t num_whole = num_tokens / kValueGroup * kValueGroup * layout.head_dim;
+    std::memmove(to, from, num_whole * sizeof(KV));
+    const KV* rest = reinterpret_cast<const KV*>(from) + num_whole;
+    KV* to_rest = reinterpret_cast<KV*>(to) + num_whole;
+    for (int i = 0; i < kValueGroup * layout.head_dim; ++i) {
+      if (i % kValueGroup < num_tokens % kValueGroup) to_rest[i] = rest[i];
+    }
   }
   if (kIsScaled) std::memmove(to + element_bytes, from + element_bytes, num_tokens * sizeof(float));
 }
@@ -24,8 +34,9 @@ void copy_slots(HeadLayout layout, bool is_key, const char* from, char* to, int6
 
 #pragma GCC visibility push(default)
 
-// Dimensions of a key that lie together: see HeadLayout.
+// Dimensions of a key, and tokens of a value, that lie together: see HeadLayout.
 extern "C" int32_t pagoda_key_group() { return pagoda::kKeyGroup; }
+extern "C" int32_t pagoda_value_group() { return pagoda::kValueGroup; }
 
 // Runs copies in order: [num_copies, 3], source block, destination block, tokens. pool: [num_layers, 2, num_blocks,
 // num_kv_heads], each a HeadLayout, keys before values.

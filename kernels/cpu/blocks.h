@@ -10,16 +10,19 @@ namespace pagoda {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int kMaxHeadDim = 256;
+constexpr int kSpan = 128;  // tokens whose scores become weights together
 
-// Dimensions of a key that lie together, token beside token: what unpacks into whole vectors of one dimension each.
+// Dimensions of a key that lie together, token beside token, and tokens of which the values do, dimension beside
+// dimension. Pairs unpack into whole vectors of one dimension or token each, and are what dot products take two of.
 constexpr int kKeyGroup = std::is_same_v<KV, BFloat16> ? 2 : 1;
+constexpr int kValueGroup = kKeyGroup;
 // Whether each token's elements are to be multiplied by a scale, and by kUnit, for what load() leaves out.
 constexpr bool kIsScaled = sizeof(KV) == 1;
 constexpr float kUnit = std::is_same_v<KV, Float8> ? 256.0f : 1.0f;
 constexpr float kLargest = std::is_same_v<KV, Float8> ? 448.0f : 127.0f;  // of scaled elements
 
 // One KV head's part of a block: elements, then scales. Keys: [head_dim / kKeyGroup, block_size, kKeyGroup]; values:
-// [block_size, head_dim]; scales: [block_size].
+// [block_size / kValueGroup, head_dim, kValueGroup]; scales: [block_size].
 struct HeadLayout {
   int block_size;  // a power of two
   int head_dim;
@@ -39,6 +42,13 @@ class HeadBlocks {
         block_bits_(__builtin_ctz(layout.block_size)),
         layout_(layout) {}
 
+  // The same blocks, seen from the KV head after this one.
+  HeadBlocks next_head() const {
+    HeadBlocks next = *this;
+    next.first_ += layout_.bytes();
+    return next;
+  }
+
   int block_size() const { return layout_.block_size; }
   int offset(int token) const { return token & (layout_.block_size - 1); }
 
@@ -46,8 +56,8 @@ class HeadBlocks {
     return reinterpret_cast<const KV*>(first_ + table_[token >> block_bits_] * block_stride_);
   }
 
-  // Of values; the rest of the block's follow.
-  const KV* row(int token) const { return block(token) + offset(token) * layout_.head_dim; }
+  // Of values: those of the kValueGroup tokens that `token` is one of; the rest of the block's follow.
+  const KV* row(int token) const { return block(token) + (offset(token) & -kValueGroup) * layout_.head_dim; }
 
   // Of keys: kLanes tokens (of one block, from a multiple of kLanes on) in their dimension 0; see load_key_pair.
   const KV* columns(int token) const { return block(token) + offset(token) * kKeyGroup; }
@@ -75,7 +85,47 @@ class HeadBlocks {
 struct Partition {
   HeadBlocks keys, values;
   int begin, end;  // visible tokens
+
+  Partition next_head() const { return {keys.next_head(), values.next_head(), begin, end}; }
 };
+
+// kPair dimensions of the kValueGroup tokens that lie together, or the first `count`; the others are zeros.
+struct ValuePairs {
+  FloatPair tokens[kValueGroup];
+};
+
+// a, b: two tokens in kLanes dimensions each.
+inline ValuePairs by_token(FloatPair a, FloatPair b) {
+  ValuePairs x;
+  x.tokens[0] = {a.first, b.first};
+  x.tokens[kValueGroup - 1] = {a.second, b.second};
+  return x;
+}
+
+inline ValuePairs load_values(const KV* values) {
+  if constexpr (kValueGroup == 2) {
+    return by_token(load_pair(values), load_pair(values + kPair));
+  } else {
+    return {{load_pair(values)}};
+  }
+}
+
+inline ValuePairs load_values_first(const KV* values, int count) {
+  if constexpr (kValueGroup == 2) {
+    const int num_first = std::min(2 * count, kPair);
+    return by_token(load_pair_first(values, num_first), load_pair_first(values + kPair, 2 * count - num_first));
+  } else {
+    return {{load_pair_first(values, count)}};
+  }
+}
+
+// The same with zeros for tokens that are hidden, be they written or not; token: the first of them.
+inline ValuePairs hide_tokens(ValuePairs x, int token, int first, int last) {
+  for (int i = 0; i < kValueGroup; ++i) {
+    if (token + i < first || token + i >= last) x.tokens[i] = FloatPair{};
+  }
+  return x;
+}
 
 // kLanes tokens in two dimensions, d and d + 1; columns: those of d.
 inline FloatPair load_key_pair(const KV* columns, int block_size) {

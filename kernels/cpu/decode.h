@@ -17,7 +17,6 @@
 
 namespace pagoda {
 
-constexpr int kChunk = 128;           // tokens
 constexpr int kMaxRows = kLanes / 2;  // their accumulators fill the registers
 
 template <int kRows>
@@ -38,8 +37,8 @@ class DecodeTile {
   }
 
   void attend(const Partition& kv) {
-    for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kChunk) {
-      const int first = std::max(chunk, kv.begin), last = std::min(chunk + kChunk, kv.end);
+    for (int chunk = kv.begin & -kv.keys.block_size(); chunk < kv.end; chunk += kSpan) {
+      const int first = std::max(chunk, kv.begin), last = std::min(chunk + kSpan, kv.end);
       score(kv, chunk, last);
       weigh(first - chunk, last - chunk);
       if constexpr (kIsScaled) scale_weights(kv.values, chunk, last);
@@ -49,10 +48,10 @@ class DecodeTile {
 
   // The attention output of a row over the partition alone.
   void write(int row, Element* output) const {
-    store_in_order(sums_[row], 1.0f / states_[row].norm, output, head_dim_);
+    store_scaled(sums_[row], 1.0f / states_[row].norm, output, head_dim_);
   }
 
-  // What a merge needs of a row. sums: head_dim rounded up to pairs, in their order; norm: [2].
+  // What a merge needs of a row. sums: head_dim rounded up to pairs; norm: [2].
   void write_partial(int row, float* sums, float* norm) const {
     std::memcpy(sums, sums_[row], padded_dim_ * sizeof(float));
     norm[0] = states_[row].maximum;
@@ -125,39 +124,44 @@ class DecodeTile {
   template <int kWidth>
   void add_values(const Partition& kv, Strip strip) {
     for (; strip.d + kWidth * kPair <= head_dim_; strip.d += kWidth * kPair) {
-      add_strip<kWidth>(kv, strip, [](const KV* value) { return load_pair(value); });
+      add_strip<kWidth>(kv, strip, load_values);
     }
     if constexpr (kWidth > 1) {
       add_values<kWidth / 2>(kv, strip);
     } else if (strip.d < head_dim_) {
       const int count = head_dim_ - strip.d;
-      add_strip<1>(kv, strip, [=](const KV* value) { return load_pair_first(value, count); });
+      add_strip<1>(kv, strip, [=](const KV* values) { return load_values_first(values, count); });
     }
   }
 
-  template <int kWidth, class LoadValue>
-  void add_strip(const Partition& kv, Strip strip, LoadValue load_value) {
+  template <int kWidth, class LoadValues>
+  void add_strip(const Partition& kv, Strip strip, LoadValues load_some_values) {
     FloatPair sums[kRows][kWidth];
     for (int row = 0; row < kRows; ++row) {
       for (int i = 0; i < kWidth; ++i) {
         const FloatPair x = load_pair(sums_[row] + strip.d + i * kPair);
-        sums[row][i] = {x.first * decay_[row], x.second * decay_[row]};
+        sums[row][i] = x * decay_[row];
       }
     }
-    const int block_size = kv.values.block_size();
-    for (int token = strip.first; token < strip.last;) {
+    const int block_size = kv.values.block_size(), step = kValueGroup * head_dim_;
+    for (int token = strip.first & -kValueGroup; token < strip.last;) {
       const int block_end = std::min(strip.last, (token & -block_size) + block_size);
       const int next = token + kBlocksAhead * block_size;
       const KV* ahead = next < strip.last ? kv.values.row(next) : kv.keys.block(std::min(next, kv.end - 1));
-      const KV* value = kv.values.row(token) + strip.d;
-      const float* weights = scores_[0] + token - strip.chunk;
-      for (ahead += strip.d; token < block_end; ++token, ++weights, value += head_dim_, ahead += head_dim_) {
-        prefetch_elements(ahead, kWidth * kPair);
+      const KV* values = kv.values.row(token) + strip.d * kValueGroup;
+      ahead += strip.d * kValueGroup;
+      for (; token < block_end; token += kValueGroup, values += step, ahead += step) {
+        prefetch_elements(ahead, kWidth * kPair * kValueGroup);
+        const bool is_edge = token < strip.first || token + kValueGroup > strip.last;
+        const float* weights = scores_[0] + token - strip.chunk;
         for (int i = 0; i < kWidth; ++i) {
-          const FloatPair x = load_value(value + i * kPair);
+          ValuePairs x = load_some_values(values + i * kPair * kValueGroup);
+          if (is_edge) x = hide_tokens(x, token, strip.first, strip.last);
           for (int row = 0; row < kRows; ++row) {
-            sums[row][i].first += x.first * weights[row * kChunk];
-            sums[row][i].second += x.second * weights[row * kChunk];
+            for (int j = 0; j < kValueGroup; ++j) {
+              sums[row][i].first += x.tokens[j].first * weights[row * kSpan + j];
+              sums[row][i].second += x.tokens[j].second * weights[row * kSpan + j];
+            }
           }
         }
       }
@@ -178,7 +182,7 @@ class DecodeTile {
   int head_dim_, padded_dim_;
   alignas(kAlignment) float query_[kRows][kMaxHeadDim];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
-  alignas(kAlignment) float scores_[kRows][kChunk];
+  alignas(kAlignment) float scores_[kRows][kSpan];
   RowState states_[kRows];
   float decay_[kRows];
 };

@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "matmul.h"
+#include "panels.h"
 #include "rows.h"
 #include "scratch.h"
 #include "team.h"
@@ -15,44 +15,36 @@
 namespace pagoda {
 namespace {
 
-constexpr int kMaxRows = 480;             // as float32 at a time
+constexpr int kMaxRows = 480;             // prepared at a time
 constexpr int kFewRows = 8;               // are not worth waking other threads to prepare them
-constexpr int kMaxUnitPanels = 4;         // of one thread's unit of work: they share a tile of rows in the L1 cache
-constexpr int kMaxUnitBytes = 512 << 10;  // of weights, which stay in the L2 cache for all tiles
-constexpr int kBytesAhead = 4096;         // from the weights in use to those that are prefetched, in each panel
+constexpr int kMaxUnitBytes = 512 << 10;  // of one thread's unit of work: weights that stay in the L2 cache for all tiles
 
-// Whether rows are rounded to bfloat16 and multiplied two inputs at a time, where the machine can do that at once.
-#if defined(__AVX512BF16__) || defined(PAGODA_BF16_DOTS)
-constexpr bool kIsDot = std::is_same_v<Element, BFloat16>;
-#else
-constexpr bool kIsDot = false;
-#endif
-using Prepared = std::conditional_t<kIsDot, BFloat16, float>;
-constexpr int kInputGroup = kIsDot ? 2 : 1;  // inputs of a packed column that lie together
+using Panels = std::conditional_t<kHasDots && std::is_same_v<Element, BFloat16>, DotPanels, FloatPanels>;
+using Prepared = Panels::Prepared;
 
-constexpr int64_t whole_groups(int64_t num_inputs) {
-  return (num_inputs + kInputGroup - 1) / kInputGroup * kInputGroup;
+int num_panels_of(const Linear& linear) { return (linear.num_outputs + Panels::kColumns - 1) / Panels::kColumns; }
+
+int64_t depth_of(int64_t num_inputs) {
+  return (num_inputs + Panels::kDepthStep - 1) / Panels::kDepthStep * Panels::kDepthStep;
 }
-
-// Panels side by side: few rows leave registers free, and need more streams and more independent sums.
-constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 class Product {
  public:
   Product(const Linear& linear, const LinearCall& call)
       : linear_(linear),
         call_(call),
-        num_panels_((linear.num_outputs + kPanel - 1) / kPanel),
-        depth_(whole_groups(linear.num_inputs)),
+        num_panels_(num_panels_of(linear)),
+        depth_(depth_of(linear.num_inputs)),
         row_stride_(depth_ + kAlignment / sizeof(Prepared)),
-        panel_stride_(depth_ * kPanel),
+        panels_(static_cast<const Element*>(linear.weight), depth_, row_stride_),
         unit_panels_(panels_per_unit()) {}
 
   void run() const {
     static thread_local Scratch scratch;
     const int64_t num_blocks = (call_.num_rows + kMaxRows - 1) / kMaxRows;
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
-    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(block_rows * row_stride_));
+    const int64_t readable_rows = (block_rows + kTileHeight - 1) / kTileHeight * kTileHeight;
+    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(readable_rows * row_stride_));
     const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
@@ -61,7 +53,8 @@ class Product {
       });
       for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
-        multiply(prepared, first, num_rows, panel, std::min(unit_panels_, num_panels_ - panel));
+        panels_.multiply(prepared, num_rows, panel, std::min(panel + unit_panels_, num_panels_),
+                         [=, this](const SumBlock& block) { finish(block, first); });
       });
     }
   }
@@ -69,9 +62,9 @@ class Product {
  private:
   // Large units where there are enough of them for all threads to end together.
   int panels_per_unit() const {
-    int count = kMaxUnitPanels;
+    int count = Panels::kMaxUnit;
     const auto is_too_large = [&] {
-      return count * panel_stride_ * static_cast<int64_t>(sizeof(Element)) > kMaxUnitBytes ||
+      return count * depth_ * Panels::kColumns * static_cast<int64_t>(sizeof(Element)) > kMaxUnitBytes ||
              num_panels_ < 4 * count * call_.num_threads;
     };
     while (count > 1 && is_too_large()) count /= 2;
@@ -90,63 +83,39 @@ class Product {
     }
   }
 
-  // Tiles of as equal heights as can be.
-  void multiply(const Prepared* rows, int64_t first_row, int num_rows, int panel, int num_panels) const {
-    const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-    for (int tile = 0; tile < num_tiles; ++tile) {
-      const int begin = num_rows * tile / num_tiles, end = num_rows * (tile + 1) / num_tiles;
-      const Prepared* tile_rows = rows + begin * row_stride_;
-      multiply_rows<kTileRows>(end - begin, tile_rows, first_row + begin, panel, num_panels);
+  // Rows are counted from first_row on.
+  void finish(const SumBlock& block, int64_t first_row) const {
+    switch (call_.output_kind) {
+      case kWrite: return finish_rows<Element>(block, first_row, [](const Element*, int, Floats x) { return x; });
+      case kWriteFloat: return finish_rows<float>(block, first_row, [](const float*, int, Floats x) { return x; });
+      case kAdd:
+        return finish_rows<Element>(block, first_row, [](const Element* before, int count, Floats x) {
+          return load_some(before, count) + x;
+        });
     }
   }
 
-  template <int kRows>
-  void multiply_rows(int num_rows, const Prepared* rows, int64_t row, int panel, int num_panels) const {
-    if constexpr (kRows > 1) {
-      if (num_rows < kRows) return multiply_rows<kRows - 1>(num_rows, rows, row, panel, num_panels);
+  template <class To, class Combine>
+  void finish_rows(const SumBlock& block, int64_t first_row, Combine combine) const {
+    const int num_columns = std::min(block.num_columns, linear_.num_outputs - block.first_column);
+    const auto* bias = static_cast<const Element*>(linear_.bias);
+    for (int row = block.first_row; row < block.end_row; ++row) {
+      const float* sums = block.sums + (row - block.first_row) * block.stride;
+      To* to = static_cast<To*>(call_.output) + (first_row + row) * call_.output_stride + block.first_column;
+      for_vectors(num_columns, [=](int column, int count) {
+        Floats x = load(sums + column);
+        if (bias) x += load_some(bias + block.first_column + column, count);
+        store_some(to + column, combine(to + column, count, x), count);
+      });
     }
-    multiply_panels<kRows, panels_at_once(kRows)>(rows, row, panel, panel + num_panels);
-  }
-
-  template <int kRows, int kPanels>
-  void multiply_panels(const Prepared* rows, int64_t row, int panel, int end) const {
-    for (; panel + kPanels <= end; panel += kPanels) multiply_tile<kRows, kPanels>(rows, row, panel);
-    if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, panel, end);
-  }
-
-  template <int kRows, int kPanels>
-  void multiply_tile(const Prepared* rows, int64_t row, int panel) const {
-    ProductTile<kRows, kPanels> tile = {};
-    const Element* weight = static_cast<const Element*>(linear_.weight) + panel * panel_stride_;
-    tile.template multiply<kBytesAhead>(rows, row_stride_, weight, panel_stride_, depth_);
-    for (int i = 0; i < kPanels; ++i) {
-      const int column = (panel + i) * kPanel, count = std::min(kPanel, linear_.num_outputs - column);
-      const auto* bias = static_cast<const Element*>(linear_.bias);
-      const FloatPair added = bias ? load_columns(bias + column, count) : FloatPair{};
-      for (int r = 0; r < kRows; ++r) {
-        const FloatPair x = kIsDot ? tile.sums[r][i] : to_order<Element>(tile.sums[r][i]);
-        write({x.first + added.first, x.second + added.second}, row + r, column, count);
-      }
-    }
-  }
-
-  void write(FloatPair x, int64_t row, int column, int count) const {
-    const int64_t place = row * call_.output_stride + column;
-    if (call_.output_kind == kWriteFloat) return store_columns(static_cast<float*>(call_.output) + place, x, count);
-    Element* to = static_cast<Element*>(call_.output) + place;
-    if (call_.output_kind == kAdd) {
-      const FloatPair before = load_columns(to, count);
-      x = {before.first + x.first, before.second + x.second};
-    }
-    store_columns(to, x, count);
   }
 
   const Linear& linear_;
   const LinearCall& call_;
   int num_panels_;
-  int64_t depth_;         // inputs, in whole groups
-  int64_t row_stride_;    // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
-  int64_t panel_stride_;  // elements
+  int64_t depth_;       // inputs, and zeros up to a whole step
+  int64_t row_stride_;  // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
+  Panels panels_;
   int unit_panels_;
 };
 
@@ -158,21 +127,22 @@ class Product {
 // Elements of a packed weight.
 extern "C" int64_t pagoda_packed_size(int32_t num_outputs, int32_t num_inputs) {
   using namespace pagoda;
-  return (num_outputs + kPanel - 1) / kPanel * kPanel * whole_groups(num_inputs);
+  return (num_outputs + Panels::kColumns - 1) / Panels::kColumns * Panels::kColumns * depth_of(num_inputs);
 }
 
 // weight: [num_outputs, num_inputs], contiguous; packed: see Linear.
 extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs,
                             int32_t num_threads) {
   using namespace pagoda;
-  const int num_panels = (num_outputs + kPanel - 1) / kPanel;
-  for_units(num_threads, num_panels, [=](int64_t panel) {
-    const Element* from = static_cast<const Element*>(weight) + panel * kPanel * num_inputs;
-    Element* to = static_cast<Element*>(packed) + panel * kPanel * whole_groups(num_inputs);
-    const int num_columns = std::min<int64_t>(kPanel, num_outputs - panel * kPanel);
-    for (int64_t group = 0; group < num_inputs; group += kInputGroup) {
-      for (int column = 0; column < kPanel; ++column) {
-        for (int64_t k = group; k < group + kInputGroup; ++k) {
+  constexpr int kColumns = Panels::kColumns;
+  const int64_t depth = depth_of(num_inputs);
+  for_units(num_threads, (num_outputs + kColumns - 1) / kColumns, [=](int64_t panel) {
+    const Element* from = static_cast<const Element*>(weight) + panel * kColumns * num_inputs;
+    Element* to = static_cast<Element*>(packed) + panel * kColumns * depth;
+    const int num_columns = std::min<int64_t>(kColumns, num_outputs - panel * kColumns);
+    for (int64_t group = 0; group < depth; group += Panels::kGroup) {
+      for (int column = 0; column < kColumns; ++column) {
+        for (int64_t k = group; k < group + Panels::kGroup; ++k) {
           *to++ = column < num_columns && k < num_inputs ? from[column * num_inputs + k] : Element{};
         }
       }

@@ -5,8 +5,8 @@
 
 namespace pagoda {
 
-// y = x W^T + b. W is packed in panels of outputs, [num_panels][num_inputs][kPanel], the last one filled with zeros;
-// for bf16 units in [num_panels][num_inputs / 2, rounded up][kPanel][2].
+// y = x W^T + b. W is packed in panels of outputs, [num_panels][depth / kGroup][kColumns][kGroup] (see panels.h), filled
+// up with zeros.
 struct Linear {
   const void* weight;
   const void* bias;  // [num_outputs] of Element, or null

@@ -1,4 +1,4 @@
-// The inner loop of every matrix product: a tile of the product in registers.
+// The inner loop of every matrix product in float32: a tile of the product in registers.
 //
 // The right side comes in panels of kPanel columns, contiguous, [depth][kPanel]; a row of it is one pair of vectors.
 // Each element of the product is summed in the order of `depth`, whatever the tile: a row depends on no other row.
@@ -32,28 +32,6 @@ struct ProductTile {
         for (int i = 0; i < kPanels; ++i) {
           sums[row][i].first += x * columns[i].first;
           sums[row][i].second += x * columns[i].second;
-        }
-      }
-    }
-  }
-
-  // The same for bfloat16 on both sides, two of `depth` at a time: b is [depth / 2][kPanel][2]. Columns in their order.
-  template <int kBytesAhead>
-  void multiply(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t panel_stride, int depth) {
-    for (int k = 0; k < depth; k += 2, b += 2 * kPanel) {
-      Words columns[kPanels][2];
-      for (int i = 0; i < kPanels; ++i) {
-        std::memcpy(columns[i], b + i * panel_stride, sizeof columns[i]);
-        prefetch_row(b + i * panel_stride + kBytesAhead / sizeof(BFloat16));
-        prefetch_row(b + i * panel_stride + kBytesAhead / sizeof(BFloat16) + kPanel);
-      }
-      for (int row = 0; row < kRows; ++row) {
-        uint32_t pair;
-        std::memcpy(&pair, a + row * a_stride + k, sizeof pair);
-        const Words x = pair - Words{};
-        for (int i = 0; i < kPanels; ++i) {
-          sums[row][i].first = add_dot(sums[row][i].first, x, columns[i][0]);
-          sums[row][i].second = add_dot(sums[row][i].second, x, columns[i][1]);
         }
       }
     }

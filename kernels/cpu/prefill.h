@@ -18,8 +18,6 @@
 
 namespace pagoda {
 
-constexpr int kSpan = 128;  // tokens
-
 // Query tokens `first_position` to `first_position + num_tokens - 1`; rows are (token, head of the group).
 struct QueryTile {
   int first_position;
@@ -88,10 +86,7 @@ class PrefillTile {
   void write(Element* output, int64_t output_stride) const {
     for (int row = 0; row < tile_.num_rows(); ++row) {
       Element* to = output + row / tile_.group_size * output_stride + row % tile_.group_size * head_dim_;
-      const float inverse = 1.0f / norms_[row];
-      for (int d = 0; d < head_dim_; d += kLanes) {
-        store_first(to + d, load(sums_ + row * value_dim_ + d) * inverse, std::min(kLanes, head_dim_ - d));
-      }
+      store_scaled(sums_ + row * value_dim_, 1.0f / norms_[row], to, head_dim_);
     }
   }
 
@@ -130,16 +125,24 @@ class PrefillTile {
     for (int d = 0; d < head_dim_; ++d) store(panel + d * kPanel + kLanes, Floats{});
   }
 
-  // values_: panels [kSpan tokens][kPanel dimensions], zeros where nothing is visible.
+  // values_: panels [kSpan tokens][kPanel dimensions], zeros where nothing is visible; whole groups of tokens.
   void unpack_values(const HeadBlocks& values, int span, int first, int last) {
-    for (int token = span; token < last; ++token) {
-      const KV* value = token < first ? nullptr : values.row(token);
-      const float factor = value ? values.factor(token) : 1.0f;
-      for (int d = 0; d < value_dim_; d += kLanes) {
-        const int count = std::min(kLanes, head_dim_ - d);
-        Floats x = value && count > 0 ? load_some(value + d, count) : Floats{};
-        if constexpr (kIsScaled) x *= factor;
-        store(values_ + d / kPanel * kPanel * kSpan + (token - span) * kPanel + d % kPanel, x);
+    for (int token = span; token < last; token += kValueGroup) {
+      const bool is_edge = token < first || token + kValueGroup > last;
+      for (int d = 0; d < value_dim_; d += kPanel) {
+        ValuePairs x = {};
+        if (token + kValueGroup > first) {
+          const KV* row = values.row(token) + d * kValueGroup;
+          x = d + kPanel <= head_dim_ ? load_values(row) : load_values_first(row, head_dim_ - d);
+        }
+        if (is_edge) x = hide_tokens(x, token, first, last);
+        float* to = values_ + d * kSpan + (token - span) * kPanel;
+        for (int i = 0; i < kValueGroup; ++i) {
+          if constexpr (kIsScaled) {
+            if (!is_edge) x.tokens[i] = x.tokens[i] * values.factor(token);
+          }
+          store_pair(to + i * kPanel, x.tokens[i]);
+        }
       }
     }
   }
@@ -174,7 +177,7 @@ class PrefillTile {
         ProductTile<kTileRows> tile;
         for (int i = 0; i < kTileRows; ++i) {
           const FloatPair x = load_pair(sums_ + (row + i) * value_dim_ + d);
-          tile.sums[i][0] = {x.first * decay_[row + i], x.second * decay_[row + i]};
+          tile.sums[i][0] = x * decay_[row + i];
         }
         tile.multiply(scores_ + row * kSpan, kSpan, values_ + d * kSpan, 0, tokens);
         for (int i = 0; i < kTileRows; ++i) store_pair(sums_ + (row + i) * value_dim_ + d, tile.sums[i][0]);

@@ -26,25 +26,9 @@ inline void store_some(Element* to, Floats x, int count) {
   count == kLanes ? store(to, x) : store_first(to, x, count);
 }
 
-// The first `count` of kPair elements, in their order; zeros for the others.
-template <class Element>
-inline FloatPair load_columns(const Element* from, int count) {
-  return {load_some(from, std::min(count, kLanes)),
-          count > kLanes ? load_some(from + kLanes, count - kLanes) : Floats{}};
-}
-
-template <class Element>
-inline void store_columns(Element* to, FloatPair x, int count) {
-  store_some(to, x.first, std::min(count, kLanes));
-  if (count > kLanes) store_some(to + kLanes, x.second, count - kLanes);
-}
-
-// sums: whole pairs, in KV's order; times `factor`, as the `width` elements of a row.
-inline void store_in_order(const float* sums, float factor, Element* row, int width) {
-  for (int d = 0; d < width; d += kPair) {
-    const FloatPair x = to_order<KV>({load(sums + d) * factor, load(sums + d + kLanes) * factor});
-    store_columns(row + d, x, std::min(kPair, width - d));
-  }
+// Sums, in whole vectors, times `factor`, as the `width` elements of a row.
+inline void store_scaled(const float* sums, float factor, Element* row, int width) {
+  for_vectors(width, [&](int d, int count) { store_some(row + d, load(sums + d) * factor, count); });
 }
 
 // 1 / root of the mean of squares.

@@ -148,7 +148,22 @@ inline Words rounded_bits(Floats x) {
 }
 
 inline void store(BFloat16* to, Floats x) {
+#if defined(__AVX512BF16__)  // numbers below 2^-126 become 0
+  const auto halves = _mm512_cvtneps_pbh(x);
+#else
   const Halves halves = __builtin_convertvector(rounded_bits(x) >> 16, Halves);
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// x: not negative; rounded to bfloat16, halves up.
+inline Floats rounded_up(Floats x) {
+  return reinterpret_cast<Floats>((reinterpret_cast<Words>(x) + 0x8000) & 0xffff0000);
+}
+
+// x: rounded to bfloat16.
+inline void store_rounded(BFloat16* to, Floats x) {
+  const Halves halves = __builtin_convertvector(reinterpret_cast<Words>(x) >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -202,6 +217,8 @@ constexpr int kPair = 2 * kLanes;
 struct FloatPair {
   Floats first, second;
 };
+
+inline FloatPair operator*(FloatPair x, float factor) { return {x.first * factor, x.second * factor}; }
 
 template <class Element>
 inline FloatPair load_pair(const Element* from) {
@@ -303,10 +320,10 @@ inline FloatPair to_order(FloatPair x) {
   }
 }
 
-// 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity.
+// 2^x for x <= 0 (relative error 1e-7); exactly 0 below -125, so also for minus infinity. A NaN stays one.
 inline Floats exp2(Floats x) {
   constexpr float kLowest = -125.0f;
-  const Floats clamped = max(x, broadcast(kLowest));
+  const Floats clamped = max(broadcast(kLowest), x);
   const Floats shifted = clamped + kRounder;
   const Floats f = clamped - (shifted - kRounder);
   Floats power = broadcast(1.54614449e-4f);
@@ -320,6 +337,22 @@ inline Floats exp2(Floats x) {
   return select(x < kLowest, Floats{}, reinterpret_cast<Floats>(reinterpret_cast<Words>(power) + exponents));
 }
 
+// The same for what is rounded to bfloat16 (relative error 1e-4).
+inline Floats exp2_rough(Floats x) {
+#if defined(__AVX512DQ__)
+  constexpr int kFloor = 0x09;
+  const Floats f = _mm512_reduce_ps(x, kFloor);
+  Floats power = broadcast(7.80245215e-2f);
+  power = power * f + 2.26067171e-1f;
+  power = power * f + 6.95833504e-1f;
+  power = power * f + 9.99925196e-1f;
+  return _mm512_scalef_ps(power, x);
+#else
+  return exp2(x);
+#endif
+}
+
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
+inline void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }  // to the L2 cache
 
 }  // namespace pagoda

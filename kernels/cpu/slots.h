@@ -46,9 +46,16 @@ inline void write_key(const float* row, HeadLayout layout, char* head_block, int
   }
 }
 
-// As write_key.
+// As write_key. Only the slot's own bytes are written: another thread may be writing the token beside it.
 inline void write_value(const float* row, HeadLayout layout, char* head_block, int offset) {
-  to_elements(row, reinterpret_cast<KV*>(head_block) + offset * layout.head_dim, layout, head_block, offset);
+  KV elements[kMaxHeadDim];
+  to_elements(row, elements, layout, head_block, offset);
+  KV* to = reinterpret_cast<KV*>(head_block) + (offset & -kValueGroup) * layout.head_dim + offset % kValueGroup;
+  if constexpr (kValueGroup == 1) {
+    std::memcpy(to, elements, layout.head_dim * sizeof(KV));
+  } else {
+    for (int d = 0; d < layout.head_dim; ++d) to[d * kValueGroup] = elements[d];
+  }
 }
 
 }  // namespace pagoda

@@ -31,6 +31,24 @@ struct RowState {
     maximum = highest;
     return decay;
   }
+
+  // The same to weights in bfloat16, which are summed as they are rounded; of scores times `factor`, a positive number.
+  float weigh(const float* scores, int columns, float factor, BFloat16* weights) {
+    Floats top = load(scores);
+    for (int i = kLanes; i < columns; i += kLanes) top = max(load(scores + i), top);
+    const float highest = std::max(largest(top) * factor, maximum);
+    const float shift = highest == kHidden ? 0.0f : highest;
+    Floats total = {};
+    for (int i = 0; i < columns; i += kLanes) {
+      const Floats rounded = rounded_up(exp2_rough(load(scores + i) * factor - shift));
+      store_rounded(weights + i, rounded);
+      total += rounded;
+    }
+    const float decay = maximum == highest ? 1.0f : exp2(broadcast(maximum - shift))[0];
+    norm = norm * decay + sum(total);
+    maximum = highest;
+    return decay;
+  }
 };
 
 }  // namespace pagoda

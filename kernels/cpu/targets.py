@@ -1,8 +1,10 @@
 """Which instruction sets the CPU kernels are compiled for, and which of them this machine runs."""
 
+import ctypes
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,8 +16,8 @@ SOURCES = (
     *("stream.cpp", "team.cpp"),
 )
 HEADERS = (
-    *("attention.h", "blocks.h", "decode.h", "layers.h", "linear.h", "matmul.h", "prefill.h", "rows.h"),
-    *("scratch.h", "simd.h", "slots.h", "softmax.h", "team.h"),
+    *("attention.h", "blocks.h", "decode.h", "dot_tile.h", "dots.h", "layers.h", "linear.h", "matmul.h"),
+    *("panels.h", "prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "softmax.h", "spans.h", "team.h", "tiles.h"),
 )
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 # As `simd.h` names them.
@@ -44,14 +46,18 @@ AVX512 = Target("avx512", ("-march=x86-64-v4",), frozenset(AVX2_FLAGS + AVX512_F
 AVX512_BF16 = Target("avx512bf16", (*AVX512.flags, "-mavx512bf16"), AVX512.needs | {"avx512_bf16"})
 AVX2 = Target("avx2", ("-march=x86-64-v3",), frozenset(AVX2_FLAGS))
 BASELINE = Target("baseline", (), frozenset())
+# The same, and products of bfloat16 by tiles.
+AMX_FLAGS = frozenset({"amx_tile", "amx_bf16"})
+AMX = Target("amx", (*AVX512_BF16.flags, "-mamx-tile", "-mamx-bf16"), AVX512_BF16.needs | AMX_FLAGS)
 # The best first.
-TARGETS = (AVX512_BF16, AVX512, AVX2, BASELINE)
+TARGETS = (AMX, AVX512_BF16, AVX512, AVX2, BASELINE)
+# Linux saves a process's tiles only for who asked for it (arch/x86/include/uapi/asm/prctl.h).
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 def runnable_targets() -> tuple[Target, ...]:
     """Those that this machine runs, the best first."""
-    flags = _cpu_flags() if platform.machine() in {"x86_64", "AMD64"} else frozenset()
-    return tuple(target for target in TARGETS if target.needs <= flags)
+    return tuple(target for target in TARGETS if target.needs <= _usable_flags())
 
 
 def library(target: Target, dtype: torch.dtype, kv_dtype: torch.dtype) -> Library:
@@ -65,6 +71,20 @@ def library(target: Target, dtype: torch.dtype, kv_dtype: torch.dtype) -> Librar
         sources=tuple(folder / name for name in SOURCES),
         headers=tuple(folder / name for name in HEADERS),
     )
+
+
+@cache
+def _usable_flags() -> frozenset[str]:
+    """Of the CPU, without AMX's where the system does not let this process use its tiles."""
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return frozenset()
+    flags = _cpu_flags()
+    if flags >= AMX_FLAGS:
+        refused = ctypes.CDLL(None).syscall(
+            *map(ctypes.c_long, (SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA))
+        )
+        flags -= AMX_FLAGS if refused else frozenset()
+    return flags
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from kernels import AttentionShape, BlockCopy, LayerKV, select_kernels
 from kernels.build import find_compiler
 from kernels.cpu import PARTITION_LEN, CpuKernels
-from kernels.cpu.targets import BASELINE, Target, runnable_targets
+from kernels.cpu.targets import AMX, BASELINE, Target, runnable_targets
 from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
+from tests.kernels.cpu_targets import TILES, WRITTEN_OUT, all_targets, fitting_dtype, targets, used_targets
 from tests.kernels.guarded import guarded
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
@@ -29,7 +30,6 @@ DTYPES = [
     *((torch.bfloat16, torch.int8), (torch.float32, torch.float8_e4m3fn)),
 ]
 
-targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 cases = st.builds(
     Case,
     num_kv_heads=st.integers(1, 3),
@@ -47,12 +47,20 @@ cases = st.builds(
 any_dtypes = st.sampled_from(DTYPES)
 
 
-def of_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype]) -> Case:
-    return dataclasses.replace(case, dtype=dtypes[0], kv_dtype=dtypes[1])
+def of_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype], target: Target | None = None) -> Case:
+    """The case of dtypes that fit the target."""
+    dtype, kv_dtype = (fitting_dtype(target, dtype) if target else dtype for dtype in dtypes)
+    return dataclasses.replace(case, dtype=dtype, kv_dtype=kv_dtype)
 
 
-@targets
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("target", "dtypes"),
+    [
+        *((target, dtypes) for target in runnable_targets() for dtypes in DTYPES),
+        *((target, (torch.bfloat16, torch.bfloat16)) for target in WRITTEN_OUT),
+    ],
+    ids=lambda value: value.name if isinstance(value, Target) else str(value),
+)
 @settings(max_examples=10, deadline=None)
 @given(case=cases)
 def test_equals_dense_attention(target: Target, dtypes: tuple[torch.dtype, torch.dtype], case: Case) -> None:
@@ -82,15 +90,16 @@ def place(step: Step, seq: int, other: Step, at: int) -> None:
         its[at] = mine[seq]
 
 
+@used_targets
 @settings(max_examples=10, deadline=None)
 @given(case=cases, dtypes=any_dtypes, data=st.data())
 def test_a_row_does_not_depend_on_its_neighbours(
-    case: Case, dtypes: tuple[torch.dtype, torch.dtype], data: st.DataObject
+    target: Target, case: Case, dtypes: tuple[torch.dtype, torch.dtype], data: st.DataObject
 ) -> None:
     """Bit for bit: alone, in any batch, at any place in it."""
-    case = of_dtypes(longer(case), dtypes)
+    case = of_dtypes(longer(case), dtypes, target)
     step = Step(case)
-    kernels = CpuKernels(case.shape)
+    kernels = CpuKernels(case.shape, target)
     order = data.draw(st.permutations(range(len(case.lens))))
     batches = [order, *([seq] for seq in order)]
     together = step.run(kernels)
@@ -117,7 +126,7 @@ def test_threads_change_nothing(case: Case, dtypes: tuple[torch.dtype, torch.dty
         torch.set_num_threads(before)
 
 
-@targets
+@all_targets
 @settings(max_examples=8, deadline=None)
 @given(
     case=cases,
@@ -133,7 +142,8 @@ def test_a_shared_prefix_changes_nothing(
     rests: list[tuple[int, int]],
 ) -> None:
     """Bit for bit: sequences whose tables begin with the same blocks, together and each alone."""
-    case = of_dtypes(dataclasses.replace(case, lens=[(prefix_len + before, new) for before, new in rests]), dtypes)
+    lens = [(prefix_len + before, new) for before, new in rests]
+    case = of_dtypes(dataclasses.replace(case, lens=lens), dtypes, target)
     step = Step(case)
     num_shared = prefix_len // case.block_size
     for seq in range(1, len(rests)):
@@ -151,18 +161,30 @@ def test_a_shared_prefix_changes_nothing(
         assert torch.equal(alone.run(CpuKernels(case.shape, target)), rows[seq])
 
 
+@used_targets
 @settings(max_examples=15, deadline=None)
-@given(case=cases, data=st.data())
-def test_a_chunked_prompt_is_the_same_prompt(case: Case, data: st.DataObject) -> None:
+@given(case=cases, dtypes=any_dtypes, data=st.data())
+def test_a_chunked_prompt_is_the_same_prompt(
+    target: Target, case: Case, dtypes: tuple[torch.dtype, torch.dtype], data: st.DataObject
+) -> None:
     """Bit for bit: a token's sums do not depend on which tokens run beside it, if more than one does."""
-    case = dataclasses.replace(case, lens=[(0, data.draw(st.integers(4, 300)))])
+    case = of_dtypes(dataclasses.replace(case, lens=[(0, data.draw(st.integers(4, 300)))]), dtypes, target)
     step = Step(case)
-    whole = step.run(CpuKernels(case.shape))
+    whole = step.run(CpuKernels(case.shape, target))
     before = data.draw(st.integers(0, case.lens[0][1] - 2))
     chunk = Step(dataclasses.replace(case, lens=[(before, case.lens[0][1] - before)]))
     place(step, 0, chunk, 0)
     chunk.queries[0] = step.queries[0][before:]
-    assert torch.equal(chunk.run(CpuKernels(case.shape)), whole[before:])
+    assert torch.equal(chunk.run(CpuKernels(case.shape, target)), whole[before:])
+
+
+@pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")
+@settings(max_examples=15, deadline=None)
+@given(case=cases)
+def test_tiles_do_what_is_written_out(case: Case) -> None:
+    """Bit for bit: what is tested where there are none is what runs where there are."""
+    case = of_dtypes(longer(case), (torch.bfloat16, torch.bfloat16))
+    assert torch.equal(Step(case).run(CpuKernels(case.shape, AMX)), Step(case).run(CpuKernels(case.shape, TILES)))
 
 
 @targets
@@ -173,7 +195,7 @@ def test_writes_what_the_reference_writes(target: Target, case: Case, dtypes: tu
     case = of_dtypes(case, dtypes)
     native, reference, kernels = Step(case), Step(case), CpuKernels(case.shape, target)
     native.run(kernels)
-    reference.run(ReferenceKernels(torch.device("cpu"), case.shape, kernels.kv_format.key_group))
+    reference.run(ReferenceKernels(torch.device("cpu"), case.shape, kernels.kv_format))
     assert torch.equal(native.layer.keys, reference.layer.keys)
     assert torch.equal(native.layer.values, reference.layer.values)
 
@@ -198,20 +220,37 @@ def test_rounds_as_torch_does(target: Target, kv_dtype: torch.dtype) -> None:
         assert torch.equal(found[places][:, 0], expected)
 
 
-@targets
+@all_targets
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [24, 32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_visible(
-    target: Target, dtypes: tuple[torch.dtype, torch.dtype], value: float
+    target: Target, dtypes: tuple[torch.dtype, torch.dtype], head_dim: int, value: float
 ) -> None:
     """A broken value, wherever it comes from, reaches the output of whoever sees it, and of nobody else."""
-    case = of_dtypes(Case(2, 2, 24, 16, 0, [(40, 1), (40, 1), (3, 5)], 5), dtypes)
+    case = of_dtypes(Case(2, 2, head_dim, 16, 0, [(40, 1), (40, 1), (3, 5)], 5), dtypes, target)
     step = Step(case)
     step.values[0][17, 1, 11] = value
     found = step.run(CpuKernels(case.shape, target))
     assert not found[0, 2:, 11].isfinite().any()
     assert found[0, :2].isfinite().all()
     assert found[1:].isfinite().all()
+
+
+@all_targets
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [24, 32])
+def test_a_key_that_is_no_number_stays_visible(
+    target: Target, dtypes: tuple[torch.dtype, torch.dtype], head_dim: int
+) -> None:
+    """As a value; in a decode and in a prompt."""
+    case = of_dtypes(Case(2, 2, head_dim, 16, 0, [(40, 1), (40, 1), (3, 5)], 5), dtypes, target)
+    step = Step(case)
+    step.keys[0][17, 1, 11] = step.keys[2][1, 1, 3] = float("nan")
+    found = step.run(CpuKernels(case.shape, target))
+    assert found[[0, *range(2, 7)], 2:].isnan().all()
+    assert found[:, :2].isfinite().all()
+    assert found[1].isfinite().all()
 
 
 @settings(max_examples=10, deadline=None)
@@ -228,14 +267,14 @@ def test_entries_past_a_sequence_s_blocks_are_never_followed(case: Case) -> None
     assert torch.equal(found, expected)
 
 
-@targets
+@all_targets
 @settings(max_examples=8, deadline=None)
 @given(case=cases, dtypes=any_dtypes)
 def test_reads_and_writes_nothing_past_its_buffers(
     target: Target, case: Case, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     """Each buffer ends at a page that faults; the pool's last block belongs to a sequence."""
-    case = of_dtypes(case, dtypes)
+    case = of_dtypes(case, dtypes, target)
     step = Step(longer(case))
     expected = step.run(CpuKernels(case.shape, target))
     step.layer = LayerKV(guarded(step.layer.keys), guarded(step.layer.values))
@@ -256,7 +295,7 @@ def test_copies_what_the_reference_copies(blocks: list[BlockCopy], dtypes: tuple
     kernels = CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, *dtypes))
     pool = torch.randint(0, 256, (3, 2, 5, 2, kernels.kv_format.head_bytes), dtype=torch.uint8)
     expected = pool.clone()
-    ReferenceKernels(torch.device("cpu"), kernels.shape, kernels.kv_format.key_group).copy_blocks(expected, blocks)
+    ReferenceKernels(torch.device("cpu"), kernels.shape, kernels.kv_format).copy_blocks(expected, blocks)
     kernels.copy_blocks(pool, blocks)
     assert torch.equal(pool, expected)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from kernels import Angles, AttentionShape, HeadNorms, LayerKV
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
-from kernels.cpu.targets import AVX512_BF16, Target, library, runnable_targets
+from kernels.cpu.targets import AMX, AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
+from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets
 from tests.kernels.guarded import guarded
 from tests.kernels.products import EPSILON, Product, check_choices, check_what_is_not_finite, greedy_cases
 
@@ -28,44 +29,38 @@ def multiplying(dtype: torch.dtype, target: Target | None = None) -> CpuKernels:
     return CpuKernels(AttentionShape(4, 2, 8, 16, 0.5, dtype, dtype), target)
 
 
-# What a CPU with bf16 units runs, with their operation written out for one without.
-DOTS = dataclasses.replace(
-    runnable_targets()[0], name="bf16-dots", flags=(*runnable_targets()[0].flags, "-DPAGODA_BF16_DOTS")
-)
-targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
-product_targets = pytest.mark.parametrize("target", [*runnable_targets(), DOTS], ids=lambda target: target.name)
 dtypes = st.sampled_from(list(TOLERANCES))
 # Widths around whole vectors and panels; rows around whole tiles, and more than are converted at once.
 widths = st.one_of(st.integers(1, 70), st.sampled_from([96, 128, 257]))
 row_counts = st.one_of(st.integers(1, 40), st.sampled_from([480, 481, 967]))
 
 
-@product_targets
+@all_targets
 @settings(max_examples=30, deadline=None)
 @given(row_counts, widths, widths, dtypes, st.booleans(), st.integers(0, 2**32 - 1))
 def test_products_are_right(
     target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, has_bias: bool, seed: int
 ) -> None:
-    dtype = torch.bfloat16 if target is DOTS else dtype
+    dtype = fitting_dtype(target, dtype)
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed)
     normed, logits, added, gated = product.found(multiplying(dtype, target), has_bias)
     assert (normed.dtype, logits.dtype, added.dtype) == (dtype, torch.float32, dtype)
-    has_units = "bf16" in target.name and dtype == torch.bfloat16
-    logits_tolerance = TOLERANCES[dtype if has_units else torch.float32]
+    is_rounded = rounds_rows(target, dtype)
+    logits_tolerance = TOLERANCES[dtype if is_rounded else torch.float32]
     tolerances = [TOLERANCES[dtype], logits_tolerance, TOLERANCES[dtype], TOLERANCES[dtype]]
-    expected = product.expected(has_bias, rounds_rows=has_units)
+    expected = product.expected(has_bias, rounds_rows=is_rounded)
     for found, right, tolerance in zip((normed, logits, added, gated), expected, tolerances, strict=True):
         assert relative_error(found, right) < tolerance
 
 
-@product_targets
+@all_targets
 @settings(max_examples=30, deadline=None)
 @given(row_counts, widths, widths, dtypes, st.data())
 def test_a_row_is_the_same_alone_and_in_any_batch(
     target: Target, num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, data: st.DataObject
 ) -> None:
     """Bit for bit: greedy ids can't depend on who else is in the step."""
-    dtype = torch.bfloat16 if target is DOTS else dtype
+    dtype = fitting_dtype(target, dtype)
     product = Product(num_rows, num_inputs, num_outputs, dtype, seed=num_rows)
     start = data.draw(st.integers(0, num_rows - 1))
     some = slice(start, start + data.draw(st.sampled_from([1, 1, 2, 5, 13])))
@@ -74,13 +69,25 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
         assert torch.equal(whole[some], part)
 
 
+@pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")
+@settings(max_examples=30, deadline=None)
+@given(row_counts, widths, widths)
+def test_tiles_do_what_is_written_out(num_rows: int, num_inputs: int, num_outputs: int) -> None:
+    """Bit for bit: what is tested where there are none is what runs where there are."""
+    product = Product(num_rows, num_inputs, num_outputs, torch.bfloat16, seed=num_rows)
+    found, expected = (product.found(multiplying(torch.bfloat16, target), True) for target in (AMX, TILES))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="not x86")
-def test_bf16_units_are_used_where_there_are_any(tmp_path: Path) -> None:
-    made = library(AVX512_BF16, torch.bfloat16, torch.bfloat16)
-    source = next(path for path in made.sources if path.name == "linear.cpp")
+@pytest.mark.parametrize(("target", "instruction"), [(AVX512_BF16, "vdpbf16ps"), (AMX, "tdpbf16ps")])
+def test_units_are_used_where_there_are_any(target: Target, instruction: str, tmp_path: Path) -> None:
+    made = library(target, torch.bfloat16, torch.bfloat16)
     flags = [flag for flag in made.flags if flag != "-shared"]
-    subprocess.run(["g++", *flags, "-S", "-o", tmp_path / "linear.s", source], check=True)
-    assert "vdpbf16ps" in (tmp_path / "linear.s").read_text()
+    for source in (path for path in made.sources if path.name in ("linear.cpp", "attention.cpp")):
+        subprocess.run(["g++", *flags, "-S", "-o", tmp_path / "made.s", source], check=True)
+        assert instruction in (tmp_path / "made.s").read_text()
 
 
 def test_what_is_not_finite_stays_visible() -> None:

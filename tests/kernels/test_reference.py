@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import kernels.reference
 from kernels import AttentionShape, BlockCopy, select_kernels
-from kernels.kv_format import NAN_BYTE
+from kernels.kv_format import NAN_BYTE, KVFormat
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, cases
 
@@ -99,13 +99,26 @@ def test_padding_is_at_most_a_third() -> None:
     assert len(np.unique(rounded)) <= 2 * np.log2(2000) + 1
 
 
+def test_where_keys_and_values_lie_in_a_block() -> None:
+    """Pairs of dimensions, token by token; pairs of tokens, dimension by dimension."""
+    kv_format = KVFormat(torch.float32, 1, 4, 16, key_group=2, value_group=2)
+    rows = torch.arange(64.0).view(16, 4)  # token 0 is 0, 1, 2, 3
+    keys, values = (torch.zeros(kv_format.head_bytes, dtype=torch.uint8) for _ in range(2))
+    kv_format.write_keys(keys, (), rows)
+    kv_format.write_values(values, (), rows)
+    assert keys.view(torch.float32)[:6].tolist() == [0, 1, 4, 5, 8, 9]
+    assert keys.view(torch.float32)[32:36].tolist() == [2, 3, 6, 7]
+    assert values.view(torch.float32)[:10].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12]
+
+
 @pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("key_group", [1, 2, 4])
-def test_copies_run_in_order_and_copy_no_more_than_asked(kv_dtype: torch.dtype, key_group: int) -> None:
-    kernels_ = ReferenceKernels(
-        torch.device("cpu"), AttentionShape(1, 1, 4, 16, 0.5, torch.float32, kv_dtype), key_group
-    )
-    kv_format = kernels_.kv_format
+@pytest.mark.parametrize(("key_group", "value_group"), [(1, 1), (2, 2), (4, 1)])
+def test_copies_run_in_order_and_copy_no_more_than_asked(
+    kv_dtype: torch.dtype, key_group: int, value_group: int
+) -> None:
+    kv_format = KVFormat(kv_dtype, 1, 4, 16, key_group, value_group)
+    shape = AttentionShape(1, 1, 4, 16, 0.5, torch.float32, kv_dtype)
+    kernels_ = ReferenceKernels(torch.device("cpu"), shape, kv_format)
     pool = torch.full((2, 2, 5, 1, kv_format.head_bytes), NAN_BYTE, dtype=torch.uint8)
     for layer in pool:
         kv_format.write_keys(layer[0, 1], (), torch.randn(1, 16, 4))

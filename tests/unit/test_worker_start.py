@@ -263,9 +263,9 @@ def test_pool_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("key_group", [1, 2, 16])
-def test_poison_fills_what_it_names(dtype: torch.dtype, key_group: int) -> None:
-    held = dataclasses.replace(kv_format(dtype), key_group=key_group)
+@pytest.mark.parametrize(("key_group", "value_group"), [(1, 1), (2, 2), (16, 1)])
+def test_poison_fills_what_it_names(dtype: torch.dtype, key_group: int, value_group: int) -> None:
+    held = dataclasses.replace(kv_format(dtype), key_group=key_group, value_group=value_group)
     pool = KVPool(2, 3, held, CPU)
     rows = torch.ones(4, 2, 16, 16)
     for layer in pool.layers:

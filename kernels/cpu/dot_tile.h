@@ -1,0 +1,176 @@
+// Attention of rows over one partition of their KV, all bfloat16, by the products of dots.h. A row is one query head of
+// one token: of a prompt, of a decode, or of several decodes that share the partition.
+//
+// KV is multiplied where it lies, keys in pairs of dimensions, values in pairs of tokens. It is walked in spans whose
+// borders are multiples of kSpan from the sequence's first token, and what a row sees of a span is summed in the same
+// steps whoever else sees some of it. Weights are rounded to bfloat16; their norm is the sum of what they become.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention.h"
+#include "blocks.h"
+#include "dots.h"
+#include "rows.h"
+#include "scratch.h"
+#include "softmax.h"
+#include "spans.h"
+
+namespace pagoda {
+
+// The right side of scores: tiles of tokens side by side.
+struct KeyColumns {
+  const BFloat16* tiles[kTileSums];
+  LinesAhead* ahead;
+  int64_t stride;
+
+  const BFloat16* at(int pair, int i) const { return tiles[i] + pair * stride; }
+  void prefetch(int, int) const {
+    if (ahead) ahead->advance(kTilePairs);
+  }
+};
+
+// The right side of sums: tiles of tokens one after the other, from some dimension on.
+struct ValueColumns {
+  const BFloat16* const* tiles;
+  LinesAhead* ahead;
+  int64_t stride;
+  int dimension;
+
+  const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * dimension + i * kLine; }
+  void prefetch(int, int) const {
+    if (ahead) ahead->advance(kTokenTile / 2);
+  }
+};
+
+class DotTile {
+ public:
+  DotTile(int num_rows, int head_dim, float scale, Scratch& scratch)
+      : num_rows_(num_rows),
+        height_(std::min(num_rows, kTileHeight)),
+        head_dim_(head_dim),
+        factor_(scale * kLog2E) {
+    const int padded_rows = (num_rows + height_ - 1) / height_ * height_;
+    float* memory = scratch.floats(padded_rows * (head_dim * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2);
+    const auto take = [&memory](int count) {
+      float* taken = memory;
+      memory += count;
+      return taken;
+    };
+    scores_ = take(kTileHeight * kSpan);
+    weights_ = reinterpret_cast<BFloat16*>(take(kTileHeight * kSpan / 2));
+    sums_ = take(padded_rows * head_dim);
+    query_ = reinterpret_cast<BFloat16*>(take(padded_rows * head_dim / 2));
+    rows_ = reinterpret_cast<Row*>(take(padded_rows * sizeof(Row) / sizeof(float)));
+    std::fill(sums_, sums_ + padded_rows * head_dim, 0.0f);
+  }
+
+  // query: [head_dim]. The row sees tokens first_visible to visible_end.
+  void set_row(int row, const Element* query, int first_visible, int visible_end) {
+    std::memcpy(query_ + row * head_dim_, query, head_dim_ * sizeof *query);
+    rows_[row] = {RowState{}, first_visible, visible_end};
+  }
+
+  void attend(const Partition& kv, LinesAhead& ahead) {
+    Scores::set_up(num_rows_);
+    for (int start = kv.begin / kSpan * kSpan; start < kv.end; start += kSpan) {
+      const SpanPart part{start, std::max(start, kv.begin), std::min(start + kSpan, kv.end)};
+      tiles_.find(kv, part);
+      LinesAhead* lines_ahead = &ahead;
+      for (int row = 0; row < num_rows_; row += height_) {
+        const SpanPart seen = seen_by(row, part);
+        if (seen.first >= seen.last) continue;
+        score(row, seen, 2 * kv.keys.block_size(), lines_ahead);
+        weigh(row, seen);
+        if (lines_ahead) tiles_.hide_values(part, head_dim_);
+        add_values<kTileSums>(row, seen, 0, lines_ahead);
+        lines_ahead = nullptr;  // the other rows find in the cache what was read for these
+      }
+    }
+  }
+
+  // The attention output of a row over the partition alone.
+  void write(int row, Element* output) const {
+    store_scaled(sums_ + row * head_dim_, 1.0f / rows_[row].state.norm, output, head_dim_);
+  }
+
+  // What a merge needs of a row. sums: [head_dim]; norm: [2].
+  void write_partial(int row, float* sums, float* norm) const {
+    std::memcpy(sums, sums_ + row * head_dim_, head_dim_ * sizeof(float));
+    norm[0] = rows_[row].state.maximum;
+    norm[1] = rows_[row].state.norm;
+  }
+
+ private:
+  using Scores = DotProduct<1, kTileSums, Steps::kWholeAndHalf, KeyColumns>;
+
+  struct Row {
+    RowState state;
+    int first_visible, visible_end;
+  };
+
+  // The rows of a tile of them.
+  int end_row(int row) const { return std::min(row + height_, num_rows_); }
+
+  // What of `part` some row of a tile sees.
+  SpanPart seen_by(int row, SpanPart part) const {
+    SpanPart seen{part.start, part.last, part.first};
+    for (int i = row; i < end_row(row); ++i) {
+      seen.first = std::min(seen.first, rows_[i].first_visible);
+      seen.last = std::max(seen.last, rows_[i].visible_end);
+    }
+    return {part.start, std::max(seen.first, part.first), std::min(seen.last, part.last)};
+  }
+
+  // scores_[row][column of the span], unscaled; those of hidden tokens are anything.
+  void score(int row, SpanPart seen, int64_t key_stride, LinesAhead* ahead) {
+    const LeftRows left{query_ + row * head_dim_, head_dim_, end_row(row) - row};
+    for (int tile = seen.first_tile() & -kTileSums; tile < seen.end_tile(); tile += kTileSums) {
+      KeyColumns columns{{}, ahead, key_stride};
+      for (int i = 0; i < kTileSums; ++i) {
+        columns.tiles[i] = tiles_.keys[std::clamp(tile + i, seen.first_tile(), seen.end_tile() - 1)];
+      }
+      const SumRows sums{scores_ + tile * kTokenTile, kSpan, true};
+      Scores(left, columns, sums).run(head_dim_ / 2);
+    }
+  }
+
+  // weights_[row][column], and what was summed before shrinks accordingly.
+  void weigh(int row, SpanPart seen) {
+    const int begin = seen.first_tile() * kTokenTile, end = seen.end_tile() * kTokenTile;
+    for (int i = row; i < end_row(row); ++i) {
+      float* scores = scores_ + (i - row) * kSpan;
+      const int visible_end = std::clamp(std::min(rows_[i].visible_end, seen.last) - seen.start, begin, end);
+      const int first_visible = std::clamp(std::max(rows_[i].first_visible, seen.first) - seen.start, begin, visible_end);
+      std::fill(scores + begin, scores + first_visible, kHidden);
+      std::fill(scores + visible_end, scores + end, kHidden);
+      BFloat16* weights = weights_ + (i - row) * kSpan;
+      const float decay = rows_[i].state.weigh(scores + begin, end - begin, factor_, weights + begin);
+      float* sums = sums_ + i * head_dim_;
+      if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
+    }
+  }
+
+  // sums_ += weights * values, kColumns tiles of dimensions at a time as long as there are so many, then half as many.
+  template <int kColumns>
+  void add_values(int row, SpanPart seen, int dimension, LinesAhead* ahead) {
+    const int first = seen.first_tile(), num_pairs = (seen.end_tile() - first) * kTokenTile / 2;
+    const LeftRows left{weights_ + first * kTokenTile, kSpan, end_row(row) - row};
+    for (; dimension + kColumns * kTileColumns <= head_dim_; dimension += kColumns * kTileColumns) {
+      const ValueColumns columns{tiles_.values + first, ahead, 2 * head_dim_, dimension};
+      const SumRows sums{sums_ + row * head_dim_ + dimension, head_dim_, false};
+      DotProduct<1, kColumns, Steps::kHalf, ValueColumns>(left, columns, sums).run(num_pairs);
+    }
+    if constexpr (kColumns > 1) add_values<kColumns / 2>(row, seen, dimension, ahead);
+  }
+
+  const int num_rows_, height_, head_dim_;
+  const float factor_;  // of scores, to base 2
+  float *scores_, *sums_;
+  BFloat16 *weights_, *query_;
+  Row* rows_;
+  SpanTiles tiles_;
+};
+
+}  // namespace pagoda

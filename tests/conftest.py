@@ -4,6 +4,5 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("same examples", derandomize=True)
 if os.environ.get("PAGODA_TEST_LONG") != "1" and settings.get_current_profile_name() == "default":
-    settings.load_profile("same examples")
+    settings.load_profile("ci")

@@ -72,6 +72,21 @@ def shared_library(library: Library, folder: Path | None = None) -> Path:
     return path
 
 
+def best_library(libraries: Sequence[Library], folder: Path | None = None) -> Path:
+    """The file of the first of `libraries` that is there or can be made. Raises BuildError: the first one's."""
+    errors = []
+    for library in libraries:
+        try:
+            path = shared_library(library, folder)
+        except BuildError as error:
+            errors.append(error)
+            continue
+        if errors:
+            log.warning("%s serves: %s", library.name, str(errors[0]).partition("\n")[0])
+        return path
+    raise errors[0]
+
+
 def cache_folder() -> Path:
     """PAGODA_KERNEL_CACHE, else pagoda/kernels in XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("PAGODA_KERNEL_CACHE"):

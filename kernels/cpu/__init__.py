@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
-from kernels.build import shared_library
+from kernels.build import best_library
 from kernels.cpu.binding import NativeLibrary, SampleCall, c_shape
 from kernels.cpu.linear import PackedLinear
 from kernels.cpu.stack import LayerStack
@@ -35,10 +35,10 @@ class CpuKernels:
     """See `kernels.Kernels`. Raises UnsupportedShapeError and BuildError."""
 
     def __init__(self, shape: AttentionShape, target: Target | None = None) -> None:
+        """Without a target: for the best instruction set that this machine runs and the compiler knows."""
         _check(shape)
-        self.native = NativeLibrary(
-            shared_library(library(target or runnable_targets()[0], shape.dtype, shape.kv_dtype))
-        )
+        targets = runnable_targets() if target is None else (target,)
+        self.native = NativeLibrary(best_library([library(t, shape.dtype, shape.kv_dtype) for t in targets]))
         self.shape = shape
         self.c_shape = c_shape(shape)
         self.kv_format = KVFormat(

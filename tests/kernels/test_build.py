@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.build import BuildError, Library, NoCompilerError, cache_folder, shared_library
+from kernels.build import BuildError, Library, NoCompilerError, best_library, cache_folder, shared_library
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -98,6 +98,24 @@ def test_what_a_killed_compile_left_is_no_library(answer: Library, tmp_path: Pat
 def test_without_a_compiler_one_made_ahead_serves(answer: Library, tmp_path: Path) -> None:
     made = shared_library(answer, tmp_path)
     assert shared_library(dataclasses.replace(answer, compilers=("no-such-compiler",)), tmp_path) == made
+
+
+@needs_compiler
+def test_what_the_compiler_does_not_know_leaves_the_next_best(
+    answer: Library, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    too_new = dataclasses.replace(answer, name="better", flags=(*answer.flags, "-march=not-yet"))
+    assert best_library([too_new, answer], tmp_path) == shared_library(answer, tmp_path)
+    assert "answer serves: g++ ended with 1" in caplog.text.replace(shutil.which("g++") or "", "g++")
+    with pytest.raises(BuildError, match="not-yet"):
+        best_library([too_new, too_new], tmp_path)
+
+
+@needs_compiler
+def test_without_a_compiler_the_best_that_was_made_ahead_serves(answer: Library, tmp_path: Path) -> None:
+    made = shared_library(answer, tmp_path)
+    lost = dataclasses.replace(answer, compilers=("no-such-compiler",))
+    assert best_library([dataclasses.replace(lost, name="better"), lost], tmp_path) == made
 
 
 def test_without_a_compiler_and_a_library_it_names_both(answer: Library, tmp_path: Path) -> None:

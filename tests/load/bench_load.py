@@ -16,8 +16,8 @@ from tests.load.soak import pagoda_up
 from tests.stack import ROOT
 
 LIMITS = ("--goodput", "ttft:500", "tpot:50")
-RAMP = ("--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "128")
-STAGES = ("--find-knee", *RAMP, "--num-stages", "10", "--stage-s", "15")
+RAMP = ("--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "512")
+STAGES = ("--find-knee", *RAMP, "--num-stages", "9", "--stage-s", "15")
 
 
 async def bench(flags: Sequence[str]) -> int:

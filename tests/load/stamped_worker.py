@@ -20,6 +20,7 @@ from worker.batch import Batch
 from worker.config import parse_config
 from worker.executor import Executor
 from worker.link import Link
+from worker.metrics import WorkerMetrics
 from worker.runner import TimedRunner, TimedStep
 from worker.step import Sampled, StepInputs
 
@@ -69,7 +70,7 @@ def main() -> None:
     parts = assemble(config)
     parts = replace(parts, runner=StampedRunner(config.timed_step_s, NUM_STAMPS))
     gc.freeze()
-    link = Link(config.schedulers, parts.description)
+    link = Link(config.schedulers, parts.description, WorkerMetrics())
     link.start()
     Executor(link, Batch(parts.limits), parts.runner, parts.swaps(link)).run()
 

@@ -99,7 +99,7 @@ soak: setup ## 500 streams on the demo model for ten minutes, some cancelled, so
 	@$(BIN)/python -m tests.load.soak $(if $(JSON),--json $(JSON))
 
 plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON=...)
-	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-cascade-lake.json)
+	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-sapphire-rapids.json)
 
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants

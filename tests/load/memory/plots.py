@@ -58,7 +58,7 @@ def plot_speed(runs: dict[str, dict[str, list[Outcome]]], path: Path) -> None:
         for position, (rounds, value) in enumerate(zip(contenders.values(), speeds, strict=True)):
             held = f"{value:.0f} ({total(rounds).mean_num_held:.0f} requests at once)"
             axis.text(value + max(speeds) / 60, position, held, va="center")
-        axis.set(title=f"{trace}: output tokens/s", xlim=(0, 2 * max(speeds)))
+        axis.set(title=f"{trace}: output tokens/s", xlim=(0, 2.2 * max(speeds)))
     axes[0][0].invert_yaxis()
     _save(figure, path)
 

@@ -34,7 +34,7 @@ def make_clusters(
     costs = items.costs
     sharing = np.flatnonzero(is_sharing)
     first_blocks = block_tables[items.seqs[sharing], items.kv_starts[sharing] // block_size]
-    if len(np.unique(first_blocks)) == len(sharing):  # mostly
+    if len(set(first_blocks.tolist())) == len(sharing):  # mostly
         return Clusters(_int32(np.argsort(-costs, kind="stable")), np.arange(len(costs) + 1, dtype=np.int32))
 
     alike = np.arange(len(costs))  # of each item, the first that reads the same

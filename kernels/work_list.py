@@ -67,6 +67,8 @@ def make_work_list(
 
     A sliding_window of 0 is full attention.
     """
+    if not sliding_window and int(query_lens.max()) == 1 and int(context_lens.max()) <= rule.partition_len:
+        return _whole_decodes(context_lens)
     num_tiles = -(-query_lens // rule.query_tile)
     seqs, tile_index = expand(num_tiles)
     offsets = tile_index * rule.query_tile
@@ -96,6 +98,23 @@ def make_work_list(
         merge_items=_int32((np.cumsum(num_partitions) - num_partitions)[split_tiles]),
         merge_counts=_int32(num_partitions[split_tiles]),
         num_partial_rows=int(rows.sum()),
+    )
+
+
+def _whole_decodes(context_lens: NDArray[np.int64]) -> WorkList:
+    """What make_work_list finds where nobody runs more than a token, and no context is long enough to be cut."""
+    seqs = np.arange(len(context_lens), dtype=np.int32)
+    none = np.zeros(0, np.int32)
+    return WorkList(
+        seqs=seqs,
+        query_starts=seqs,
+        num_queries=np.ones_like(seqs),
+        kv_starts=np.zeros_like(seqs),
+        kv_ends=_int32(context_lens),
+        partials=np.full_like(seqs, -1),
+        merge_items=none,
+        merge_counts=none,
+        num_partial_rows=0,
     )
 
 

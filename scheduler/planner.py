@@ -5,7 +5,6 @@ Pure: no I/O, no clock. Running sequences come first, then waiting ones. When bl
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from scheduler.admitter import Admitter, Fit, PlannerLimits
 from scheduler.block_hash import extend_chain
@@ -14,18 +13,9 @@ from scheduler.forks import Forks
 from scheduler.history import PoolHistory
 from scheduler.pins import Pins
 from scheduler.sequence import Sequence, SequenceStatus
+from scheduler.step_rows import ScheduledRow, StepRows
 from scheduler.swap_ahead import SwapAhead
 from scheduler.worker_choice import Outlook
-
-
-class ScheduledRow(NamedTuple):
-    """One sequence's part in a step. num_tokens: 0 where it samples from what the row before it has run."""
-
-    sequence: Sequence
-    attempt: int
-    num_tokens: int
-    samples: bool
-    """Whether the plan reaches the sequence's last token, so that the worker samples the next."""
 
 
 @dataclass(slots=True)
@@ -68,6 +58,7 @@ class Planner:
         self.forks = Forks(blocks, limits.block_size)
         self._unsettled: list[Sequence] = []  # of an earlier owner, with blocks of which nothing may be computed yet
         self._admitter = Admitter(limits, blocks, self.swapper, self.forks)
+        self._step_rows = StepRows(limits, blocks, self.forks, self._admitter)
         self.waiting = self._admitter.waiting
         self.lengths = self._admitter.lengths
 
@@ -179,38 +170,8 @@ class Planner:
         self.swap_ahead.send_out(self.running, lookahead)
 
     def schedule(self) -> list[ScheduledRow]:
-        """The next step: one token of each sequence that decodes, the rest of the budget for prompts."""
-        budget = self.limits.max_num_batched_tokens
-        rows: list[ScheduledRow] = []
-        prefills: list[tuple[Sequence, int]] = []
-        block_size, leaders = self.limits.block_size, self.forks.leaders
-        for sequence in self.running:
-            num_tokens = sequence.num_unplanned_tokens
-            if num_tokens <= 0 or sequence.num_arriving_blocks:
-                continue
-            capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
-            if capacity <= 0:
-                continue
-            if num_tokens > 1:
-                prefills.append((sequence, capacity))
-            elif budget > 0:
-                # The last known token, or the one that is being sampled: it always samples the next.
-                sequence.num_planned_tokens += 1
-                sequence.num_plans_in_flight += 1
-                sequence.num_planned_samples += 1
-                rows.append(ScheduledRow(sequence, sequence.attempt, 1, True))
-                budget -= 1
-                if leaders and sequence.seq_id in leaders:
-                    rows += self._begin_forks(sequence)
-        for sequence, capacity in prefills:
-            if budget <= 0:
-                break
-            row = self._row(sequence, min(sequence.num_unplanned_tokens, capacity, budget))
-            rows.append(row)
-            budget -= row.num_tokens
-            if row.samples:
-                rows += self._begin_forks(sequence)
-        return rows
+        """The next step."""
+        return self._step_rows.share_out(self.running)
 
     @property
     def num_running_requests(self) -> int:
@@ -227,30 +188,6 @@ class Planner:
         return self._admitter.outlook(sequence.block_hashes, self.running)
 
     # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _row(self, sequence: Sequence, num_tokens: int) -> ScheduledRow:
-        sequence.num_planned_tokens += num_tokens
-        sequence.num_plans_in_flight += 1
-        samples = sequence.num_planned_tokens == len(sequence.token_ids) + sequence.num_planned_samples
-        if samples:
-            sequence.num_planned_samples += 1
-        return ScheduledRow(sequence, sequence.attempt, num_tokens, samples)
-
-    def _begin_forks(self, leader: Sequence) -> list[ScheduledRow]:
-        """The followers of a leader whose prompt this plan ends sample with it; those without room are queued."""
-        rows: list[ScheduledRow] = []
-        if leader.num_candidates:
-            return rows  # beams fork when their search has chosen
-        for follower in self.forks.followers_of(leader):
-            num_begun = self.forks.num_begun
-            has_room = num_begun < min(self.limits.max_num_seqs - len(self.running), self.blocks.num_available_blocks)
-            if has_room and not leader.num_output_tokens:
-                self.forks.begin(leader, follower)
-                rows.append(ScheduledRow(follower, follower.attempt, 0, True))
-            else:
-                self.forks.leave(follower)
-                self._admitter.queue(follower)
-        return rows
 
     def _grow_running(self, lookahead: int) -> bool:
         """Returns whether there was no shortage: admitting into a shortage would undo a preemption."""

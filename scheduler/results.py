@@ -7,8 +7,9 @@ from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.committer import Committer
 from scheduler.live_request import Ending, LiveChoice, LiveRequest
-from scheduler.planner import Planner, ScheduledRow
+from scheduler.planner import Planner
 from scheduler.sequence import FinishReason, Sequence, SequenceStatus
+from scheduler.step_rows import ScheduledRow
 from scheduler.wire import result_rows
 
 NOT_FINITE = Ending(FinishReason.ERROR, "INTERNAL", "the model's logits are not finite")

@@ -8,9 +8,9 @@ from struct import Struct
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.block_manager import BlockCopy
-from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence
+from scheduler.step_rows import ScheduledRow
 from scheduler.swapper import Swap
 
 _SEED = Struct("<QI")

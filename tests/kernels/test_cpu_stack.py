@@ -108,6 +108,8 @@ def test_layers_are_those_of_the_reference(model: Model) -> None:
     found = model.run(CpuKernels(model.case.shape), True)
     expected = model.run(ReferenceKernels(torch.device("cpu"), model.case.shape), True)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[model.dtype]
+    if model.case.kv_dtype is not None:
+        tolerance = max(tolerance, 1e-2)  # of 8 bits: what is rounded the other way is off by a whole step
     for one, other in zip(found, expected, strict=True):
         assert relative_error(one, other) < tolerance
 

@@ -25,10 +25,11 @@ from scheduler.float_bits import to_float32
 from scheduler.host_pool import HostPool
 from scheduler.live_request import Ending, LiveChoice, LiveRequest
 from scheduler.pins import Pins
-from scheduler.planner import Planner, ScheduledRow
+from scheduler.planner import Planner
 from scheduler.request import RequestBody
 from scheduler.results import Results, Step
 from scheduler.sequence import FinishReason, Sequence, SequenceLimits, SequenceStatus
+from scheduler.step_rows import ScheduledRow
 from scheduler.swap_ahead import Preemption, SwapAhead, SwapCosts
 from scheduler.swapper import Swap, Swapper
 from scheduler.wire import StepNumbers, StepWork, build_plan

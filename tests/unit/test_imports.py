@@ -14,6 +14,7 @@ OURS = {"scheduler", "worker", "kernels", "deploy", "pagoda", "tests"}
 PURE = (
     "planner",
     "admitter",
+    "step_rows",
     "beam_search",
     "best_of",
     "float_bits",

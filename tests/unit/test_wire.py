@@ -5,9 +5,9 @@ import pytest
 from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.block_manager import BlockCopy
-from scheduler.planner import ScheduledRow
 from scheduler.request import SamplingParams
 from scheduler.sequence import Sequence, SequenceLimits
+from scheduler.step_rows import ScheduledRow
 from scheduler.wire import ResultRow, StepNumbers, StepWork, build_plan, choice_seed, result_rows, sampler_params
 from worker.rng import draw
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise, product
 from random import Random
 
@@ -223,9 +223,8 @@ def counts(pool: Pool) -> tuple[int, int]:
 
 def test_one_request_alone_protects_nothing_whatever_befalls_it() -> None:
     """In chunks, preempted in the middle of its prompt, and admitted again to what it has published itself."""
-    pool = Pool(64)
+    pool = Pool(64, max_num_batched_tokens=64)
     sequence = pool.open(prompts(1, 1, 40)[0])
-    pool.planner.limits = replace(pool.planner.limits, max_num_batched_tokens=64)
     for num_steps in (3, 5):
         for _ in range(num_steps):
             pool.step()
@@ -252,8 +251,7 @@ def test_one_request_that_computes_again_what_was_evicted_from_it_protects_nothi
 
 def test_the_choices_of_one_request_protect_nothing() -> None:
     """Neither those that fork, nor those that find no room to and are admitted to the prompt's blocks later."""
-    pool = Pool(64)
-    pool.planner.limits = replace(pool.planner.limits, max_num_seqs=2)
+    pool = Pool(64, max_num_seqs=2)
     pool.open([1] * 65, num_choices=5)
     pool.finish()
     assert pool.planner.counters.num_prefix_hit_tokens >= 64

@@ -1,6 +1,5 @@
 """What is remembered for `pagoda explain`, and how much of it."""
 
-from dataclasses import replace
 from typing import cast
 
 from pagoda.v1 import generation_pb2 as pb
@@ -54,10 +53,9 @@ def test_a_miss_that_once_was_cached_names_who_took_the_blocks_and_when() -> Non
 
 
 def test_who_is_admitted_later_in_one_step_is_told_of_the_evictions_before() -> None:
-    pool = Pool(20)
+    pool = Pool(20, overcommit=100.0)
     served(pool, [1] * 161, 1.0)
     thief, victim = pool.open([2] * 200), pool.open([1] * 65)
-    pool.planner.limits = replace(pool.planner.limits, overcommit=100.0)
     pool.finish()
     assert victim.admissions[0].sources.count(HIT) + victim.admissions[0].sources.count(EVICTED) == 4
     assert {run.eviction[1] for run in victim.admissions[0].evicted} <= {thief.request_id}
@@ -101,8 +99,7 @@ def test_an_admission_has_so_many_runs_and_no_more() -> None:
 
 
 def test_of_many_admissions_the_first_and_the_last_are_kept() -> None:
-    pool = Pool(64)
-    pool.planner.limits = replace(pool.planner.limits, max_num_batched_tokens=16)
+    pool = Pool(64, max_num_batched_tokens=16)
     sequence = pool.open([1] * 320)
     for _ in range(9):
         pool.step()

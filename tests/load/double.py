@@ -6,7 +6,8 @@ on two ports, which it prints, and prints what it has seen since it was last ask
 Request k (in order of arrival) gets its first token after FIRST_S[k % 64], then one per GAP_S[j % 64]: both drawn once.
 With `--fail-every N` every Nth request is refused, with a delay to come back after; every Nth after the first fails
 after two tokens. `--stall-at-s` and `--stall-s`, from the first request's arrival: whatever was to be sent meanwhile,
-the answer to a request that arrives then included, is sent at its end.
+the answer to a request that arrives then included, is sent at its end. With `--text-only` the HTTP side takes text
+alone and no field beside OpenAI's own, and ends a stream without [DONE], as transformers serve does.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import grpc.aio
 import numpy as np
@@ -29,6 +31,7 @@ from pagoda.v1 import generation_pb2_grpc
 RETRY_AFTER_S = 1.5
 NUM_SCHEDULED = 64
 VOCAB_SIZE = 500
+OPENAI_FIELDS = {"model", "prompt", "max_tokens", "stream", "stream_options", "temperature"}
 _RNG = np.random.default_rng(11)
 FIRST_S = _RNG.uniform(0.2, 1.0, NUM_SCHEDULED)
 GAP_S = _RNG.uniform(0.06, 0.14, NUM_SCHEDULED)
@@ -151,10 +154,11 @@ def _refusal() -> status_pb2.Status:
 
 
 class Completions:
-    """OpenAI's streaming completions, with usage as vLLM gives it."""
+    """OpenAI's streaming completions, with usage as vLLM gives it, or with --text-only at the end."""
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, text_only: bool) -> None:
         self._schedule = schedule
+        self._text_only = text_only
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "double", "max_model_len": 4096}]})
@@ -165,14 +169,19 @@ class Completions:
         if self._schedule.is_refused(number):
             seen.how = "refused"
             return web.Response(status=429, text="the schedule says so", headers={"Retry-After": str(RETRY_AFTER_S)})
+        if self._text_only and (not isinstance(body["prompt"], str) or body.keys() - OPENAI_FIELDS):
+            return web.Response(status=422, text=f"not OpenAI's own: {body.keys() - OPENAI_FIELDS}, or ids")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
             async for token in self._schedule.tokens(number, seen, body["max_tokens"]):
                 choice = {"index": 0, "text": f" {token}", "token_ids": [token]}
-                await self._send(response, {"choices": [choice], "usage": self._usage(body, token + 1)})
-            await self._send(response, {"choices": [], "usage": self._usage(body, body["max_tokens"])})
-            await response.write(b"data: [DONE]\n\n")
+                usage = {} if self._text_only else {"usage": self._usage(body, token + 1)}
+                await self._send(response, {"choices": [choice], **usage})
+            ends = [{"index": 0, "text": "", "finish_reason": "length"}] if self._text_only else []
+            await self._send(response, {"choices": ends, "usage": self._usage(body, body["max_tokens"])})
+            if not self._text_only:
+                await response.write(b"data: [DONE]\n\n")
             seen.how = "completed"
         except StoppedError:
             seen.how = "failed"
@@ -182,8 +191,11 @@ class Completions:
         return response
 
     @staticmethod
-    def _usage(body: dict[str, list[int]], num_tokens: int) -> dict[str, int]:
-        return {"prompt_tokens": len(body["prompt"]), "completion_tokens": num_tokens}
+    def _usage(body: dict[str, Any], num_tokens: int) -> dict[str, int]:
+        """A word of text is a token."""
+        prompt: list[int] | str = body["prompt"]
+        words = prompt.split() if isinstance(prompt, str) else prompt
+        return {"prompt_tokens": len(words), "completion_tokens": num_tokens}
 
     @staticmethod
     async def _send(response: web.StreamResponse, event: dict[str, object]) -> None:
@@ -197,7 +209,7 @@ async def serve(options: argparse.Namespace) -> None:
     generation_pb2_grpc.add_GenerationServicer_to_server(Generation(schedule), server)
     grpc_port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    completions = Completions(schedule)
+    completions = Completions(schedule, options.text_only)
     app = web.Application()
     app.add_routes([web.get("/v1/models", completions.models), web.post("/v1/completions", completions.completions)])
     runner = web.AppRunner(app, handler_cancellation=True)
@@ -219,6 +231,7 @@ def main() -> None:
     parser.add_argument("--fail-every", type=int, default=0)
     parser.add_argument("--stall-at-s", type=float, default=0.0)
     parser.add_argument("--stall-s", type=float, default=0.0)
+    parser.add_argument("--text-only", action="store_true")
     asyncio.run(serve(parser.parse_args()))
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.load.double import VOCAB_SIZE
 from tests.load.harness.flags import expand_goodput
+from tests.load.peer_servers import write_words_tokenizer
 from tests.load.test_double import double
 from tests.stack import ROOT
 
@@ -53,6 +55,21 @@ def test_a_run_prints_figures_and_writes_json_and_a_page(tmp_path: Path) -> None
     assert compared.returncode == 0, compared.stderr
     assert re.search(r"completed +12 +12 +1.00x", compared.stdout)
     assert len(json.loads(re.search(r"const RESULTS = (.*);", (tmp_path / "c.html").read_text())[1])) == 2  # type: ignore[index]
+
+
+def test_a_server_that_takes_text_alone_is_sent_what_the_tokenizer_makes_of_the_ids(tmp_path: Path) -> None:
+    write_words_tokenizer(tmp_path, VOCAB_SIZE)
+    with double("--text-only") as server:
+        base_url = ("--backend", "openai", "--base-url", f"http://127.0.0.1:{server.ports['http']}")
+        text = ("--no-ignore-eos", "--tokenizer", "tokenizer.json")
+        ended = load(tmp_path, *base_url, *text, *QUICK, "--result-filename", "t.json")
+        refused = load(tmp_path, *base_url, *QUICK)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert (result["completed"], result["total_input_tokens"], result["total_output_tokens"]) == (12, 72, 36)
+    assert result["mean_ttft_ms"] > 0
+    assert refused.returncode == 1, "it was sent ids"
+    assert "HTTP 422" in refused.stdout
 
 
 def test_the_knee_is_the_fastest_stage_that_keeps_its_share(tmp_path: Path) -> None:
@@ -98,6 +115,7 @@ def test_ctrl_c_ends_a_run_early_and_reports_what_was_measured(tmp_path: Path) -
         (("--num-prompts", "0"), "--num-prompts 0: must be over 0"),
         (("--goodput", "ttft"), "--goodput ttft"),
         (("--backend", "openai"), "--base-url"),
+        (("--tokenizer", "tokenizer.json"), "--tokenizer"),
         (("--no-such-flag",), "no-such-flag"),
         (("--request-rate", "fast"), "--request-rate"),
         (("compare", "nowhere.json", "nowhere.json"), "nowhere.json"),

@@ -28,6 +28,7 @@ def load(
     host: Annotated[str, typer.Option(help="Where ours listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of ours.")] = 50051,
     model: Annotated[str | None, typer.Option(help="Of an OpenAI server. Unset: the first it lists.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json: send an OpenAI server text, not ids.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Prompts use ids below. Unset: as the server says.")] = None,
     num_prompts: Annotated[
         int | None, typer.Option(help="Conversations; unset: 1000, or what fills --duration-s.")

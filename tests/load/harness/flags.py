@@ -36,8 +36,8 @@ def settings_of(flags: Mapping[str, Any]) -> Settings:
     target = Target(
         backend=flags["backend"],
         address=flags["base_url"] if is_openai else f"{flags['host']}:{flags['port']}",
-        **{name: flags[name] for name in ("model", "vocab_size", "temperature", "ignore_eos", "stream_interval")},
-        request_timeout_s=flags["request_timeout_s"],
+        **{name: flags[name] for name in ("model", "tokenizer", "vocab_size", "temperature", "ignore_eos")},
+        **{name: flags[name] for name in ("stream_interval", "request_timeout_s")},
     )
     measures = Measures(
         percentile_metrics=_names(flags["percentile_metrics"]),

@@ -1,7 +1,8 @@
-"""A server that speaks OpenAI's HTTP API: streaming /v1/completions over prompts of token ids.
+"""A server that speaks OpenAI's HTTP API: streaming /v1/completions over prompts of token ids, or of text.
 
 Tokens are counted by the usage of each message where the server gives it (vLLM: continuous_usage_stats), else a message
-is one token, and the usage at the end says how many there were in all.
+is one token, and the usage at the end says how many there were in all. A server that takes only what OpenAI's own API
+has (transformers serve) gets text (Target.tokenizer) and no ignore_eos.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
+from tokenizers import Tokenizer
 
 from tests.load.harness.backend import Call, CallError, Chunk, ServerSample, Usage
 from tests.load.harness.errors import LoadError
@@ -28,6 +30,7 @@ class OpenAIBackend:
         timeout = aiohttp.ClientTimeout(total=target.request_timeout_s)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=MAX_LINE_BYTES)
         self._model_name = target.model
+        self._tokenizer = None if target.tokenizer is None else Tokenizer.from_file(str(target.tokenizer))
 
     async def model(self) -> ServedModel:
         """See Backend."""
@@ -41,7 +44,8 @@ class OpenAIBackend:
         if not found:
             raise LoadError(f"--model {self._target.model}: not served at {self._base_url}", 2)
         self._model_name = str(found[0]["id"])
-        vocab_size = self._target.vocab_size or DEFAULT_VOCAB_SIZE
+        known = DEFAULT_VOCAB_SIZE if self._tokenizer is None else self._tokenizer.get_vocab_size()
+        vocab_size = self._target.vocab_size or known
         return ServedModel(self._model_name, vocab_size, int(found[0].get("max_model_len") or 0))
 
     async def stream(self, call: Call) -> AsyncIterator[Chunk]:
@@ -60,17 +64,23 @@ class OpenAIBackend:
     def _body(self, call: Call) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model_name,
-            "prompt": call.token_ids,
+            "prompt": self._prompt(call),
             "max_tokens": call.max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "ignore_eos": self._target.ignore_eos,
         }
+        if self._target.ignore_eos:
+            body["ignore_eos"] = True
         if self._target.temperature is not None:
             body["temperature"] = self._target.temperature
         if call.needs_ids:
             body["return_token_ids"] = True
         return body
+
+    def _prompt(self, call: Call) -> list[int] | str:
+        if self._tokenizer is None:
+            return call.token_ids
+        return str(self._tokenizer.decode(call.token_ids, skip_special_tokens=False))
 
     async def cancel(self, request_id: str) -> None:
         """OpenAI's API has no such call; Settings refuses who asks for it."""
@@ -86,8 +96,11 @@ class OpenAIBackend:
 
 
 async def _chunks(lines: aiohttp.StreamReader, needs_ids: bool) -> AsyncIterator[Chunk]:
-    """Server-sent events up to [DONE]. Raises CallError for an error in the stream, or an end without [DONE]."""
-    num_counted = 0
+    """Server-sent events up to [DONE], or to the end where a reason for it was given (transformers serve).
+
+    Raises CallError for an error in the stream, and for an end before either.
+    """
+    num_counted, is_finished = 0, False
     async for line in lines:
         if not line.startswith(b"data:"):
             continue
@@ -101,11 +114,13 @@ async def _chunks(lines: aiohttp.StreamReader, needs_ids: bool) -> AsyncIterator
         num_counted += chunk.num_tokens
         if chunk.num_tokens or chunk.usage:
             yield chunk
-    raise CallError("CONNECTION", "the stream ended before [DONE]")
+        is_finished = is_finished or any(choice.get("finish_reason") for choice in event.get("choices") or ())
+    if not is_finished:
+        raise CallError("CONNECTION", "the stream ended before [DONE]")
 
 
 def _to_chunk(event: dict[str, Any], num_counted: int, needs_ids: bool) -> Chunk:
-    """One event; without choices it has the usage of all."""
+    """One event; the last ones have the usage of all."""
     usage: dict[str, Any] | None = event.get("usage")
     choices: list[dict[str, Any]] = event.get("choices") or []
     has_text = bool(choices) and bool(choices[0].get("text") or choices[0].get("token_ids"))
@@ -114,10 +129,12 @@ def _to_chunk(event: dict[str, Any], num_counted: int, needs_ids: bool) -> Chunk
     else:
         num_tokens = int(has_text)
     token_ids = (choices[0].get("token_ids") or ()) if choices and needs_ids else ()
-    if choices or usage is None:
+    is_last = not choices or choices[0].get("finish_reason")
+    if usage is None or not is_last:
         return Chunk(num_tokens, token_ids)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Chunk(0, (), Usage(usage.get("prompt_tokens") or 0, cached, usage.get("completion_tokens") or 0))
+    total = Usage(usage.get("prompt_tokens") or 0, cached, usage.get("completion_tokens") or 0)
+    return Chunk(num_tokens, token_ids, total)
 
 
 def _refused(status: int, text: str, retry_after: str | None) -> CallError:

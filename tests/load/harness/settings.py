@@ -32,6 +32,8 @@ class Target:
     """host:port or unix:PATH of ours; the base URL of an OpenAI server."""
     model: str | None = None
     """An OpenAI server's name for its model; None: the first that it lists."""
+    tokenizer: Path | None = None
+    """A tokenizer.json. Prompts go to an OpenAI server as the text that it makes of their ids; None: as ids."""
     vocab_size: int | None = None
     """Prompts are drawn from the ids below; None: as the server says, or 1,000."""
     temperature: float | None = 0.0
@@ -42,6 +44,9 @@ class Target:
     def __post_init__(self) -> None:
         require(self.backend in BACKENDS, "backend", self.backend, f"must be one of {', '.join(BACKENDS)}")
         require(self.vocab_size is None or self.vocab_size > 1, "vocab-size", self.vocab_size, "must be over 1")
+        if self.tokenizer is not None:
+            require(self.backend == "openai", "tokenizer", self.tokenizer, "goes with --backend openai")
+            require(self.tokenizer.is_file(), "tokenizer", self.tokenizer, "no such file")
         require(self.request_timeout_s > 0, "request-timeout-s", self.request_timeout_s, "must be over 0")
 
 
@@ -226,6 +231,9 @@ class Settings:
         is_openai = self.target.backend == "openai"
         require(not (is_openai and self.leavers.cancel_share), "cancel-share", self.leavers.cancel_share,
                 "an OpenAI server takes no cancel; use --disconnect-share")  # fmt: skip
+        is_text_conversation = self.target.tokenizer is not None and self.dataset.name == "conversation"
+        require(not is_text_conversation, "tokenizer", self.target.tokenizer,
+                "a conversation goes on from the ids of its answers, which text does not bring back")  # fmt: skip
         if self.knee is not None:
             require(self.pace.ramp is not None, "find-knee", "", "needs --ramp-up-strategy, its start and its end")
             require(bool(self.measures.goodput_ms), "find-knee", "", "needs --goodput: what a request must keep")

@@ -128,16 +128,19 @@ class Linear(Protocol):
     def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
         """Add y to `total`."""
 
-    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
-        """Add to `total` the y of SiLU(gate) * up. gate_up: [num_tokens, 2 * in], gates first."""
+
+class GatedLinear(Protocol):
+    """SiLU(gate) * up, where gate and up are the two halves of a `Linear`'s y, gates first."""
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """Of the norm of x: [num_tokens, out / 2]. Rows as in `Linear`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer: pre-norm, rotary grouped-query attention, gated MLP; its matrices as `Kernels.linear` made them.
+    """A decoder layer: pre-norm, rotary grouped-query attention, gated MLP; its matrices as `Kernels` made them.
 
-    qkv makes query heads, key heads, value heads; gate_up makes gates, then what they open. sliding_window as in
-    `AttentionStep.attend`.
+    qkv makes query heads, key heads, value heads. sliding_window as in `AttentionStep.attend`.
     """
 
     input_norm: Norm
@@ -145,7 +148,7 @@ class Layer:
     head_norms: HeadNorms | None
     o: Linear
     post_norm: Norm
-    gate_up: Linear
+    gate_up: GatedLinear
     down: Linear
     sliding_window: int
 
@@ -198,6 +201,9 @@ class Kernels(Protocol):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         """weight: [out, in], contiguous; bias: [out]. It may keep its own copy, in an order of its own."""
+
+    def gated(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+        """As `linear`, of gates over what they open."""
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """The lowest of the most likely token ids, and whether all logits are finite (1 or 0): [2, num_rows] int64.

@@ -17,4 +17,4 @@ def run_layers(
         heads = heads.view(len(hidden), -1, head_dim)
         query = step.rotate_and_write(heads, angles, layer.head_norms, layer_kv)
         layer.o.add(step.attend(query, layer_kv, layer.sliding_window).flatten(1), hidden)
-        layer.down.add_gated(layer.gate_up.of_normed(hidden, layer.post_norm), hidden)
+        layer.down.add(layer.gate_up.of_normed(hidden, layer.post_norm), hidden)

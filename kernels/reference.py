@@ -92,6 +92,10 @@ class ReferenceKernels:
         """See `kernels.Kernels.linear`."""
         return ReferenceLinear(weight, bias)
 
+    def gated(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "ReferenceGatedLinear":
+        """See `kernels.Kernels.gated`."""
+        return ReferenceGatedLinear(ReferenceLinear(weight, bias))
+
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""
         return greedy(logits)
@@ -212,13 +216,20 @@ class ReferenceLinear:
         """See `kernels.Linear.add`."""
         total += self._multiply(x)
 
-    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
-        """See `kernels.Linear.add_gated`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        total += self._multiply(F.silu(gate) * up)
-
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
+
+
+class ReferenceGatedLinear:
+    """See `kernels.GatedLinear`."""
+
+    def __init__(self, gate_up: ReferenceLinear) -> None:
+        self._gate_up = gate_up
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.GatedLinear.of_normed`."""
+        gate, up = self._gate_up.of_normed(x, norm).chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:

@@ -126,6 +126,7 @@ class _Step:
         self._head_norms = HeadNorms(random(shape.head_dim), random(shape.head_dim), EPSILON)
         num_inputs, num_outputs = MATRIX
         self._weight, self._bias = random(num_outputs, num_inputs) / num_inputs**0.5, random(num_outputs)
+        self._gate_up, self._gate_up_bias = self._weight.repeat(2, 1), random(2 * num_outputs)
         self._norm = Norm(random(num_inputs), EPSILON)
         self._draws = Draws(
             rows=np.arange(num_outputs),
@@ -135,7 +136,7 @@ class _Step:
             min_p=np.full(num_outputs, 0.01, np.float32),
             uniforms=rng.random(num_outputs),
         )
-        self._rows, self._total = random(num_tokens, 2 * num_inputs), random(num_tokens, num_outputs)
+        self._rows, self._total = random(num_tokens, num_inputs), random(num_tokens, num_outputs)
 
     def run(self, kernels: Kernels, sliding_window: int) -> torch.Tensor:
         """All operations: outputs, and the copied block, in one float32 vector."""
@@ -162,9 +163,7 @@ class _Step:
         return pool
 
     def _multiply(self, kernels: Kernels) -> list[torch.Tensor]:
-        linear = kernels.linear(self._weight, self._bias)
-        rows = self._rows[:, : self._weight.shape[1]].contiguous()
-        added, gated = self._total.clone(), self._total.clone()
+        linear, gated = kernels.linear(self._weight, self._bias), kernels.gated(self._gate_up, self._gate_up_bias)
+        rows, norm, added = self._rows, self._norm, self._total.clone()
         linear.add(rows, added)
-        linear.add_gated(self._rows, gated)
-        return [linear.of_normed(rows, self._norm), linear.logits(rows, self._norm), added, gated]
+        return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated.of_normed(rows, norm)]

@@ -12,7 +12,7 @@ import torch
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
 from kernels.build import best_library
 from kernels.cpu.binding import NativeLibrary, SampleCall, c_shape
-from kernels.cpu.linear import PackedLinear
+from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from kernels.cpu.stack import LayerStack
 from kernels.cpu.step import CpuStep
 from kernels.cpu.targets import Target, library, runnable_targets
@@ -69,6 +69,11 @@ class CpuKernels:
         """See `kernels.Kernels.linear`."""
         assert weight.dtype == self.shape.dtype
         return PackedLinear(self.native, weight, bias)
+
+    def gated(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedGatedLinear:
+        """See `kernels.Kernels.gated`."""
+        assert weight.dtype == self.shape.dtype
+        return PackedGatedLinear(self.native, weight, bias)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""

@@ -97,7 +97,7 @@ class LayersCall(ctypes.Structure):
         ("shape", POINTER(Shape)),
         ("layers", POINTER(Layer)),
         ("windows", POINTER(WindowWork)),
-        *((name, c_void_p) for name in ("hidden", "heads", "attended", "gate_up", "cos", "sin", "slot_mapping")),
+        *((name, c_void_p) for name in ("hidden", "heads", "attended", "gated", "cos", "sin", "slot_mapping")),
         ("num_tokens", c_int64),
         ("num_layers", c_int32),
         ("num_threads", c_int32),
@@ -139,7 +139,7 @@ class NativeLibrary:
         self.sample.argtypes = (POINTER(SampleCall),)
         self.sample.restype = None
         self.pack = library.pagoda_pack
-        self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32)
+        self.pack.argtypes = (c_void_p, c_void_p, c_int32, c_int32, c_int32, c_int32)
         self.pack.restype = None
         self.packed_size = library.pagoda_packed_size
         self.packed_size.argtypes = (c_int32, c_int32)

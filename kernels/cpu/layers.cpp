@@ -24,14 +24,14 @@ class Step {
         hidden_{call.hidden, call.layers[0].qkv.num_inputs},
         heads_{call.heads, call.layers[0].qkv.num_outputs},
         attended_{call.attended, call.layers[0].o.num_inputs},
-        gate_up_{call.gate_up, call.layers[0].gate_up.num_outputs} {}
+        gated_{call.gated, call.layers[0].down.num_inputs} {}
 
   void run(const Layer& layer) const {
     multiply(layer.qkv, kNormed, hidden_, kWrite, heads_, layer.input_norm, layer.norm_epsilon);
     attend(layer);
     multiply(layer.o, kPlain, attended_, kAdd, hidden_);
-    multiply(layer.gate_up, kNormed, hidden_, kWrite, gate_up_, layer.post_norm, layer.norm_epsilon);
-    multiply(layer.down, kGated, gate_up_, kAdd, hidden_);
+    multiply(layer.gate_up, kNormed, hidden_, kWriteGated, gated_, layer.post_norm, layer.norm_epsilon);
+    multiply(layer.down, kPlain, gated_, kAdd, hidden_);
   }
 
  private:
@@ -54,7 +54,7 @@ class Step {
   }
 
   const LayersCall& call_;
-  Rows hidden_, heads_, attended_, gate_up_;
+  Rows hidden_, heads_, attended_, gated_;
 };
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace pagoda {
 
 // One layer: its packed matrices, its norms, its part of the KV pool.
 struct Layer {
-  Linear qkv, o, gate_up, down;
+  Linear qkv, o, gate_up, down;  // gate_up was packed as gated
   const void* input_norm;  // [hidden_size], as post_norm
   const void* post_norm;
   const void* query_norm;  // [head_dim], or null, as key_norm
@@ -34,7 +34,7 @@ struct LayersCall {
   void* hidden;    // [num_tokens, hidden_size]: in and out
   void* heads;     // scratch, [num_tokens, outputs of qkv]
   void* attended;  // scratch, [num_tokens, inputs of o]
-  void* gate_up;   // scratch, [num_tokens, outputs of gate_up]
+  void* gated;     // scratch, [num_tokens, inputs of down]
   const void* cos;  // as in RotateCall
   const void* sin;
   const int64_t* slot_mapping;

@@ -77,7 +77,6 @@ class Product {
     std::fill(to + width, to + depth_, Prepared{});
     switch (call_.input_kind) {
       case kPlain: return convert(from, to, width);
-      case kGated: return gate(from, to, width);
       case kNormed:
         return normalize(from, static_cast<const Element*>(call_.norm_weight), to, width, call_.norm_epsilon);
     }
@@ -92,6 +91,7 @@ class Product {
         return finish_rows<Element>(block, first_row, [](const Element* before, int count, Floats x) {
           return load_some(before, count) + x;
         });
+      case kWriteGated: return finish_gated(block, first_row);
     }
   }
 
@@ -107,6 +107,37 @@ class Product {
         if (bias) x += load_some(bias + block.first_column + column, count);
         store_some(to + column, combine(to + column, count, x), count);
       });
+    }
+  }
+
+  // Of each panel's halves one vector, or part of one.
+  void finish_gated(const SumBlock& block, int64_t first_row) const {
+    const int width = linear_.num_outputs / 2, first = block.first_column / 2;
+    const int num_columns = std::min(block.num_columns / 2, width - first);
+    const auto* bias = static_cast<const Element*>(linear_.bias);
+    for (int row = block.first_row; row < block.end_row; ++row) {
+      const float* sums = block.sums + (row - block.first_row) * block.stride;
+      Element* to = static_cast<Element*>(call_.output) + (first_row + row) * call_.output_stride + first;
+      for_vectors(num_columns, [=](int column, int count) {
+        Floats gate = half_columns<0>(sums, column, count), up = half_columns<1>(sums, column, count);
+        if (bias) {
+          gate += load_some(bias + first + column, count);
+          up += load_some(bias + width + first + column, count);
+        }
+        store_some(to + column, silu(gate) * up, count);
+      });
+    }
+  }
+
+  // The first or the second halves of panels, side by side: columns `column` to `column + count` of them.
+  template <int half>
+  static Floats half_columns(const float* sums, int column, int count) {
+    constexpr int kHalf = Panels::kColumns / 2;
+    const auto at = [=](int i) { return sums + i / kHalf * Panels::kColumns + half * kHalf + i % kHalf; };
+    if constexpr (kHalf % kLanes == 0) {
+      return load(at(column));
+    } else {
+      return load_two(at(column), count > kHalf ? at(column + kHalf) : at(column));
     }
   }
 
@@ -130,21 +161,24 @@ extern "C" int64_t pagoda_packed_size(int32_t num_outputs, int32_t num_inputs) {
   return (num_outputs + Panels::kColumns - 1) / Panels::kColumns * Panels::kColumns * depth_of(num_inputs);
 }
 
-// weight: [num_outputs, num_inputs], contiguous; packed: see Linear.
-extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs,
+// weight: [num_outputs, num_inputs], contiguous, gates before what they open; packed: see Linear.
+extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs, int32_t is_gated,
                             int32_t num_threads) {
   using namespace pagoda;
   constexpr int kColumns = Panels::kColumns;
   const int64_t depth = depth_of(num_inputs);
   for_units(num_threads, (num_outputs + kColumns - 1) / kColumns, [=](int64_t panel) {
-    const Element* from = static_cast<const Element*>(weight) + panel * kColumns * num_inputs;
+    const Element* rows[kColumns];  // of the panel's columns; null where there is none
+    for (int column = 0; column < kColumns; ++column) {
+      const int half = is_gated ? kColumns / 2 : kColumns, width = is_gated ? num_outputs / 2 : num_outputs;
+      const int64_t row = panel * half + column % half;
+      const auto* first = static_cast<const Element*>(weight);
+      rows[column] = row < width ? first + (row + column / half * width) * num_inputs : nullptr;
+    }
     Element* to = static_cast<Element*>(packed) + panel * kColumns * depth;
-    const int num_columns = std::min<int64_t>(kColumns, num_outputs - panel * kColumns);
     for (int64_t group = 0; group < depth; group += Panels::kGroup) {
-      for (int column = 0; column < kColumns; ++column) {
-        for (int64_t k = group; k < group + Panels::kGroup; ++k) {
-          *to++ = column < num_columns && k < num_inputs ? from[column * num_inputs + k] : Element{};
-        }
+      for (const Element* row : rows) {
+        for (int64_t k = group; k < group + Panels::kGroup; ++k) *to++ = row && k < num_inputs ? row[k] : Element{};
       }
     }
   });

@@ -6,7 +6,7 @@
 namespace pagoda {
 
 // y = x W^T + b. W is packed in panels of outputs, [num_panels][depth / kGroup][kColumns][kGroup] (see panels.h), filled
-// up with zeros.
+// up with zeros. One that is packed as gated has gates in the first half of each panel, and in the second what they open.
 struct Linear {
   const void* weight;
   const void* bias;  // [num_outputs] of Element, or null
@@ -18,16 +18,20 @@ struct Linear {
 enum Input : int32_t {
   kPlain = 0,
   kNormed = 1,  // the root mean square norm of a row of num_inputs
-  kGated = 2,   // a row of 2 * num_inputs: SiLU of the first half, times the second
 };
 
-enum Output : int32_t { kWrite = 0, kAdd = 1, kWriteFloat = 2 };
+enum Output : int32_t {
+  kWrite = 0,
+  kAdd = 1,
+  kWriteFloat = 2,
+  kWriteGated = 3,  // SiLU of the first half of y, times the second; W was packed as gated
+};
 
 // Rows are `stride` elements apart.
 struct LinearCall {
-  const void* input;        // [num_rows, num_inputs or twice that]
+  const void* input;        // [num_rows, num_inputs]
   const void* norm_weight;  // [num_inputs]; kNormed
-  void* output;             // [num_rows, num_outputs]; float32 for kWriteFloat
+  void* output;             // [num_rows, num_outputs], float32 for kWriteFloat; [num_rows, num_outputs / 2] for kWriteGated
   int64_t input_stride;
   int64_t output_stride;
   int64_t num_rows;

@@ -1,4 +1,4 @@
-"""Matrix products over packed weights: see `kernels.Linear`."""
+"""Matrix products over packed weights: see `kernels.Linear` and `kernels.GatedLinear`."""
 
 import torch
 
@@ -7,14 +7,16 @@ from kernels.cpu.binding import LinearCall, LinearWeight, NativeLibrary
 from kernels.cpu.memory import empty_on_huge_pages
 
 # Input and Output of `linear.h`.
-PLAIN, NORMED, GATED = range(3)
-WRITE, ADD, WRITE_FLOAT = range(3)
+PLAIN, NORMED = range(2)
+WRITE, ADD, WRITE_FLOAT, WRITE_GATED = range(4)
 
 
-class PackedLinear:
-    """See `kernels.Linear`. A row of y is the same, bit by bit, whatever the other rows are, and how many."""
+class _Packed:
+    """A matrix as `linear.h` wants it. A row of y is the same, bit by bit, whatever the other rows, and how many."""
 
-    def __init__(self, native: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, native: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None, is_gated: bool = False
+    ) -> None:
         assert weight.is_contiguous()
         self._native = native
         self.num_outputs, self.num_inputs = weight.shape
@@ -22,7 +24,7 @@ class PackedLinear:
         shape = (self.num_outputs, self.num_inputs)
         self._packed = empty_on_huge_pages((native.packed_size(*shape),), weight.dtype)
         self._bias = bias
-        native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, torch.get_num_threads())
+        native.pack(weight.data_ptr(), self._packed.data_ptr(), *shape, is_gated, torch.get_num_threads())
         self.structure = LinearWeight(
             self._packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -31,36 +33,46 @@ class PackedLinear:
         )
         self._call = LinearCall()  # one for all calls: filling it anew would take longer than a small product
 
-    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """See `kernels.Linear.of_normed`."""
-        y = torch.empty((x.shape[0], self.num_outputs), dtype=self._dtype)
-        self._run(x, y, NORMED, WRITE, norm)
-        return y
-
-    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """See `kernels.Linear.logits`."""
-        y = torch.empty((x.shape[0], self.num_outputs), dtype=torch.float32)
-        self._run(x, y, NORMED, WRITE_FLOAT, norm)
-        return y
-
-    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
-        """See `kernels.Linear.add`."""
-        self._run(x, total, PLAIN, ADD)
-
-    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
-        """See `kernels.Linear.add_gated`."""
-        self._run(gate_up, total, GATED, ADD)
-
-    def _run(self, x: torch.Tensor, y: torch.Tensor, before: int, after: int, norm: Norm | None = None) -> None:
+    def _run(self, x: torch.Tensor, y: torch.Tensor, before: int, after: int, norm: Norm | None = None) -> torch.Tensor:
+        """y, filled."""
         call, (num_rows, width) = self._call, x.shape
-        assert width == self.num_inputs * (2 if before == GATED else 1)
+        assert width == self.num_inputs
         assert x.dtype == self._dtype
         assert x.is_contiguous()
         assert y.is_contiguous()
         call.input, call.output, call.num_rows = x.data_ptr(), y.data_ptr(), num_rows
-        call.input_stride, call.output_stride = width, self.num_outputs
+        call.input_stride, call.output_stride = width, y.shape[1]
         call.input_kind, call.output_kind = before, after
         if norm is not None:
             call.norm_weight, call.norm_epsilon = norm.weight.data_ptr(), norm.epsilon
         call.num_threads = torch.get_num_threads()
         self._native.linear(self.structure, call)
+        return y
+
+
+class PackedLinear(_Packed):
+    """See `kernels.Linear`."""
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.Linear.of_normed`."""
+        return self._run(x, torch.empty((x.shape[0], self.num_outputs), dtype=self._dtype), NORMED, WRITE, norm)
+
+    def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.Linear.logits`."""
+        return self._run(x, torch.empty((x.shape[0], self.num_outputs)), NORMED, WRITE_FLOAT, norm)
+
+    def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
+        """See `kernels.Linear.add`."""
+        self._run(x, total, PLAIN, ADD)
+
+
+class PackedGatedLinear(_Packed):
+    """See `kernels.GatedLinear`."""
+
+    def __init__(self, native: NativeLibrary, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(native, weight, bias, is_gated=True)
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.GatedLinear.of_normed`."""
+        y = torch.empty((x.shape[0], self.num_outputs // 2), dtype=self._dtype)
+        return self._run(x, y, NORMED, WRITE_GATED, norm)

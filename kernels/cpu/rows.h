@@ -1,4 +1,4 @@
-// Rows of a layer's tensors as float32, with the norm or the gate that comes before a matrix product.
+// Rows of a layer's tensors as float32, with the norm that comes before a matrix product and the gate that comes behind.
 #pragma once
 
 #include <algorithm>
@@ -50,17 +50,11 @@ inline void normalize(const Element* row, const Element* weight, To* to, int wid
   });
 }
 
+// As exact as an Element is.
 inline Floats silu(Floats x) {
-  const Floats power = exp2((x < 0.0f ? x : -x) * kLog2E);
+  const Floats exponent = (x < 0.0f ? x : -x) * kLog2E;
+  const Floats power = std::is_same_v<Element, BFloat16> ? exp2_rough(exponent) : exp2(exponent);
   return x * (x < 0.0f ? power : broadcast(1.0f)) / (power + 1.0f);
-}
-
-// row: [2 * width], gates before what they open.
-template <class To>
-inline void gate(const Element* row, To* to, int width) {
-  for_vectors(width, [&](int d, int count) {
-    store_some(to + d, silu(load_some(row + d, count)) * load_some(row + width + d, count), count);
-  });
 }
 
 template <class To>

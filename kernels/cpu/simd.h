@@ -128,6 +128,19 @@ inline Floats load(const Float8* from) {
   return from_float16((extended << 7) & 0xbfff);  // the sign had spread over the exponent's highest bit
 }
 
+// Half as many from `first` as from `second`.
+inline Floats load_two(const float* first, const float* second) {
+#if defined(__AVX512F__)
+  const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first));
+  return _mm512_insertf32x8(low, _mm256_loadu_ps(second), 1);
+#else
+  Floats x;
+  std::memcpy(&x, first, sizeof x / 2);
+  std::memcpy(reinterpret_cast<float*>(&x) + kLanes / 2, second, sizeof x / 2);
+  return x;
+#endif
+}
+
 // The first `count` of kLanes elements, then zeros; reads no others.
 template <class Element>
 inline Floats load_first(const Element* from, int count) {

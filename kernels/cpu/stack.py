@@ -6,11 +6,11 @@ import torch
 
 from kernels import Layer, LayerKV
 from kernels.cpu import binding
-from kernels.cpu.linear import PackedLinear
+from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 
 
 class LayerStack:
-    """Owns the C structures; keeps alive what they point to. Every matrix is a PackedLinear."""
+    """Owns the C structures; keeps alive what they point to. Every matrix was packed by `kernels.cpu.linear`."""
 
     def __init__(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> None:
         self._layers = layers
@@ -18,8 +18,10 @@ class LayerStack:
         self.windows = sorted({layer.sliding_window for layer in layers})
         structures = [self._structure(layer, layer_kv) for layer, layer_kv in zip(layers, kv, strict=True)]
         self.c_layers = (binding.Layer * len(layers))(*structures)
-        self._widths = tuple(_packed(x).num_outputs for x in (layers[0].qkv, layers[0].gate_up))
-        self._attended = _packed(layers[0].o).num_inputs
+        self._widths = (
+            _packed(layers[0].qkv).num_outputs,
+            *(_packed(x).num_inputs for x in (layers[0].o, layers[0].down)),
+        )
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -28,10 +30,9 @@ class LayerStack:
         """Whether these very objects are laid out here."""
         return self._layers is layers and self._kv is kv
 
-    def scratch(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Room for heads, attended and gate_up of LayersCall."""
-        heads, gate_up = (hidden.new_empty((hidden.shape[0], width)) for width in self._widths)
-        return heads, hidden.new_empty((hidden.shape[0], self._attended)), gate_up
+    def scratch(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Room for heads, attended and gated of LayersCall."""
+        return [hidden.new_empty((hidden.shape[0], width)) for width in self._widths]
 
     def _structure(self, layer: Layer, kv: LayerKV) -> binding.Layer:
         norms = layer.head_norms
@@ -50,6 +51,6 @@ class LayerStack:
         )
 
 
-def _packed(linear: object) -> PackedLinear:
-    assert isinstance(linear, PackedLinear)
+def _packed(linear: object) -> PackedLinear | PackedGatedLinear:
+    assert isinstance(linear, PackedLinear | PackedGatedLinear)
     return linear

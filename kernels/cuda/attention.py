@@ -12,7 +12,7 @@ import torch
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws
 from kernels.cuda.library import BlockCopyArgs, GreedyArgs, KernelLibrary
-from kernels.cuda.linear import CudaLinear
+from kernels.cuda.linear import CudaGatedLinear, CudaLinear
 from kernels.cuda.step import CudaStep
 from kernels.cuda.variant import Variant
 from kernels.kv_format import KVFormat
@@ -104,6 +104,11 @@ class CudaKernels:
         """See `kernels.Kernels.linear`."""
         assert weight.dtype == self.shape.dtype
         return CudaLinear(self.library(has_window=False), self.backend.current_stream, weight, bias)
+
+    def gated(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CudaGatedLinear:
+        """See `kernels.Kernels.gated`."""
+        linear = self.linear(weight, bias)
+        return CudaGatedLinear(self.library(has_window=False), self.backend.current_stream, linear)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         """See `kernels.Kernels.greedy`."""

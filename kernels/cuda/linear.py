@@ -1,4 +1,4 @@
-"""Matrix products by cuBLAS, through torch, between our own norms, gates and sums: see `kernels.Linear`."""
+"""Matrix products by cuBLAS, through torch, between our own norms and gates: see `kernels.Linear`, `GatedLinear`."""
 
 from collections.abc import Callable
 
@@ -52,11 +52,19 @@ class CudaLinear:
             total += self._bias
         total.addmm_(x, self._weight.t())
 
-    def add_gated(self, gate_up: torch.Tensor, total: torch.Tensor) -> None:
-        """See `kernels.Linear.add_gated`."""
-        _check_rows(gate_up, self._weight)
-        num_rows, size = gate_up.shape[0], self._weight.shape[1]
-        assert gate_up.shape[1] == 2 * size
+
+class CudaGatedLinear:
+    """See `kernels.GatedLinear`. The gate is a kernel of its own behind the product."""
+
+    def __init__(self, library: KernelLibrary, current_stream: Callable[[], int], gate_up: CudaLinear) -> None:
+        self._library = library
+        self._current_stream = current_stream
+        self._gate_up = gate_up
+
+    def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """See `kernels.GatedLinear.of_normed`."""
+        gate_up = self._gate_up.of_normed(x, norm)
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         gated = gate_up.new_empty((num_rows, size))
         self._library.gate(
             GateArgs(
@@ -67,7 +75,7 @@ class CudaLinear:
                 size=size,
             )
         )
-        self.add(gated, total)
+        return gated
 
 
 def _check_rows(x: torch.Tensor, weight: torch.Tensor) -> None:

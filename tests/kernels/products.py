@@ -22,21 +22,23 @@ class Product:
             return torch.randn(*shape, generator=rng).to(dtype)
 
         self.weight, self.bias = random(num_outputs, num_inputs), random(num_outputs)
-        self.rows, self.gate_up = random(num_rows, num_inputs), random(num_rows, 2 * num_inputs)
+        self.gate_up, self.gate_up_bias = random(2 * num_outputs, num_inputs), random(2 * num_outputs)
+        self.rows = random(num_rows, num_inputs)
         self.norm, self.total = Norm(random(num_inputs), EPSILON), random(num_rows, num_outputs)
 
     def expected(self, has_bias: bool, rounds_rows: bool = False) -> list[torch.Tensor]:
         """rounds_rows: to the dtype, before they are multiplied."""
 
-        def linear(x: torch.Tensor) -> torch.Tensor:
+        def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             if rounds_rows:
-                x = x.to(self.weight.dtype).double()
-            return F.linear(x, self.weight.double(), self.bias.double() if has_bias else None)
+                x = x.to(weight.dtype).double()
+            return F.linear(x, weight.double(), bias.double() if has_bias else None)
 
         rows, total = self.rows.double(), self.total.double()
-        normed = linear(F.rms_norm(rows, (rows.shape[1],), self.norm.weight.double(), EPSILON))
-        gate, up = self.gate_up.double().chunk(2, dim=1)
-        return [normed, normed, total + linear(rows), total + linear(F.silu(gate) * up)]
+        normed_rows = F.rms_norm(rows, (rows.shape[1],), self.norm.weight.double(), EPSILON)
+        normed = linear(normed_rows, self.weight, self.bias)
+        gate, up = linear(normed_rows, self.gate_up, self.gate_up_bias).chunk(2, dim=1)
+        return [normed, normed, total + linear(rows, self.weight, self.bias), F.silu(gate) * up]
 
     def found(
         self,
@@ -46,25 +48,30 @@ class Product:
         place: Callable[[torch.Tensor], torch.Tensor] = guarded,
     ) -> list[torch.Tensor]:
         linear = kernels.linear(place(self.weight), place(self.bias) if has_bias else None)
+        gated = kernels.gated(place(self.gate_up), place(self.gate_up_bias) if has_bias else None)
         norm = Norm(place(self.norm.weight), self.norm.epsilon)
-        rows, gate_up = place(self.rows[some]), place(self.gate_up[some])
-        added, gated = place(self.total[some]), place(self.total[some])
+        rows, added = place(self.rows[some]), place(self.total[some])
         linear.add(rows, added)
-        linear.add_gated(gate_up, gated)
-        return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated]
+        return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated.of_normed(rows, norm)]
 
 
 def check_what_is_not_finite(kernels: Kernels) -> None:
     """It stays visible, in its own row and in no other. kernels: of bfloat16."""
     product = Product(3, 40, 20, torch.bfloat16, seed=1)
-    product.gate_up[0, 3], product.gate_up[1, 45] = float("nan"), float("inf")
     product.rows[2, 1] = float("nan")
-    normed, logits, added, gated = product.found(kernels, has_bias=True)
-    for outputs in (normed, logits, added):
+    for outputs in product.found(kernels, has_bias=True):
         assert outputs[2].isnan().all()
         assert outputs[:2].isfinite().all()
-    assert not gated[:2].isfinite().any()
-    assert gated[2].isfinite().all()
+
+
+def check_gate(kernels: Kernels, dtype: torch.dtype, gate: float) -> None:
+    """The bias alone makes gates and what they open."""
+    bias = torch.cat((torch.full((16,), gate), torch.ones(16))).to(dtype)
+    gated = kernels.gated(guarded(torch.zeros(32, 16, dtype=dtype)), guarded(bias))
+    norm = Norm(guarded(torch.ones(16, dtype=dtype)), EPSILON)
+    found = gated.of_normed(guarded(torch.ones(1, 16, dtype=dtype)), norm)
+    expected = F.silu(torch.full((1, 16), gate)).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-30)
 
 
 @st.composite

@@ -57,7 +57,8 @@ class Model:
                 head_norms=HeadNorms(weights["query"], weights["key"], EPSILON) if self.has_norms else None,
                 post_norm=Norm(weights["post_norm"], EPSILON),
                 sliding_window=window,
-                **{name: kernels.linear(weights[name], weights[name + "_bias"]) for name in self.sizes},
+                gate_up=kernels.gated(weights["gate_up"], weights["gate_up_bias"]),
+                **{name: kernels.linear(weights[name], weights[name + "_bias"]) for name in ("qkv", "o", "down")},
             )
             for weights, window in zip(self.weights, WINDOWS, strict=True)
         ]

@@ -14,6 +14,7 @@ from kernels import (
     AttentionStep,
     BlockCopy,
     Draws,
+    GatedLinear,
     HeadNorms,
     Kernels,
     Layer,
@@ -44,6 +45,9 @@ class Broken:
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         return self.kernels.linear(weight, None if self.mistake == "adds no bias" else bias)
+
+    def gated(self, weight: torch.Tensor, bias: torch.Tensor | None) -> GatedLinear:
+        return self.kernels.gated(weight, None if self.mistake == "gates without bias" else bias)
 
     def greedy(self, logits: torch.Tensor) -> torch.Tensor:
         return self.kernels.greedy(-logits if self.mistake == "takes the least likely" else logits)
@@ -88,7 +92,7 @@ def serving(caplog: pytest.LogCaptureFixture) -> str:
     "mistake",
     [
         *("copies nothing", "turns the wrong way", "norms no head", "sees past its window", "leaves a NaN"),
-        *("loses a partition", "adds no bias", "takes the least likely", "samples a neighbour"),
+        *("loses a partition", "adds no bias", "gates without bias", "takes the least likely", "samples a neighbour"),
     ],
 )
 def test_wrong_kernels_do_not_serve(

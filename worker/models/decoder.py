@@ -95,7 +95,7 @@ def _layer(spec: ModelSpec, weights: LayerWeights, sliding_window: int, kernels:
         head_norms=head_norms,
         o=kernels.linear(weights.o.weight, weights.o.bias),
         post_norm=Norm(weights.post_norm, eps),
-        gate_up=kernels.linear(weights.gate_up.weight, weights.gate_up.bias),
+        gate_up=kernels.gated(weights.gate_up.weight, weights.gate_up.bias),
         down=kernels.linear(weights.down.weight, weights.down.bias),
         sliding_window=sliding_window,
     )

@@ -48,9 +48,9 @@ class ModelRunner:
             self._last = torch.zeros((2, 0), dtype=torch.int64)
             return Choices(self._last)
         device, last = self._pool.blocks.device, self._last
-        logit_rows = upload(inputs.logit_rows, device)
         hidden = self._forward.hidden(inputs, last)
-        choices = choose(self._decoder.logits(hidden[logit_rows]), inputs.sampled, self._kernels)
+        rows = slice(len(inputs.logit_rows)) if inputs.samples_all else upload(inputs.logit_rows, device)
+        choices = choose(self._decoder.logits(hidden[rows]), inputs.sampled, self._kernels)
         self._last = choices.tokens
         if inputs.is_fed:
             taint(self._last, upload(inputs.input_ids[inputs.logit_rows], device), last)

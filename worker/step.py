@@ -106,6 +106,12 @@ class StepInputs:
     scheduled: Scheduled
 
     @property
+    def samples_all(self) -> bool:
+        """Whether every token samples, each once: the common step of decodes."""
+        rows = self.logit_rows
+        return len(rows) == len(self.input_ids) and bool((rows == np.arange(len(rows))).all())
+
+    @property
     def is_fed(self) -> bool:
         """Whether it runs tokens that only the runner can know."""
         return bool((self.input_ids < 0).any())

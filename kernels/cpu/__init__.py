@@ -62,7 +62,7 @@ class CpuKernels:
     def stack(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> LayerStack:
         """The layers as the C++ wants them, made when they are first met."""
         if self._stack is None or not self._stack.is_of(layers, kv):
-            self._stack = LayerStack(layers, kv)
+            self._stack = LayerStack(self.c_shape, layers, kv)
         return self._stack
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:

@@ -1,38 +1,55 @@
-"""A model's layers and their KV, laid out once for `layers.cpp`."""
+"""A model's layers, their KV and room for what they compute, laid out once for `layers.cpp`."""
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 
-from kernels import Layer, LayerKV
+from kernels import Angles, Layer, LayerKV
 from kernels.cpu import binding
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
+from kernels.cpu.memory import empty_on_huge_pages
 
 
 class LayerStack:
     """Owns the C structures; keeps alive what they point to. Every matrix was packed by `kernels.cpu.linear`."""
 
-    def __init__(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> None:
+    def __init__(self, c_shape: binding.Shape, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> None:
         self._layers = layers
         self._kv = kv
         self.windows = sorted({layer.sliding_window for layer in layers})
         structures = [self._structure(layer, layer_kv) for layer, layer_kv in zip(layers, kv, strict=True)]
-        self.c_layers = (binding.Layer * len(layers))(*structures)
-        self._widths = (
-            _packed(layers[0].qkv).num_outputs,
-            *(_packed(x).num_inputs for x in (layers[0].o, layers[0].down)),
+        self._c_layers = (binding.Layer * len(layers))(*structures)
+        self._c_windows = (binding.WindowWork * len(self.windows))()
+        self._call = binding.LayersCall(
+            shape=ctypes.pointer(c_shape), layers=self._c_layers, windows=self._c_windows, num_layers=len(layers)
         )
-
-    def __len__(self) -> int:
-        return len(self._layers)
+        self._room: list[torch.Tensor] = []
+        self._num_tokens = 0  # that there is room for
 
     def is_of(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> bool:
         """Whether these very objects are laid out here."""
         return self._layers is layers and self._kv is kv
 
-    def scratch(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """Room for heads, attended and gated of LayersCall."""
-        return [hidden.new_empty((hidden.shape[0], width)) for width in self._widths]
+    def call(
+        self, hidden: torch.Tensor, angles: Angles, slot_mapping: torch.Tensor, works: list[binding.WindowWork]
+    ) -> binding.LayersCall:
+        """A step; works: one for each of `windows`. The next step's is the same structure, filled anew."""
+        call, num_tokens = self._call, hidden.shape[0]
+        if num_tokens > self._num_tokens:
+            self._make_room(num_tokens, hidden.dtype)
+        self._c_windows[:] = works
+        call.hidden, call.num_tokens, call.num_threads = hidden.data_ptr(), num_tokens, torch.get_num_threads()
+        call.cos, call.sin, call.slot_mapping = angles.cos.data_ptr(), angles.sin.data_ptr(), slot_mapping.data_ptr()
+        return call
+
+    def _make_room(self, num_tokens: int, dtype: torch.dtype) -> None:
+        """It stays: a large step would find its pages one by one, each time."""
+        first = self._layers[0]
+        widths = _packed(first.qkv).num_outputs, _packed(first.o).num_inputs, _packed(first.down).num_inputs
+        self._room = [empty_on_huge_pages((num_tokens, width), dtype) for width in widths]
+        self._call.heads, self._call.attended, self._call.gated = (room.data_ptr() for room in self._room)
+        self._num_tokens = num_tokens
 
     def _structure(self, layer: Layer, kv: LayerKV) -> binding.Layer:
         norms = layer.head_norms

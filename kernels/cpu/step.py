@@ -8,7 +8,7 @@ import torch
 
 from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV
 from kernels.clusters import make_clusters
-from kernels.cpu.binding import Call, LayersCall, RotateCall, WindowWork, Work
+from kernels.cpu.binding import Call, RotateCall, WindowWork, Work
 from kernels.work_list import SplitRule, make_work_list
 
 if TYPE_CHECKING:
@@ -67,23 +67,8 @@ class CpuStep:
             return
         assert hidden.is_contiguous()
         stack = self._kernels.stack(layers, kv)
-        works = [self._prepared(window) for window in stack.windows]
-        windows = [WindowWork(ctypes.pointer(w.work), w.call.partial_sums, w.call.partial_norms) for w in works]
-        scratch = stack.scratch(hidden)
-        call = LayersCall(
-            ctypes.pointer(self._kernels.c_shape),
-            stack.c_layers,
-            (WindowWork * len(windows))(*windows),
-            hidden.data_ptr(),
-            *(tensor.data_ptr() for tensor in scratch),
-            angles.cos.data_ptr(),
-            angles.sin.data_ptr(),
-            self._metadata.slot_mapping.data_ptr(),
-            hidden.shape[0],
-            len(stack),
-            torch.get_num_threads(),
-        )
-        self._native.run_layers(call)
+        works = [self._prepared(window).of_window() for window in stack.windows]
+        self._native.run_layers(stack.call(hidden, angles, self._metadata.slot_mapping, works))
 
     def _prepared(self, sliding_window: int) -> "_PreparedWork":
         if sliding_window not in self._works:
@@ -128,6 +113,10 @@ class _PreparedWork:
             metadata.context_lens.data_ptr(),
             metadata.cu_seqlens_q.data_ptr(),
         )
+
+    def of_window(self) -> WindowWork:
+        """For all layers with its sliding window."""
+        return WindowWork(ctypes.pointer(self.work), self.call.partial_sums, self.call.partial_norms)
 
 
 def _rows(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

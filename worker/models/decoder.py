@@ -55,7 +55,7 @@ class Decoder:
         self._layers = [_layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
         self._norm = Norm(weights.norm, spec.rms_norm_eps)
         self._lm_head = kernels.linear(weights.lm_head, None)
-        self._rope = Rope(spec.rope, spec.head_dim, weights.embedding.device)
+        self._rope = Rope(spec.rope, spec.head_dim, spec.max_position_embeddings, self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,8 +75,7 @@ class Decoder:
         input_ids, positions: [num_tokens] int64.
         """
         hidden = F.embedding(input_ids, self._embedding)
-        angles = self._rope.angles(positions, hidden.dtype)
-        attention.run_layers(self._layers, kv, hidden, angles)
+        attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions))
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies of each supported rope_type, and the angles of positions.
+"""Rotary position embedding: frequencies of each supported rope_type, and the angles of all positions.
 
 Arithmetic follows transformers.modeling_rope_utils, step by step in float32, so that float32 ids agree.
 """
@@ -12,17 +12,21 @@ from worker.models.spec import RopeSpec
 
 
 class Rope:
-    """Frequencies of one model on one device."""
+    """The angles of one model's positions, in its dtype, on its device."""
 
-    def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device) -> None:
-        inverse_frequencies, self._attention_factor = _inverse_frequencies(spec, head_dim)
-        self._inverse_frequencies = inverse_frequencies.to(device)
+    def __init__(
+        self, spec: RopeSpec, head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        inverse_frequencies, attention_factor = _inverse_frequencies(spec, head_dim)
+        angles = torch.arange(num_positions)[:, None].float() * inverse_frequencies
+        # A step looks them up: computed each time, they would take longer than a small product.
+        self._cos, self._sin = (
+            (x * attention_factor).to(device=device, dtype=dtype)[:, None] for x in (angles.cos(), angles.sin())
+        )
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> Angles:
-        """For positions [num_tokens]."""
-        angles = positions[:, None].float() * self._inverse_frequencies
-        cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
-        return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])
+    def angles(self, positions: torch.Tensor) -> Angles:
+        """For positions [num_tokens], int64."""
+        return Angles(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
 
 
 def _inverse_frequencies(spec: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:

@@ -87,7 +87,7 @@ class LinesAhead {
 
  private:
   static constexpr int kStep = kTokenTile / 2;  // lines
-  static constexpr int kTilesAhead = 2;
+  static constexpr int kTilesAhead = 6;
 
   void next_tile() {
     token_ += kTokenTile;

@@ -92,7 +92,7 @@ bench-streams: setup ## Tokens per second that one scheduler sustains to streami
 bench-overload: setup ## Ten times the knee, with timed workers: who is served, and what the others are told
 	@$(BIN)/python -m tests.load.bench_overload $(if $(JSON),--json $(JSON))
 
-bench-peers: setup ## OpenAI servers under the same arrivals as ours: PEERS='--peer vllm=PYTHON --peer NAME=URL'
+bench-peers: setup ## OpenAI servers under the same arrivals as ours: PEERS='--peer vllm=PYTHON --peer llama.cpp=SOURCE'
 	@$(BIN)/python -m tests.load.bench_peers $(PEERS) $(if $(JSON),--json $(JSON))
 
 soak: setup ## 500 streams on the demo model for ten minutes, some cancelled, some left

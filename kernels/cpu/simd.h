@@ -128,7 +128,7 @@ inline Floats load(const Float8* from) {
   return from_float16((extended << 7) & 0xbfff);  // the sign had spread over the exponent's highest bit
 }
 
-// Half as many from `first` as from `second`.
+// Half of the lanes from `first`, half from `second`.
 inline Floats load_two(const float* first, const float* second) {
 #if defined(__AVX512F__)
   const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first));

@@ -63,7 +63,7 @@ kernels: setup ## Compile the CPU kernels ahead, for every instruction set
 	@$(BIN)/python -m kernels.cpu
 
 bench-kernels: setup ## CPU kernels against a streaming read of memory and against torch
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m kernels.bench
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m kernels.bench $(if $(JSON),--json $(JSON))
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
@@ -75,7 +75,7 @@ bench-worker: setup ## Where a CPU worker's step goes: products, attention, samp
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_worker
 
 bench-engines: setup ## Whole generations; PEERS='--peer openvino=PYTHON --peer vllm=PYTHON' runs other engines beside
-	@$(BIN)/python -m tests.load.bench_engines $(PEERS)
+	@$(BIN)/python -m tests.load.bench_engines $(PEERS) $(if $(JSON),--json $(JSON))
 
 bench-memory: setup ## KV memory wasted, and throughput, paged beside dense in the same memory; writes JSON
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m tests.load.bench_memory --json $(or $(JSON),build/memory.json)

@@ -76,7 +76,7 @@ def _assemble_model(config: WorkerConfig, model_dir: Path) -> Assembly:
     imported_s = time.perf_counter()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    loaded = loading.load(config, spec, model_dir)
+    loaded = loading.load(config, spec, model_dir, limits.max_model_len)
     speed, runner = loading.start(config, loaded, limits)
     dtype = loading.kv_dtype_name(loaded)
     log.info(

@@ -38,7 +38,7 @@ class Loaded:
     host: HostPool | None
 
 
-def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
+def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path, max_model_len: int) -> Loaded:
     """Raises ConfigError and ModelError."""
     device = select_device(config.device)
     dtype = select_dtype(config.dtype, spec.dtype, device)
@@ -46,7 +46,7 @@ def load(config: WorkerConfig, spec: ModelSpec, model_dir: Path) -> Loaded:
     if config.dtype == "auto" and device.type == "cpu" and isinstance(kernels, ReferenceKernels):
         dtype = torch.float32  # torch alone multiplies it several times faster than bfloat16 on most CPUs
         kernels = _kernels(config, spec, device, dtype)
-    decoder = Decoder(spec, load_weights(spec, model_dir, dtype, device), kernels)
+    decoder = Decoder(spec, load_weights(spec, model_dir, dtype, device), kernels, max_model_len)
     request = PoolRequest(config.kv_memory_bytes, config.num_blocks)
     bytes_per_block = block_bytes(spec.num_layers, kernels.kv_format)
     num_blocks = count_blocks(request, bytes_per_block, _free_memory(config, spec, kernels, decoder))

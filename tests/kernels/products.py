@@ -59,9 +59,13 @@ def check_what_is_not_finite(kernels: Kernels) -> None:
     """It stays visible, in its own row and in no other. kernels: of bfloat16."""
     product = Product(3, 40, 20, torch.bfloat16, seed=1)
     product.rows[2, 1] = float("nan")
-    for outputs in product.found(kernels, has_bias=True):
+    product.gate_up_bias[3], product.gate_up_bias[25] = float("nan"), float("inf")  # of a gate, and of what one opens
+    *ungated, gated = product.found(kernels, has_bias=True)
+    for outputs in (*ungated, gated):
         assert outputs[2].isnan().all()
+    for outputs in ungated:
         assert outputs[:2].isfinite().all()
+    assert (~gated[:2].isfinite()).nonzero()[:, 1].tolist() == [3, 5, 3, 5]
 
 
 def check_gate(kernels: Kernels, dtype: torch.dtype, gate: float) -> None:

@@ -28,7 +28,8 @@ from tests.load.harness.figures import summary
 from tests.load.harness.machine import describe_machine
 from tests.load.harness.run import Interrupt, run_once
 from tests.load.harness.settings import Dataset, Measures, Pace, Settings, Target
-from tests.load.peer_servers import peer_server, write_words_tokenizer
+from tests.load.peer_servers import peer_server
+from tests.load.words_tokenizer import write_words_tokenizer
 
 NUM_REQUESTS = 64
 OURS = "pagoda"

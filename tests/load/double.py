@@ -31,7 +31,7 @@ from pagoda.v1 import generation_pb2_grpc
 RETRY_AFTER_S = 1.5
 NUM_SCHEDULED = 64
 VOCAB_SIZE = 500
-OPENAI_FIELDS = {"model", "prompt", "max_tokens", "stream", "stream_options", "temperature"}
+OPENAI_FIELDS = {"model", "prompt", "max_tokens", "stream", "stream_options", "include_usage", "temperature"}
 _RNG = np.random.default_rng(11)
 FIRST_S = _RNG.uniform(0.2, 1.0, NUM_SCHEDULED)
 GAP_S = _RNG.uniform(0.06, 0.14, NUM_SCHEDULED)
@@ -169,8 +169,9 @@ class Completions:
         if self._schedule.is_refused(number):
             seen.how = "refused"
             return web.Response(status=429, text="the schedule says so", headers={"Retry-After": str(RETRY_AFTER_S)})
-        if self._text_only and (not isinstance(body["prompt"], str) or body.keys() - OPENAI_FIELDS):
-            return web.Response(status=422, text=f"not OpenAI's own: {body.keys() - OPENAI_FIELDS}, or ids")
+        unknown = (body.keys() | body["stream_options"].keys()) - OPENAI_FIELDS
+        if self._text_only and (unknown or not isinstance(body["prompt"], str)):
+            return web.Response(status=422, text=f"not OpenAI's own: {unknown}, or ids")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:

@@ -13,8 +13,8 @@ import pytest
 
 from tests.load.double import VOCAB_SIZE
 from tests.load.harness.flags import expand_goodput
-from tests.load.peer_servers import write_words_tokenizer
 from tests.load.test_double import double
+from tests.load.words_tokenizer import write_words_tokenizer
 from tests.stack import ROOT
 
 PAGODA = [sys.executable, "-m", "deploy.cli", "load"]

@@ -49,13 +49,13 @@ class ModelWeights:
 class Decoder:
     """Runs a model's layers over flattened tokens."""
 
-    def __init__(self, spec: ModelSpec, weights: ModelWeights, kernels: Kernels) -> None:
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, kernels: Kernels, max_model_len: int) -> None:
         """Takes the layers out of `weights` one by one: kernels may keep their own copy of each matrix."""
         self._embedding = weights.embedding
         self._layers = [_layer(spec, weights.layers.pop(0), window, kernels) for window in spec.sliding_windows]
         self._norm = Norm(weights.norm, spec.rms_norm_eps)
         self._lm_head = kernels.linear(weights.lm_head, None)
-        self._rope = Rope(spec.rope, spec.head_dim, spec.max_position_embeddings, self.dtype, self.device)
+        self._rope = Rope(spec.rope, spec.head_dim, max_model_len, self.dtype, self.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -67,8 +67,10 @@ class OpenAIBackend:
             "prompt": self._prompt(call),
             "max_tokens": call.max_tokens,
             "stream": True,
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "stream_options": {"include_usage": True},
         }
+        if self._tokenizer is None:  # vLLM's own; others that take ids ignore it
+            body["stream_options"]["continuous_usage_stats"] = True
         if self._target.ignore_eos:
             body["ignore_eos"] = True
         if self._target.temperature is not None:

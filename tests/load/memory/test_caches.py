@@ -44,7 +44,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     flags = ["--model", str(folder), "--dtype", "float32", "--device", "cpu", "--num-blocks", str(NUM_BLOCKS)]
     config = parse_config(["--scheduler", "127.0.0.1:1", "--name", "caches", *flags])
     spec = read_spec(folder)
-    return Model(flags, spec, load(config, spec, folder))
+    return Model(flags, spec, load(config, spec, folder, NUM_BLOCKS * 16))
 
 
 def ids(model: Model, cache: Cache) -> list[int]:

@@ -84,6 +84,9 @@ def up(
     preemption: Annotated[
         str | None, typer.Option(help="auto, swap or recompute: what a preempted sequence comes back by.")
     ] = None,
+    plan_ms: Annotated[
+        float | None, typer.Option(help="Steps that together take no longer may be one plan; 0: each is one.")
+    ] = None,
     pin_memory: Annotated[
         str | None, typer.Option(help="KV memory of each worker for pinned prompts. Unset: a quarter of its pool.")
     ] = None,

@@ -44,6 +44,7 @@ class UpSettings:
     max_waiting: int | None = None
     overcommit: float | None = None
     preemption: str | None = None
+    plan_ms: float | None = None
     pin_memory: str | None = None
     metrics_port: int | None = None
     """Of the scheduler's Prometheus endpoint; worker i has the (i + 1)th after it. None: there are none."""
@@ -84,6 +85,7 @@ def scheduler_command(settings: UpSettings, socket_path: Path, redis_url: str) -
         "max-waiting": settings.max_waiting,
         "overcommit": settings.overcommit,
         "preemption": settings.preemption,
+        "plan-ms": settings.plan_ms,
         "metrics-listen": _metrics_address(settings, 0),
         "pin-memory": None if settings.pin_memory is None else _bytes_of("--pin-memory", settings.pin_memory),
     }

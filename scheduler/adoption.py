@@ -101,7 +101,7 @@ class Adoption:
         committer.acked_copies = [BlockCopy(source, copy, num_tokens) for copy, (source, num_tokens) in copies]
         committer.acked_swaps = swapper.adopt(image.host)
         planner.history.worker, planner.history.now_s = register.worker_name, time()
-        clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token)
+        clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token, self._config.plan_ms / 1e3)
         engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks
         return engine

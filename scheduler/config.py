@@ -42,6 +42,9 @@ class SchedulerConfig:
     """How long requests wait while no worker is there, and streams while Redis is away."""
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
+    plan_ms: float = 12.0
+    """Steps that together take no longer may be one plan; 0: each is one. So long, and as long again for the plan ahead,
+    whoever comes waits for those who run; and the tokens of one plan come together."""
     preemption: Preemption = Preemption.AUTO
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     pin_memory_bytes: int | None = None
@@ -72,6 +75,8 @@ class SchedulerConfig:
                 raise ConfigError(f"--{name.replace('_', '-')}={value}: must be over 0")
         if self.pin_memory_bytes is not None and self.pin_memory_bytes < 0:
             raise ConfigError(f"--pin-memory={self.pin_memory_bytes}: must be 0 or more")
+        if not 0 <= self.plan_ms <= 1000:
+            raise ConfigError(f"--plan-ms={self.plan_ms}: must be 0 to 1000")
         if self.metrics_listen and not re.fullmatch(r"\S+:\d{1,5}", self.metrics_listen):
             raise ConfigError(f"--metrics-listen={self.metrics_listen}: must be host:port")
         if self.max_model_len < 0:
@@ -93,6 +98,7 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--lease-s", type=float, default=3.0, metavar="S")
     parser.add_argument("--worker-wait-s", type=float, default=60.0, metavar="S")
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
+    parser.add_argument("--plan-ms", type=float, default=12.0, metavar="MS")
     parser.add_argument("--preemption", default="auto", choices=[preemption.value for preemption in Preemption])
     parser.add_argument("--pin-memory", type=int, metavar="BYTES", dest="pin_memory_bytes")
     parser.add_argument("--metrics-listen", default="", metavar="HOST:PORT")

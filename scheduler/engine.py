@@ -143,7 +143,9 @@ class Engine:
     def on_result(self, result: pb.StepResult) -> None:
         """Takes a result from the link."""
         self._arrived.append(result)
-        self.clock.on_result(result.step_s, result.gap_s, result.back_to_back)
+        # Of one that an earlier owner planned, its tokens tell.
+        num_steps = max(1, *result.num_tokens) if result.num_tokens else 1
+        self.clock.on_result(result.step_s / num_steps, result.gap_s, result.back_to_back)
         self._wake.set()
 
     def on_swaps_done(self, done: pb.SwapsDone) -> None:
@@ -200,7 +202,8 @@ class Engine:
             elif self._in_flight and self._in_flight[0].step_id == result.step_id:
                 step = self._in_flight.popleft()
                 self.results.apply(step, result)
-                self.num_step_tokens += step.num_tokens
+                self.num_step_tokens += step.num_tokens * step.num_steps
+                self.num_steps += step.num_steps - 1
             elif result.step_id <= self._applied_step_id:
                 continue  # a duplicate: counted once
             else:
@@ -234,21 +237,22 @@ class Engine:
             self._is_settled = True
             self.planner.settle()
         while len(self._in_flight) <= self.clock.num_plans_ahead:
-            rows = self.planner.schedule()
+            num_steps = self.planner.num_steps_alike(self.clock.num_steps_per_plan)
+            rows = self.planner.schedule(num_steps)
             copies, self.committer.acked_copies = self.committer.acked_copies, []
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
             if not rows and not copies and not swaps:
                 break
             numbers = StepNumbers(self.epoch, self._next_step_id, self.committer.committed_step_id)
-            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps), self._samplers)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps, num_steps), self._samplers)
             self.planner.removed.clear()
             if self.poisons_freed_blocks:
                 plan.freed_block_ids.extend(self.planner.blocks.freed_block_ids)
             self.planner.blocks.freed_block_ids.clear()
             num_tokens = sum([row.num_tokens for row in rows])
             copied = [copy.destination for copy in copies]
-            self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied))
-            self.clock.on_plan(num_tokens)
+            self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied, num_steps))
+            self.clock.on_plan(num_tokens, num_steps)
             self.plan_tokens.observe(num_tokens)
             self.plan_sequences.observe(len(rows))
             self._next_step_id += 1
@@ -265,7 +269,8 @@ class Engine:
         self.planner.pins.expire(self.planner.history.now_s)
         self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
-        self.planner.grow_and_admit(min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD))
+        num_steps_ahead = self.clock.num_steps_per_plan * (1 + self.clock.num_plans_ahead)
+        self.planner.grow_and_admit(min(int(num_steps_away) + num_steps_ahead, MAX_LOOKAHEAD))
         for sequence in self.planner.reserved:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:

@@ -135,7 +135,8 @@ class Planner:
     def publish_computed(self, sequence: Sequence) -> None:
         """Enters the blocks that the sequence's confirmed progress has filled into the prefix index."""
         block_size = self.limits.block_size
-        num_full = sequence.num_computed_tokens // block_size
+        # A plan of several steps may have run on behind the sequence's end.
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // block_size
         if num_full > sequence.num_published_blocks:
             extend_chain(sequence.root_hash, sequence.block_hashes, sequence.token_ids, block_size)
             for i in range(sequence.num_published_blocks, num_full):
@@ -169,9 +170,13 @@ class Planner:
             self._admit_waiting(lookahead)
         self.swap_ahead.send_out(self.running, lookahead)
 
-    def schedule(self) -> list[ScheduledRow]:
-        """The next step."""
-        return self._step_rows.share_out(self.running)
+    def num_steps_alike(self, most: int) -> int:
+        """How many steps, `most` at most, may be planned as one: while somebody waits to join them, one."""
+        return 1 if self.num_waiting else self._step_rows.num_alike(self.running, most)
+
+    def schedule(self, num_steps: int = 1) -> list[ScheduledRow]:
+        """The next step, or as many alike."""
+        return self._step_rows.share_out(self.running, num_steps)
 
     @property
     def num_running_requests(self) -> int:

@@ -21,12 +21,13 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan in flight. copied_block_ids: destinations of the copies that it makes."""
+    """A plan in flight. num_tokens: of each of its steps. copied_block_ids: destinations of its copies."""
 
     step_id: int
     rows: list[ScheduledRow]
     num_tokens: int
     copied_block_ids: list[int]
+    num_steps: int = 1
 
 
 class Results:
@@ -57,16 +58,16 @@ class Results:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if sequence.attempt == row.attempt:
-                self._advance(row, num_computed)
-            if failed and sequence.seq_id in failed:
-                self.finish(self._live[sequence.seq_id], NOT_FINITE)
-            elif tokens:
+                self._advance(row, num_computed, step.num_steps)
+            if tokens:
                 if not row.samples:
                     raise ProtocolError(f"tokens of a sequence whose prompt is not done in step {step.step_id}")
                 if not sequence.num_candidates:
                     self._append(sequence, first_index, tokens, own_logprobs)
                 elif sequence.attempt == row.attempt:
                     self._consider(sequence, likeliest)
+            if failed and sequence.seq_id in failed and sequence.status is not SequenceStatus.FINISHED:
+                self.finish(self._live[sequence.seq_id], NOT_FINITE)
 
     def apply_resent(self, result: pb.StepResult) -> None:
         """A result of a step that an earlier owner planned: matched by sequence, attempt and index."""
@@ -107,13 +108,13 @@ class Results:
                 if other.sequence.status is not SequenceStatus.FINISHED:
                     self.finish(other, ending)
 
-    def _advance(self, row: ScheduledRow, num_computed: int) -> None:
+    def _advance(self, row: ScheduledRow, num_computed: int, num_steps: int) -> None:
         """Confirmed progress of the present attempt; what the worker ran less than planned is planned again."""
-        sequence = row.sequence
+        sequence, num_planned = row.sequence, row.num_tokens * num_steps
         if row.samples:
-            sequence.num_planned_samples -= 1
-        shortfall = row.num_tokens - (num_computed - sequence.num_computed_tokens)
-        if not 0 <= shortfall <= row.num_tokens:
+            sequence.num_planned_samples -= num_steps
+        shortfall = num_planned - (num_computed - sequence.num_computed_tokens)
+        if not 0 <= shortfall <= num_planned:
             raise ProtocolError(f"{num_computed} tokens computed, of {sequence.num_planned_tokens} planned")
         if shortfall:
             sequence.num_planned_tokens -= shortfall

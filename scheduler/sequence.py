@@ -153,6 +153,11 @@ class Sequence:
         return self.num_prompt_tokens + self.limits.max_output_tokens - 1
 
     @property
+    def num_unsampled_tokens(self) -> int:
+        """Most output tokens that are still to come, beside those that plans in flight will sample."""
+        return self.limits.max_output_tokens - self.num_output_tokens - self.num_planned_samples
+
+    @property
     def num_unplanned_tokens(self) -> int:
         """Tokens known, or to be known by then, that no plan covers yet; 0 where the end is planned."""
         num_tokens = len(self.token_ids)

@@ -15,6 +15,8 @@ LATE_SHARE = 0.1
 """Share of late plans from which on another one is sent ahead; they fade over some hundred steps."""
 
 
+MAX_STEPS_PER_PLAN = 8
+
 MIN_VARIANCE = 64.0
 """Of the tokens of the last steps, squared: below it their times tell nothing of what one token more takes."""
 
@@ -22,9 +24,13 @@ MIN_VARIANCE = 64.0
 class StepClock:
     """Of one worker. Times in seconds."""
 
-    def __init__(self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0) -> None:
+    def __init__(
+        self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0, plan_s: float = 0.0
+    ) -> None:
+        """plan_s: steps that together take no longer may be one plan."""
         self.step_s = calibrated_step_s
         """Moving average of a step's time, as the worker measured it."""
+        self._plan_s = plan_s
         self.marginal_s_per_token = calibrated_s_per_token
         """What one token more adds to a step: the slope of the last steps' times over their tokens."""
         self._s_per_token = 0.0
@@ -33,18 +39,18 @@ class StepClock:
         self._gaps_s: deque[float] = deque(maxlen=NUM_KEPT_GAPS)
         self._back_to_back: deque[bool] = deque(maxlen=NUM_KEPT_GAPS)
         self._late_share = 0.0
-        self._in_flight: deque[int] = deque()  # tokens of each plan
+        self._in_flight: deque[tuple[int, int]] = deque()  # of each plan: tokens of a step, steps
         self._head_since = 0.0
         self.last_heard = monotonic()
 
-    def on_plan(self, num_tokens: int) -> None:
-        """A plan has left."""
+    def on_plan(self, num_tokens: int, num_steps: int = 1) -> None:
+        """A plan has left. num_tokens: of each step."""
         if not self._in_flight:
             self._head_since = monotonic()
-        self._in_flight.append(num_tokens)
+        self._in_flight.append((num_tokens, num_steps))
 
     def on_result(self, step_s: float, gap_s: float, back_to_back: bool) -> None:
-        """A result has come."""
+        """A result has come. step_s: of one step."""
         self._back_to_back.append(back_to_back)
         self._gaps_s.append(gap_s)
         is_late = not back_to_back and gap_s < MAX_LATE_GAP_S
@@ -54,7 +60,7 @@ class StepClock:
         weight = max(0.1, 1 / self._num_results)
         self.step_s += weight * (step_s - self.step_s)
         if self._in_flight:
-            num_tokens = self._in_flight.popleft()
+            num_tokens, _ = self._in_flight.popleft()
             self._s_per_token += weight * (step_s / max(1, num_tokens) - self._s_per_token)
             self._fit_slope(num_tokens, step_s, max(0.02, 1 / self._num_results))
 
@@ -81,6 +87,11 @@ class StepClock:
         """Plans to be there beside the one that runs: one, or two where one has often come too late."""
         return 2 if self._late_share > LATE_SHARE else 1
 
+    @property
+    def num_steps_per_plan(self) -> int:
+        """Steps that a plan should have, where it may have more than one."""
+        return max(1, min(MAX_STEPS_PER_PLAN, int(self._plan_s / self.step_s))) if self.step_s else 1
+
     def gap_s(self, share: float) -> float:
         """The gap that `share` of the last steps did not exceed, seconds."""
         gaps = sorted(self._gaps_s)
@@ -98,7 +109,8 @@ class StepClock:
         """
         if not self._in_flight:
             return 0.0
-        predicted_s = max(self.step_s, self._s_per_token * self._in_flight[0])
+        num_tokens, num_steps = self._in_flight[0]
+        predicted_s = num_steps * max(self.step_s, self._s_per_token * num_tokens)
         is_calibrated = self._num_results >= NUM_CALIBRATION_STEPS
         allowed_s = max(MIN_DEADLINE_S if is_calibrated else UNCALIBRATED_DEADLINE_S, DEADLINE_FACTOR * predicted_s)
         return max(0.0, monotonic() - self._head_since - allowed_s)

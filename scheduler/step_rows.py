@@ -13,7 +13,7 @@ from scheduler.sequence import Sequence
 
 
 class ScheduledRow(NamedTuple):
-    """One sequence's part in a step. num_tokens: 0 where it samples from what the row before it has run."""
+    """One sequence's part in a plan's step. num_tokens: 0 where it samples from what the row before it has run."""
 
     sequence: Sequence
     attempt: int
@@ -31,8 +31,28 @@ class StepRows:
         self._forks = forks
         self._admitter = admitter
 
-    def share_out(self, running: list[Sequence]) -> list[ScheduledRow]:
-        """The next step of what runs: one token of each sequence that decodes, the rest of the budget for prompts."""
+    def num_alike(self, running: list[Sequence], most: int) -> int:
+        """How many of the next steps, `most` at most, are decodes of the same sequences; at least 1."""
+        block_size = self._limits.block_size
+        if most <= 1 or self._forks.leaders or len(running) > self._limits.max_num_batched_tokens:
+            return 1
+        for sequence in running:
+            num_tokens = sequence.num_unplanned_tokens
+            if num_tokens <= 0 and not sequence.num_candidates:
+                continue  # its end is planned
+            capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
+            if num_tokens != 1 or sequence.num_candidates or sequence.num_arriving_blocks:
+                return 1
+            most = min(most, capacity, sequence.num_unsampled_tokens)
+            if most <= 1:
+                return 1
+        return most
+
+    def share_out(self, running: list[Sequence], num_steps: int = 1) -> list[ScheduledRow]:
+        """The next step of what runs: one token of each sequence that decodes, the rest of the budget for prompts.
+
+        Or the next num_steps together, where `num_alike` says so; the rows are those of one step.
+        """
         budget = self._limits.max_num_batched_tokens
         rows: list[ScheduledRow] = []
         prefills: list[tuple[Sequence, int]] = []
@@ -48,9 +68,9 @@ class StepRows:
                 prefills.append((sequence, capacity))
             elif budget > 0:
                 # The last known token, or the one that is being sampled: it always samples the next.
-                sequence.num_planned_tokens += 1
+                sequence.num_planned_tokens += num_steps
                 sequence.num_plans_in_flight += 1
-                sequence.num_planned_samples += 1
+                sequence.num_planned_samples += num_steps
                 rows.append(ScheduledRow(sequence, sequence.attempt, 1, True))
                 budget -= 1
                 if leaders and sequence.seq_id in leaders:

@@ -45,7 +45,7 @@ class Batch:
             self._remove(seq_id)
 
     def apply(self, plan: Plan) -> StepInputs:
-        """Make the plan's changes and return what it runs, as if the step that runs sampled all that it is to.
+        """Make the plan's changes; what its first step runs, as if the one that runs sampled all that it is to.
 
         Raises ProtocolError where it names an unknown sequence, or breaks a limit; the batch is then half changed.
         """
@@ -57,6 +57,12 @@ class Batch:
             self._append_blocks(plan)
         if plan.replaced_seq_ids:
             self._replace_last(plan)
+        if plan.num_steps > 1:
+            self._check_steps(plan)
+        return self._build(plan)
+
+    def again(self, plan: Plan) -> StepInputs:
+        """What the plan's next step runs; the one before has begun."""
         return self._build(plan)
 
     def begin(self, inputs: StepInputs) -> None:
@@ -242,14 +248,25 @@ class Batch:
                 f"plan {plan.step_id} runs {num_tokens} tokens of {len(num_run)} sequences: the limits are "
                 f"{limits.max_num_batched_tokens} and {limits.max_num_seqs}"
             )
-        is_short = (context_lens > before["num_blocks"] * limits.block_size) & (num_run > 0)
+        self._check_blocks(plan, np.where(num_run > 0, context_lens, 0), before["num_blocks"])
+        return num_tokens
+
+    def _check_blocks(self, plan: Plan, ends: NDArray[np.int64], num_blocks: NDArray[np.int64]) -> None:
+        """ends: the tokens of each scheduled sequence that its blocks must hold. Raises ProtocolError."""
+        is_short = ends > num_blocks * self._limits.block_size
         if is_short.any():
             entry = int(is_short.argmax())
             raise ProtocolError(
-                f"plan {plan.step_id} runs sequence {plan.scheduled_seq_ids[entry]} up to token {context_lens[entry]}: "
-                f"it has {before['num_blocks'][entry]} blocks of {limits.block_size}"
+                f"plan {plan.step_id} runs sequence {plan.scheduled_seq_ids[entry]} up to token {ends[entry]}: "
+                f"it has {num_blocks[entry]} blocks of {self._limits.block_size}"
             )
-        return num_tokens
+
+    def _check_steps(self, plan: Plan) -> None:
+        """Of a plan of more than one: the first step is checked as any. Raises ProtocolError."""
+        sequences = self._sequences[self._scheduled_rows(plan)]
+        if (plan.num_scheduled_tokens != 1).any() or sequences["num_candidates"].any():
+            raise ProtocolError(f"plan {plan.step_id} has {plan.num_steps} steps of more than single tokens")
+        self._check_blocks(plan, sequences["num_computed_tokens"] + plan.num_steps, sequences["num_blocks"])
 
     def _sampled_rows(self, scheduled: Scheduled) -> SampledRows:
         sampling = scheduled.sampling

@@ -1,4 +1,5 @@
-"""The worker's loop: take a plan, apply it, launch it, report it. Runs on the main thread; the link's threads do I/O.
+"""The worker's loop: take a plan, apply it, launch its steps, report it. Runs on the main thread; the link's threads do
+I/O.
 
 Beside an accelerator two steps are launched at most: while one runs, the loop reports the one before it, and launches
 the next behind it as soon as its plan is there, so that the device need not wait for the host between them. A runner
@@ -37,22 +38,27 @@ class PlanSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step on its way. start: when it was launched; whether its plan was there when the step before ended."""
+    """A step on its way. start: when it was launched; whether its plan was there when the step before ended.
+
+    is_last: of its plan's steps.
+    """
 
     order: Order
     inputs: StepInputs
     step: RunningStep
     start: float
     is_back_to_back: bool
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """A step without its report; seconds of the step, and of the gap before it."""
+    """A step without its report: when it began and ended, and the gap before it; seconds."""
 
     launched: _Launched
     sampled: Sampled
-    step_s: float
+    start: float
+    end: float
     gap_s: float
 
 
@@ -66,7 +72,8 @@ class Executor:
         self._swaps = swaps
         self._registration = 0
         self._launched: deque[_Launched] = deque()
-        self._unreported: _Ran | None = None
+        self._ran: list[_Ran] = []  # steps of one plan, without its report
+        self._rest: tuple[Order, int] | None = None  # a plan that has begun, how many steps it has left
         self._last_end = time.perf_counter()
 
     def run(self) -> None:
@@ -83,13 +90,16 @@ class Executor:
                     self._launch_within(0.0)
 
     def _launch_within(self, seconds: float) -> None:
-        """The next plan, if it comes in time."""
+        """The next step of the plan that has begun, or of the next plan, if it comes in time."""
+        if self._rest is not None:
+            return self._launch_again()
         order = self._source.take_within(seconds)
         if order is not None:
             self._launch(order, is_back_to_back=True)
+        return None
 
     def _launch(self, order: Order, is_back_to_back: bool) -> None:
-        """Apply the plan and launch its step; a broken one is given back, after the report of what was launched."""
+        """Apply the plan, launch its first step; a broken one is given back, after the report of what was launched."""
         if order.registration != self._registration:
             # After each registration the owner sends its sequences in full: what it does not send has ended.
             self._batch.clear()
@@ -107,9 +117,20 @@ class Executor:
             return
         self._runner.prepare(order.plan)
         self._swaps.begin(order.plan)
-        start = time.perf_counter()
-        self._launched.append(_Launched(order, inputs, self._runner.launch(inputs), start, is_back_to_back))
+        self._begin(order, inputs, is_back_to_back, order.plan.num_steps - 1)
+
+    def _launch_again(self) -> None:
+        """The next step of the plan that has begun."""
+        assert self._rest is not None
+        order, num_left = self._rest
+        self._begin(order, self._batch.again(order.plan), True, num_left - 1)
+
+    def _begin(self, order: Order, inputs: StepInputs, is_back_to_back: bool, num_left: int) -> None:
+        """Launch a step, behind which the plan has so many."""
+        start, step = time.perf_counter(), self._runner.launch(inputs)
+        self._launched.append(_Launched(order, inputs, step, start, is_back_to_back, is_last=not num_left))
         self._batch.begin(inputs)
+        self._rest = (order, num_left) if num_left else None
 
     def _end(self) -> None:
         """Wait for the end of the oldest step, and commit it."""
@@ -118,17 +139,19 @@ class Executor:
         end = time.perf_counter()
         self._batch.commit(launched.inputs, sampled)
         start = max(launched.start, self._last_end)
-        self._unreported = _Ran(launched, sampled, end - start, start - self._last_end)
+        self._ran.append(_Ran(launched, sampled, start, end, start - self._last_end))
         self._last_end = end
 
     def _report(self) -> None:
-        ran, self._unreported = self._unreported, None
-        if ran is not None:
-            self._source.finish(ran.launched.order, _output(ran))
+        if self._ran and self._ran[-1].launched.is_last:
+            ran, self._ran = self._ran, []
+            self._source.finish(ran[0].launched.order, _output(ran))
 
 
-def _output(ran: _Ran) -> StepOutput:
-    plan, progress = ran.launched.order.plan, Progress.of(ran.launched.inputs.scheduled, ran.sampled)
+def _output(ran: list[_Ran]) -> StepOutput:
+    """Of all steps of a plan."""
+    first, plan = ran[0], ran[0].launched.order.plan
+    progress = Progress.joined([Progress.of(step.launched.inputs.scheduled, step.sampled) for step in ran])
     return StepOutput(
         epoch=plan.epoch,
         step_id=plan.step_id,
@@ -139,9 +162,10 @@ def _output(ran: _Ran) -> StepOutput:
         num_tokens=progress.num_tokens,
         token_ids=progress.token_ids,
         failed_seq_ids=[plan.scheduled_seq_ids[i] for i in progress.failed.tolist()],
-        step_s=ran.step_s,
-        gap_s=ran.gap_s,
-        back_to_back=ran.launched.is_back_to_back,
+        step_s=ran[-1].end - first.start,
+        gap_s=first.gap_s,
+        back_to_back=first.launched.is_back_to_back,
+        num_steps=len(ran),
         candidates=progress.candidates,
         token_logprobs=progress.token_logprobs,
     )

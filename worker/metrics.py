@@ -18,7 +18,7 @@ class WorkerMetrics:
         self.registry = CollectorRegistry()
         self._step_s = Histogram(PREFIX + "step_seconds", "Steps.", buckets=STEP_S, registry=self.registry)
         self._gap_s = Histogram(
-            PREFIX + "gap_seconds", "Between steps whose plan was there.", buckets=GAP_S, registry=self.registry
+            PREFIX + "gap_seconds", "Before steps whose plan was there.", buckets=GAP_S, registry=self.registry
         )
         self._sequences = Histogram(PREFIX + "step_sequences", "In a step.", buckets=SIZES, registry=self.registry)
         self._late = Counter(PREFIX + "late_plans", "Steps whose plan was not there in time.", registry=self.registry)
@@ -39,13 +39,14 @@ class WorkerMetrics:
             raise ConfigError(f"metrics-listen={address}: {error}") from None
 
     def note_step(self, output: StepOutput, num_uncommitted: int) -> None:
-        """A step has run."""
-        self._step_s.observe(output.step_s)
+        """A plan's steps have run."""
+        for _ in range(output.num_steps):
+            self._step_s.observe(output.step_s / output.num_steps)
+            self._sequences.observe(len(output.seq_ids))
         if output.back_to_back:
             self._gap_s.observe(output.gap_s)
         else:
             self._late.inc()
-        self._sequences.observe(len(output.seq_ids))
         self._tokens.inc(len(output.token_ids))
         self._failed.inc(len(output.failed_seq_ids))
         self._results.set(num_uncommitted)

@@ -1,6 +1,6 @@
 """The values that pass between batch, runner and sampler in one step. numpy only: the timer's worker has no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -146,7 +146,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step did to each scheduled sequence; see StepResult. failed: entries whose logits were not finite."""
+    """What one or more steps did to each scheduled sequence; see StepResult. failed: whose logits were not finite."""
 
     attempts: NDArray[np.int64]
     num_computed_tokens: NDArray[np.int64]
@@ -172,6 +172,30 @@ class Progress:
             failed=scheduled.sampling[~is_good],
             candidates=[found for entry, found in sorted(sampled.candidates.items()) if is_good[entry]],
             token_logprobs=None if sampled.logprobs is None else sampled.logprobs[is_good],
+        )
+
+    @classmethod
+    def joined(cls, steps: Sequence["Progress"]) -> "Progress":
+        """Of one step after the other, with the same scheduled sequences: each one's tokens lie together."""
+        if len(steps) == 1:
+            return steps[0]
+        order = np.argsort(np.concatenate([np.flatnonzero(step.num_tokens) for step in steps]), kind="stable")
+        logprobs = None
+        if any(step.token_logprobs is not None for step in steps):
+            none = [np.zeros(len(step.token_ids), np.float32) for step in steps]
+            own = [
+                zeros if s.token_logprobs is None else s.token_logprobs for s, zeros in zip(steps, none, strict=True)
+            ]
+            logprobs = np.concatenate(own)[order]
+        return cls(
+            attempts=steps[0].attempts,
+            num_computed_tokens=steps[-1].num_computed_tokens,
+            first_output_indexes=steps[0].first_output_indexes,
+            num_tokens=np.sum([step.num_tokens for step in steps], axis=0),
+            token_ids=np.concatenate([step.token_ids for step in steps])[order],
+            failed=np.unique(np.concatenate([step.failed for step in steps])),
+            candidates=[],
+            token_logprobs=logprobs,
         )
 
 

@@ -69,6 +69,7 @@ class Plan:
     out_host_block_ids: NDArray[np.int64]
     in_host_block_ids: NDArray[np.int64]
     in_block_ids: NDArray[np.int64]
+    num_steps: int = 1
 
     @property
     def has_swaps(self) -> bool:
@@ -88,7 +89,7 @@ class SwapReport:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step did: one entry per scheduled sequence in each column, in the plan's order; seconds.
+    """What the steps of a plan did: one entry per scheduled sequence in each column, in the plan's order; seconds.
 
     token_logprobs: [num tokens] float32, as in the contract; None where no sequence asked.
     """
@@ -107,6 +108,7 @@ class StepOutput:
     back_to_back: bool
     candidates: "Sequence[Candidates]"
     token_logprobs: NDArray[np.float32] | None = None
+    num_steps: int = 1
 
 
 def decode_plan(message: pb.StepPlan) -> Plan:
@@ -130,6 +132,7 @@ def decode_plan(message: pb.StepPlan) -> Plan:
         out_host_block_ids=_int64(message.out_host_block_ids),
         in_host_block_ids=_int64(message.in_host_block_ids),
         in_block_ids=_int64(message.in_block_ids),
+        num_steps=max(1, message.num_steps),
     )
     _require(len(plan.scheduled_seq_ids) == len(plan.num_scheduled_tokens), plan, "scheduled")
     _require(len(plan.appended_seq_ids) == len(plan.appended_num_blocks), plan, "appended")

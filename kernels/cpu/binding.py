@@ -67,7 +67,7 @@ class LinearCall(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("input", "norm_weight", "output")),
-        *((name, c_int64) for name in ("input_stride", "output_stride", "num_rows")),
+        *((name, c_int64) for name in ("input_stride", "output_stride", "num_rows", "readable_rows")),
         ("norm_epsilon", c_float),
         *((name, c_int32) for name in ("input_kind", "output_kind", "num_threads")),
     )

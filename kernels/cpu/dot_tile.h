@@ -24,6 +24,7 @@ struct KeyColumns {
   const BFloat16* tiles[kTileSums];
   LinesAhead* ahead;
   int64_t stride;
+  static constexpr bool is_passing = false;
 
   const BFloat16* at(int pair, int i) const { return tiles[i] + pair * stride; }
   void prefetch(int, int) const {
@@ -37,6 +38,7 @@ struct ValueColumns {
   LinesAhead* ahead;
   int64_t stride;
   int dimension;
+  static constexpr bool is_passing = false;
 
   const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * dimension + i * kLine; }
   void prefetch(int, int) const {

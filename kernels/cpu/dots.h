@@ -41,6 +41,7 @@ enum class Steps { kWhole, kWholeAndHalf, kHalf };
 // sums += left * right, over the depth from 0 to num_pairs, for kRowTiles * kTileHeight rows at most and kColumns *
 // kTileColumns columns. right.at(pair, i): the elements of pairs `pair` on, in columns i * kTileColumns on, pairs
 // right.stride elements apart; right.prefetch(pair, i) is called once for each of these tiles.
+// Right::is_passing says whether other data are to stay in the L1 cache rather than these.
 template <int kRowTiles, int kColumns, Steps kSteps, class Right>
 class DotProduct {
   static_assert(kRowTiles * kColumns <= kTileSums);
@@ -97,7 +98,7 @@ class DotProduct {
       Tiles::load_left<kLeft>(left_.first + kRow * kTileHeight * left_.stride + 2 * pair, left_.stride);
     }
     constexpr bool is_there = kRow > 0 && kColumns <= (kSteps == Steps::kWhole ? 2 : 1);
-    if constexpr (!is_there) Tiles::load_right<kRight>(right_.at(pair, kColumn), right_.stride);
+    if constexpr (!is_there) Tiles::load_right<kRight, Right::is_passing>(right_.at(pair, kColumn), right_.stride);
     Tiles::multiply<i, kLeft, kRight>();
   }
 

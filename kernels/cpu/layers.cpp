@@ -3,6 +3,8 @@
 // Owns the order of operations, the same as `kernels.layers`.
 #include "layers.h"
 
+#include "tiles.h"
+
 extern "C" {
 void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
 void pagoda_rotate_and_write(const pagoda::Shape* shape, const pagoda::RotateCall* call);
@@ -24,7 +26,8 @@ class Step {
         hidden_{call.hidden, call.layers[0].qkv.num_inputs},
         heads_{call.heads, call.layers[0].qkv.num_outputs},
         attended_{call.attended, call.layers[0].o.num_inputs},
-        gated_{call.gated, call.layers[0].down.num_inputs} {}
+        gated_{call.gated, call.layers[0].down.num_inputs},
+        readable_rows_(rows_of_tiles(call.num_tokens)) {}
 
   void run(const Layer& layer) const {
     multiply(layer.qkv, kNormed, hidden_, kWrite, heads_, layer.input_norm, layer.norm_epsilon);
@@ -37,8 +40,9 @@ class Step {
  private:
   void multiply(const Linear& linear, Input input, Rows from, Output output, Rows to, const void* norm = nullptr,
                 float epsilon = 0.0f) const {
-    const LinearCall call{from.first,       norm,    to.first, from.stride, to.stride,
-                          call_.num_tokens, epsilon, input,    output,      call_.num_threads};
+    const LinearCall call{from.first,       norm,           to.first, from.stride, to.stride,
+                          call_.num_tokens, readable_rows_, epsilon,  input,       output,
+                          call_.num_threads};
     pagoda_linear(&linear, &call);
   }
 
@@ -55,6 +59,7 @@ class Step {
 
   const LayersCall& call_;
   Rows hidden_, heads_, attended_, gated_;
+  int64_t readable_rows_;  // of plain inputs
 };
 
 }  // namespace

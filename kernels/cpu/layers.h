@@ -33,8 +33,8 @@ struct LayersCall {
   const WindowWork* windows;
   void* hidden;    // [num_tokens, hidden_size]: in and out
   void* heads;     // scratch, [num_tokens, outputs of qkv]
-  void* attended;  // scratch, [num_tokens, inputs of o]
-  void* gated;     // scratch, [num_tokens, inputs of down]
+  void* attended;  // scratch, [num_tokens up to whole tiles of 16, inputs of o]
+  void* gated;     // scratch, likewise, inputs of down
   const void* cos;  // as in RotateCall
   const void* sin;
   const int64_t* slot_mapping;

@@ -35,7 +35,8 @@ class Product {
         call_(call),
         num_panels_(num_panels_of(linear)),
         depth_(depth_of(linear.num_inputs)),
-        row_stride_(depth_ + kAlignment / sizeof(Prepared)),
+        is_ready_(is_prepared()),
+        row_stride_(is_ready_ ? call.input_stride : depth_ + kAlignment / sizeof(Prepared)),
         panels_(static_cast<const Element*>(linear.weight), depth_, row_stride_),
         unit_panels_(panels_per_unit()) {}
 
@@ -43,23 +44,34 @@ class Product {
     static thread_local Scratch scratch;
     const int64_t num_blocks = (call_.num_rows + kMaxRows - 1) / kMaxRows;
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
-    const int64_t readable_rows = (block_rows + kTileHeight - 1) / kTileHeight * kTileHeight;
-    Prepared* const prepared = reinterpret_cast<Prepared*>(scratch.floats(readable_rows * row_stride_));
+    Prepared* const room =
+        is_ready_ ? nullptr : reinterpret_cast<Prepared*>(scratch.floats(rows_of_tiles(block_rows) * row_stride_));
     const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
-      for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
-        prepare(first + row, prepared + row * row_stride_);
-      });
+      const Prepared* rows = room;
+      if (is_ready_) {
+        rows = static_cast<const Prepared*>(call_.input) + first * row_stride_;
+      } else {
+        for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
+          prepare(first + row, room + row * row_stride_);
+        });
+      }
       for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
         const int panel = unit * unit_panels_;
-        panels_.multiply(prepared, num_rows, panel, std::min(panel + unit_panels_, num_panels_),
+        panels_.multiply(rows, num_rows, panel, std::min(panel + unit_panels_, num_panels_),
                          [=, this](const SumBlock& block) { finish(block, first); });
       });
     }
   }
 
  private:
+  // Whether the input is as it would be prepared, and can be read as far.
+  bool is_prepared() const {
+    return std::is_same_v<Prepared, Element> && call_.input_kind == kPlain && depth_ == linear_.num_inputs &&
+           (call_.num_rows <= kTileHeight || call_.readable_rows >= rows_of_tiles(call_.num_rows));
+  }
+
   // Large units where there are enough of them for all threads to end together.
   int panels_per_unit() const {
     int count = Panels::kMaxUnit;
@@ -145,6 +157,7 @@ class Product {
   const LinearCall& call_;
   int num_panels_;
   int64_t depth_;       // inputs, and zeros up to a whole step
+  bool is_ready_;       // is_prepared()
   int64_t row_stride_;  // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
   Panels panels_;
   int unit_panels_;

@@ -35,6 +35,7 @@ struct LinearCall {
   int64_t input_stride;
   int64_t output_stride;
   int64_t num_rows;
+  int64_t readable_rows;  // of the input, num_rows at least: a plain one with whole tiles of rows need not be copied
   float norm_epsilon;
   int32_t input_kind;   // Input
   int32_t output_kind;  // Output

@@ -42,6 +42,7 @@ class _Packed:
         assert y.is_contiguous()
         call.input, call.output, call.num_rows = x.data_ptr(), y.data_ptr(), num_rows
         call.input_stride, call.output_stride = width, y.shape[1]
+        call.readable_rows = num_rows
         call.input_kind, call.output_kind = before, after
         if norm is not None:
             call.norm_weight, call.norm_epsilon = norm.weight.data_ptr(), norm.epsilon

@@ -115,6 +115,7 @@ class DotPanels {
     int num_panels;
     bool is_read_first;  // what comes next is then still to be fetched from memory
     static constexpr int64_t stride = 2 * kColumns;
+    static constexpr bool is_passing = true;  // the rows stay
 
     const BFloat16* at(int pair, int i) const { return first + i * panel_stride + pair * stride; }
     void prefetch(int pair, int i) const {

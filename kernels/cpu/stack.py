@@ -10,6 +10,9 @@ from kernels.cpu import binding
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from kernels.cpu.memory import empty_on_huge_pages
 
+# kTileHeight of tiles.h
+TILE_HEIGHT = 16
+
 
 class LayerStack:
     """Owns the C structures; keeps alive what they point to. Every matrix was packed by `kernels.cpu.linear`."""
@@ -47,7 +50,8 @@ class LayerStack:
         """It stays: a large step would find its pages one by one, each time."""
         first = self._layers[0]
         widths = _packed(first.qkv).num_outputs, _packed(first.o).num_inputs, _packed(first.down).num_inputs
-        self._room = [empty_on_huge_pages((num_tokens, width), dtype) for width in widths]
+        num_rows = -(-num_tokens // TILE_HEIGHT) * TILE_HEIGHT
+        self._room = [empty_on_huge_pages((num_rows, width), dtype) for width in widths]
         self._call.heads, self._call.attended, self._call.gated = (room.data_ptr() for room in self._room)
         self._num_tokens = num_tokens
 

@@ -19,6 +19,9 @@ constexpr int kTileColumns = 16;  // of right tiles and of sums
 constexpr int kTilePairs = 16;    // of the depth
 constexpr int kTileSums = 4;      // tiles of sums at once
 
+// num_rows, up to a whole tile of them.
+constexpr int64_t rows_of_tiles(int64_t num_rows) { return (num_rows + kTileHeight - 1) / kTileHeight * kTileHeight; }
+
 #ifdef __AMX_BF16__
 
 // What LDTILECFG takes: the shape of each register.
@@ -74,9 +77,15 @@ class Tiles {
   static void load_left(const BFloat16* rows, int64_t stride) {
     load<kTileSums + i>(rows, stride * sizeof(BFloat16));
   }
-  template <int i>
+  // is_passing: it is not to take the place of others in the L1 cache.
+  template <int i, bool is_passing>
   static void load_right(const BFloat16* rows, int64_t stride) {
-    load<kTileSums + 2 + i>(rows, stride * sizeof(BFloat16));
+    if constexpr (is_passing) {
+      const int64_t stride_bytes = stride * sizeof(BFloat16);
+      asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(kTileSums + 2 + i), "r"(rows), "r"(stride_bytes) : "memory");
+    } else {
+      load<kTileSums + 2 + i>(rows, stride * sizeof(BFloat16));
+    }
   }
 
   // sums += left * right: which of each.
@@ -124,7 +133,7 @@ class Tiles {
       std::memcpy(registers().left[i][row], rows + row * stride, 2 * sizeof(BFloat16) * registers().pairs[i]);
     }
   }
-  template <int i>
+  template <int i, bool is_passing>
   static void load_right(const BFloat16* rows, int64_t stride) {
     for (int pair = 0; pair < registers().pairs[i]; ++pair) {
       std::memcpy(registers().right[i][pair], rows + pair * stride, sizeof registers().right[i][pair]);

@@ -62,14 +62,14 @@ def test_every_flag_is_one_that_the_processes_know(monkeypatch):
 
     everything = UpSettings(
         *(Path("m"), 2, "cpu", "float32", "int8", "1GiB", None, "2GiB", None, 16, 64, 8, 128, 5),
-        *(None, None, None, 3, 7, 1.5, "swap"),
+        *(None, None, None, 3, 7, 1.5, "swap", 5.0),
     )
     command = scheduler_command(everything, SOCKET, "unix:///r")
     for name, value in command.environment:
         monkeypatch.setenv(name, value)
     config = parse_flags(command.argv[3:])
     assert (config.overcommit, config.redis_url, config.kv_dtype) == (1.5, "unix:///r", "auto")
-    assert config.preemption is Preemption.SWAP
+    assert (config.preemption, config.plan_ms) == (Preemption.SWAP, 5.0)
     worker = parse_config(worker_commands(everything, SOCKET)[1].argv[3:])
     assert (worker.max_num_seqs, worker.dtype, worker.kv_cache_dtype) == (8, "float32", "int8")
     assert worker.host_memory_bytes == 2 * 2**30

@@ -79,6 +79,8 @@ class SimLimits:
     """Rounds from a script to its answer; 0: before the next round begins."""
     plans_ahead: int = 1
     """Plans that wait behind the one that runs."""
+    steps_per_plan: int = 1
+    """Steps that may be planned as one."""
     num_host_blocks: int = 0
     preemption: Preemption = Preemption.SWAP
     swap_rounds: int = 2
@@ -147,7 +149,10 @@ class SimWorker:
         result = pb.StepResult(epoch=plan.epoch, step_id=plan.step_id)
         parent = 0
         for seq_id, count in zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True):
-            if count:
+            if plan.num_steps > 1:
+                assert count == 1, "several steps of more than single tokens"
+                self._run_steps(seq_id, plan.num_steps, result)
+            elif count:
                 parent = seq_id
                 self._run_row(seq_id, count, result)
             else:
@@ -187,6 +192,20 @@ class SimWorker:
             assert slots[position % self.block_size] == content, f"{seq_id} reads what is not its own at {position}"
         held.num_computed = end
         self._report(seq_id, held, end, result)
+
+    def _run_steps(self, seq_id: int, num_steps: int, result: pb.StepResult) -> None:
+        """One token in each; what they report is one row."""
+        assert not self.held[seq_id].num_candidates, "a beam runs on before its search has chosen"
+        steps = pb.StepResult()
+        for _ in range(num_steps):
+            self._run_row(seq_id, 1, steps)
+        assert list(steps.num_tokens) == [1] * num_steps
+        result.seq_ids.append(seq_id)
+        result.attempts.append(steps.attempts[-1])
+        result.num_computed_tokens.append(steps.num_computed_tokens[-1])
+        result.first_output_indexes.append(steps.first_output_indexes[0])
+        result.num_tokens.append(num_steps)
+        result.token_ids.extend(steps.token_ids)
 
     def _report(self, seq_id: int, held: _Held, end: int, result: pb.StepResult) -> None:
         output_index = len(held.tokens) - held.num_prompt_tokens
@@ -469,19 +488,21 @@ class Simulation:
         plans = []
         while len(self._in_flight) <= self.limits.plans_ahead:
             before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
-            rows = self.planner.schedule()
+            num_steps = self.planner.num_steps_alike(self.limits.steps_per_plan)
+            rows = self.planner.schedule(num_steps)
             copies, self.committer.acked_copies = self.committer.acked_copies, []
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
             if not rows and not copies and not swaps:
                 break
             self._check_rows(rows, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
-            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps), self._samplers)
+            plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps, num_steps), self._samplers)
             self.planner.removed.clear()
             plan.freed_block_ids.extend(self.blocks.freed_block_ids)
             self.blocks.freed_block_ids.clear()
             copied = [copy.destination for copy in copies]
-            self._in_flight.append(Step(self._next_step_id, rows, sum(row.num_tokens for row in rows), copied))
+            num_tokens = sum(row.num_tokens for row in rows)
+            self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied, num_steps))
             self._plans.append(plan)
             self._next_step_id += 1
             plans.append((plan, rows))

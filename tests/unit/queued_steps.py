@@ -27,13 +27,13 @@ UNKNOWN = -1
 class PlannerAhead(Planner):
     """Never hears of a result."""
 
-    def plan(self, scheduled: dict[int, int]) -> pb.StepPlan:
-        message = super().plan(scheduled)
+    def plan(self, scheduled: dict[int, int], num_steps: int = 1) -> pb.StepPlan:
+        message = super().plan(scheduled, num_steps)
         for seq_id, num_tokens in scheduled.items():
             sequence = self.sequences[seq_id]
-            sequence.num_computed += num_tokens
-            if sequence.num_computed == sequence.num_tokens:
-                sequence.output.append(UNKNOWN)
+            sequence.num_computed += num_tokens * num_steps
+            if sequence.num_computed >= sequence.num_tokens:
+                sequence.output += [UNKNOWN] * num_steps
         return message
 
 
@@ -54,7 +54,9 @@ def random_plans(
         known = list(planner.sequences.values())
         running = rng.sample(known, rng.randint(max(1, len(known) - 2), len(known)))
         chunk = rng.choice([1, 5, 16, 64])
-        plans.append(planner.plan({s.seq_id: min(chunk, s.num_tokens - s.num_computed) for s in running}))
+        scheduled = {s.seq_id: min(chunk, s.num_tokens - s.num_computed) for s in running}
+        decode = all(s.num_tokens - s.num_computed == 1 for s in running)
+        plans.append(planner.plan(scheduled, rng.choice([1, 2, 5]) if decode else 1))
         for sequence in running:
             if len(sequence.output) >= num_output or rng.random() < 0.02:
                 planner.remove(sequence.seq_id)

@@ -69,6 +69,7 @@ def simulations(draw: st.DrawFn) -> Simulation:
         lookahead=draw(st.integers(2, 9)),
         ack_rounds=draw(st.integers(0, 4)),
         plans_ahead=draw(st.sampled_from([1, 2])),
+        steps_per_plan=draw(st.sampled_from([1, 1, 3, 8])),
         num_host_blocks=draw(st.sampled_from([0, 1, 12, 40, 200])),
         preemption=draw(st.sampled_from(list(Preemption))),
         swap_rounds=draw(st.sampled_from([0, 1, 1, 2, 6])),
@@ -91,6 +92,7 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
         met["host hits"] += counters.num_host_hit_tokens > 0
         met["blocks out"] += simulation.planner.swapper.num_blocks_out
         met["blocks in"] += simulation.planner.swapper.num_blocks_in
+        met["plans of several steps"] += sum(plan.num_steps > 1 for r in simulation.rounds for plan, _ in r.plans)
         met["pins"] += sum(len(record) > 0 for round_ in simulation.rounds for _, record in round_.changes.pin)
         met["runs"] += 1
 
@@ -102,5 +104,6 @@ def test_everything_ends_with_exactly_its_tokens() -> None:
     assert met["hits"] > met["runs"] // 10
     assert met["preemptions"] > met["runs"] // 20, "a case that no run met is not tested"
     assert met["pins"] > met["runs"] // 10, "a case that no run met is not tested"
+    assert met["plans of several steps"] > met["runs"] // 4, "a case that no run met is not tested"
     assert met["host hits"] > met["runs"] // 100, "a case that no run met is not tested"
     assert met["forks"] > met["copies"] > met["runs"] // 4, "a case that no run met is not tested"

@@ -50,6 +50,13 @@ def test_a_sequence_is_added_once_with_all_that_the_worker_needs() -> None:
     assert (sequence.is_on_worker, sequence.num_sent_blocks) == (True, 2)
 
 
+def test_a_sequence_that_joins_for_several_steps_begins_before_the_first() -> None:
+    sequence = running(4, 20, 23, ([5, 6, 7], 2))
+    plan = build_plan(NUMBERS, StepWork([row(sequence, 1)], num_steps=3), SAMPLERS)
+    assert (plan.num_steps, list(plan.num_scheduled_tokens)) == (3, [1])
+    assert plan.added[0].num_computed_tokens == 20
+
+
 def test_later_plans_carry_only_what_changed() -> None:
     same, grown = running(1, 20, 20, ([1, 2], 2)), running(2, 20, 20, ([3, 4], 2))
     build_plan(NUMBERS, StepWork([row(same, 1), row(grown, 1)]), SAMPLERS)

@@ -31,6 +31,7 @@ class Naive:
     seed: int
     min_tokens: int
     end_token_ids: list[int] = field(default_factory=list)
+    num_candidates: int = 0
     has_failed: bool = False
 
     def fail(self) -> None:
@@ -69,6 +70,7 @@ def added(seq_id: int, naive: Naive) -> pb.AddedSequence:
             top_p=1.0,
             min_tokens=naive.min_tokens,
             end_token_ids=naive.end_token_ids,
+            num_candidates=naive.num_candidates,
         ),
     )
 
@@ -266,6 +268,28 @@ def plan(**columns: object) -> pb.StepPlan:
         (
             {"added": [added(8, naive(tokens=[1] * 20))], "scheduled_seq_ids": [8], "num_scheduled_tokens": [20]},
             "runs sequence 8 up to token 20: it has 1 blocks of 16",
+        ),
+        (
+            {"scheduled_seq_ids": [7], "num_scheduled_tokens": [3], "num_steps": 2},
+            "2 steps of more than single tokens",
+        ),
+        (
+            {
+                "added": [added(8, naive(num_computed=2, num_candidates=3))],
+                "scheduled_seq_ids": [8],
+                "num_scheduled_tokens": [1],
+                "num_steps": 2,
+            },
+            "2 steps of more than single tokens",
+        ),
+        (
+            {
+                "added": [added(8, naive(tokens=[1] * 14, num_computed=13))],
+                "scheduled_seq_ids": [8],
+                "num_scheduled_tokens": [1],
+                "num_steps": 4,
+            },
+            "runs sequence 8 up to token 17: it has 1 blocks of 16",
         ),
         (
             {"added": [added(8, naive(num_computed=3))], "scheduled_seq_ids": [8, 7], "num_scheduled_tokens": [0, 3]},

@@ -67,26 +67,60 @@ def test_queued_steps_do_what_they_do_one_by_one(assembly: Assembly, seed: int, 
     device = QueueingRunner(assembly.runner)
     queued = play(plans, assembly, device, lambda: rng.random() < share_in_time)
     assert device.num_fed
+    num_steps = {plan.step_id: plan.num_steps for plan in plans}
+    assert all(output.num_steps == num_steps[output.step_id] for output in queued.outputs)
     assert [rows(output) for output in queued.outputs] == [rows(output) for output in one_by_one.outputs]
     assert [output.step_id for output in queued.outputs] == [plan.step_id for plan in plans]
 
 
-def decodes(num_steps: int, **sampler: bool) -> list[pb.StepPlan]:
-    """Three sequences that run side by side in each step, by ids 0 to 2."""
+def decodes(num_steps: int, together: int = 1, **sampler: bool) -> list[pb.StepPlan]:
+    """Three sequences that run side by side in each step, by ids 0 to 2; after the first, so many steps in a plan."""
     planner = PlannerAhead(BLOCK_SIZE, NUM_BLOCKS)
     for seq_id in range(3):
         planner.add(seq_id, [10 + seq_id, 20, 30], **sampler)
     plans = [planner.plan(dict.fromkeys(range(3), 3))]
-    return plans + [planner.plan(dict.fromkeys(range(3), 1)) for _ in range(num_steps - 1)]
+    return plans + [planner.plan(dict.fromkeys(range(3), 1), together) for _ in range((num_steps - 1) // together)]
 
 
 def tokens(outputs: list[StepOutput], seq_id: int) -> list[int]:
     """What a sequence of `decodes` sampled."""
     found = []
     for output in outputs:
-        sampling = [i for i, num_tokens in zip(output.seq_ids, output.num_tokens, strict=True) if num_tokens]
-        found += [token for i, token in zip(sampling, output.token_ids.tolist(), strict=True) if i == seq_id]
+        owners = np.repeat(output.seq_ids, output.num_tokens).tolist()
+        found += [token for i, token in zip(owners, output.token_ids.tolist(), strict=True) if i == seq_id]
     return found
+
+
+@pytest.mark.parametrize("is_queued", [False, True])
+def test_a_plan_of_several_steps_does_what_as_many_plans_do(assembly: Assembly, is_queued: bool) -> None:
+    alone = play(decodes(7, reports_logprobs=True), assembly, assembly.runner).outputs
+    runner = QueueingRunner(assembly.runner) if is_queued else assembly.runner
+    outputs = play(decodes(7, 3, reports_logprobs=True), assembly, runner).outputs
+    assert [output.num_steps for output in outputs] == [1, 3, 3]
+    assert [output.num_tokens.tolist() for output in outputs] == [[1] * 3, [3] * 3, [3] * 3]
+    assert [output.num_computed_tokens.tolist() for output in outputs] == [[3] * 3, [6] * 3, [9] * 3]
+    assert [output.first_output_indexes.tolist() for output in outputs] == [[0] * 3, [1] * 3, [4] * 3]
+    for seq_id in range(3):
+        assert tokens(outputs, seq_id) == tokens(alone, seq_id)
+    for together, each in ((outputs[1], alone[1:4]), (outputs[2], alone[4:])):
+        logprobs = np.stack([output.token_logprobs for output in each], axis=1).ravel()
+        assert together.token_logprobs is not None
+        assert together.token_logprobs.tolist() == logprobs.tolist()
+
+
+@pytest.mark.parametrize("is_queued", [False, True])
+def test_a_sequence_that_fails_within_a_plan_keeps_what_came_before(
+    assembly: Assembly, failing_step: int, is_queued: bool
+) -> None:
+    runner = QueueingRunner(assembly.runner) if is_queued else assembly.runner
+    outputs = play(decodes(9, 4, reports_logprobs=True), assembly, runner).outputs
+    assert [output.failed_seq_ids for output in outputs] == [[], [1], []]
+    assert [output.num_tokens.tolist() for output in outputs] == [[1, 1, 1], [4, 1, 4], [4, 0, 4]]
+    sound = play(decodes(9, reports_logprobs=True), assembly, assembly.runner).outputs
+    assert [tokens(outputs, seq_id) for seq_id in range(3)] == [
+        tokens(sound, seq_id)[: 2 if seq_id == 1 else None] for seq_id in range(3)
+    ]
+    assert all(len(output.token_logprobs) == len(output.token_ids) for output in outputs)
 
 
 @pytest.fixture

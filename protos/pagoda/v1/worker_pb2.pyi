@@ -566,7 +566,7 @@ Global___SamplerParams: _TypeAlias = SamplerParams  # noqa: Y015
 
 @_typing.final
 class StepPlan(_message.Message):
-    """One step: what changed since the plan before, and what to run."""
+    """One step, or some alike: what changed since the plan before, and what to run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -590,12 +590,18 @@ class StepPlan(_message.Message):
     OUT_HOST_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     IN_HOST_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     IN_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The owner's epoch."""
     step_id: _builtins.int
     """Grows by one with each plan, over owners too."""
     committed_step_id: _builtins.int
     """Highest step whose result is in Redis; the worker may forget results up to here."""
+    num_steps: _builtins.int
+    """Steps: how often to run what is scheduled, each time with the tokens that were sampled last; 0 is 1. With more, one
+    token of each sequence is scheduled, none of which wants candidates, and each has the blocks for all; the changes are
+    made before the first step. There is one result, after the last.
+    """
     @_builtins.property
     def removed_seq_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sequences to forget before this step."""
@@ -693,10 +699,11 @@ class StepPlan(_message.Message):
         out_host_block_ids: _abc.Iterable[_builtins.int] | None = ...,
         in_host_block_ids: _abc.Iterable[_builtins.int] | None = ...,
         in_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        num_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "in_block_ids", b"in_block_ids", "in_host_block_ids", b"in_host_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "out_block_ids", b"out_block_ids", "out_host_block_ids", b"out_host_block_ids", "removed_seq_ids", b"removed_seq_ids", "replaced_seq_ids", b"replaced_seq_ids", "replaced_token_ids", b"replaced_token_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "appended_block_ids", b"appended_block_ids", "appended_num_blocks", b"appended_num_blocks", "appended_seq_ids", b"appended_seq_ids", "committed_step_id", b"committed_step_id", "copy_dst_block_ids", b"copy_dst_block_ids", "copy_num_tokens", b"copy_num_tokens", "copy_src_block_ids", b"copy_src_block_ids", "epoch", b"epoch", "freed_block_ids", b"freed_block_ids", "in_block_ids", b"in_block_ids", "in_host_block_ids", b"in_host_block_ids", "num_scheduled_tokens", b"num_scheduled_tokens", "num_steps", b"num_steps", "out_block_ids", b"out_block_ids", "out_host_block_ids", b"out_host_block_ids", "removed_seq_ids", b"removed_seq_ids", "replaced_seq_ids", b"replaced_seq_ids", "replaced_token_ids", b"replaced_token_ids", "scheduled_seq_ids", b"scheduled_seq_ids", "step_id", b"step_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -704,7 +711,7 @@ Global___StepPlan: _TypeAlias = StepPlan  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
-    """What a step did."""
+    """What the step of a plan did, or all of them together."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -728,9 +735,9 @@ class StepResult(_message.Message):
     step_id: _builtins.int
     """Step of the plan."""
     step_s: _builtins.float
-    """Seconds that the step ran."""
+    """Seconds that its steps ran."""
     gap_s: _builtins.float
-    """Seconds between the end of the step before and the start of this one."""
+    """Seconds between the end of the step before and the start of its first."""
     back_to_back: _builtins.bool
     """Whether the plan was there when the step before ended: the gap then is overhead, else waiting."""
     @_builtins.property
@@ -751,7 +758,7 @@ class StepResult(_message.Message):
 
     @_builtins.property
     def num_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that each sampled: 0 while its prompt is not done, 1, or more with speculation."""
+        """Tokens that each sampled: 0 while its prompt is not done, then one per step."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -19,4 +19,5 @@ def staged(array: NDArray[Any], device: torch.device) -> torch.Tensor:
 
 def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """On `device`, once that gets there; for a CPU, the array's own memory."""
-    return staged(array, device).to(device, non_blocking=True)
+    host = staged(array, device)
+    return host if device.type == "cpu" else host.to(device, non_blocking=True)

@@ -43,8 +43,8 @@ class SchedulerConfig:
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
     plan_ms: float = 12.0
-    """Steps that together take no longer may be one plan; 0: each is one. So long, and as long again for the plan ahead,
-    whoever comes waits for those who run; and the tokens of one plan come together."""
+    """Steps that together take no longer may be one plan; 0: each is one. So long, and as long again for the plan
+    ahead, whoever comes waits for those who run; and the tokens of one plan come together."""
     preemption: Preemption = Preemption.AUTO
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     pin_memory_bytes: int | None = None

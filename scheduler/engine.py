@@ -253,8 +253,8 @@ class Engine:
             copied = [copy.destination for copy in copies]
             self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied, num_steps))
             self.clock.on_plan(num_tokens, num_steps)
-            self.plan_tokens.observe(num_tokens)
-            self.plan_sequences.observe(len(rows))
+            self.plan_tokens.observe(num_tokens, num_steps)
+            self.plan_sequences.observe(len(rows), num_steps)
             self._next_step_id += 1
             self._must_reserve = True
             plans.append(plan)
@@ -269,8 +269,8 @@ class Engine:
         self.planner.pins.expire(self.planner.history.now_s)
         self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
-        num_steps_ahead = self.clock.num_steps_per_plan * (1 + self.clock.num_plans_ahead)
-        self.planner.grow_and_admit(min(int(num_steps_away) + num_steps_ahead, MAX_LOOKAHEAD))
+        lookahead = min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD)
+        self.planner.grow_and_admit(lookahead, min(self.clock.num_steps_per_plan, MAX_LOOKAHEAD // lookahead))
         for sequence in self.planner.reserved:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:

@@ -150,9 +150,12 @@ class Planner:
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def grow_and_admit(self, lookahead: int) -> None:
-        """Reserves blocks for what runs during the next `lookahead` plans, then admits what fits beside it."""
-        has_room = self._grow_running(lookahead)
+    def grow_and_admit(self, lookahead: int, num_steps: int = 1) -> None:
+        """Reserves blocks for what runs during the next `lookahead` steps, then admits what fits beside it.
+
+        Where nobody waits and there is room, for `num_steps` times as many: so many may be planned as one.
+        """
+        has_room = (not self.num_waiting and self._try_grow(lookahead * num_steps)) or self._grow_running(lookahead)
         for child, is_forked in self.forks.carry_out(self.running, self.limits.max_num_seqs):
             if is_forked:
                 self.running.append(child)

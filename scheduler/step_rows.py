@@ -34,7 +34,8 @@ class StepRows:
     def num_alike(self, running: list[Sequence], most: int) -> int:
         """How many of the next steps, `most` at most, are decodes of the same sequences; at least 1."""
         block_size = self._limits.block_size
-        if most <= 1 or self._forks.leaders or len(running) > self._limits.max_num_batched_tokens:
+        forks = self._forks
+        if most <= 1 or forks.leaders or forks.num_begun or len(running) > self._limits.max_num_batched_tokens:
             return 1
         for sequence in running:
             num_tokens = sequence.num_unplanned_tokens

@@ -188,11 +188,12 @@ class Batch:
             token_rows = np.repeat(rows, num_run)
             positions = np.repeat(computed - cu_seqlens_q[:-1], num_run) + np.arange(num_tokens)
 
+        input_ids = np.take(self._flat_token_ids, token_rows * self._limits.max_model_len + positions)
         block_size = self._limits.block_size
         max_blocks = -(-int(context_lens.max(initial=0)) // block_size)
         block_ids = self._block_tables[token_rows, positions // block_size]
         return StepInputs(
-            input_ids=np.take(self._flat_token_ids, token_rows * self._limits.max_model_len + positions),
+            input_ids=input_ids,
             positions=positions,
             slot_mapping=block_ids * np.int64(block_size) + positions % block_size,
             cu_seqlens_q=cu_seqlens_q,
@@ -202,6 +203,8 @@ class Batch:
             logit_rows=logit_rows,
             sampled=self._sampled_rows(scheduled),
             scheduled=scheduled,
+            is_fed=bool(self._freed_after) and bool((input_ids < 0).any()),  # marks are of steps that have begun
+            samples_all=logit_rows is sampling and len(sampling) == len(scheduled.rows),
         )
 
     def _forks(

@@ -49,8 +49,11 @@ class ModelRunner:
             return Choices(self._last)
         device, last = self._pool.blocks.device, self._last
         hidden = self._forward.hidden(inputs, last)
-        rows = slice(len(inputs.logit_rows)) if inputs.samples_all else upload(inputs.logit_rows, device)
-        choices = choose(self._decoder.logits(hidden[rows]), inputs.sampled, self._kernels)
+        if not inputs.samples_all:
+            hidden = hidden[upload(inputs.logit_rows, device)]
+        elif len(hidden) > len(inputs.logit_rows):
+            hidden = hidden[: len(inputs.logit_rows)]
+        choices = choose(self._decoder.logits(hidden), inputs.sampled, self._kernels)
         self._last = choices.tokens
         if inputs.is_fed:
             taint(self._last, upload(inputs.input_ids[inputs.logit_rows], device), last)

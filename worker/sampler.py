@@ -52,6 +52,9 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
     tokens = kernels.greedy(logits)
     choices = Choices(tokens) if rows.num_candidates is None else _with_candidates(tokens, logits, rows.num_candidates)
     reporting = None if rows.reports_logprobs is None else np.flatnonzero(rows.reports_logprobs)
+    random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
+    if reporting is None and not rows.forbidden and not len(random):
+        return choices
     # Taken now: what is forbidden below is none of the model's own.
     distribution = None if reporting is None else logits[upload(reporting, logits.device)].log_softmax(dim=-1)
     token_ids = tokens[0]
@@ -62,7 +65,6 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
         logits[early, never] = float("-inf")
         early = upload(np.unique(pairs[:, 0]), logits.device)
         token_ids[early] = logits[early].argmax(dim=-1)
-    random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
     if len(random):
         draws = Draws(
             rows=random,

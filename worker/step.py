@@ -91,7 +91,8 @@ class StepInputs:
     input_ids: [num_tokens] int64; a negative one, ~i, is fed: it is what entry i of the step before samples, which is
     still on its way. positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
     context_lens: [num_seqs] int64. block_tables: [num_seqs, max_blocks] int32. logit_rows: [num_samples] int64, the
-    tokens that sample, and `sampled` how.
+    tokens that sample, and `sampled` how. is_fed: whether any of input_ids is. samples_all: whether it is known that
+    every token samples, each once, as in the common step of decodes.
     """
 
     input_ids: NDArray[np.int64]
@@ -104,17 +105,8 @@ class StepInputs:
     logit_rows: NDArray[np.int64]
     sampled: SampledRows
     scheduled: Scheduled
-
-    @property
-    def samples_all(self) -> bool:
-        """Whether every token samples, each once: the common step of decodes."""
-        rows = self.logit_rows
-        return len(rows) == len(self.input_ids) and bool((rows == np.arange(len(rows))).all())
-
-    @property
-    def is_fed(self) -> bool:
-        """Whether it runs tokens that only the runner can know."""
-        return bool((self.input_ids < 0).any())
+    is_fed: bool = False
+    samples_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)

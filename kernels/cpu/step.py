@@ -97,18 +97,18 @@ class _PreparedWork:
         )
         self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())
-        arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
+        num_items, num_merges = items.columns.shape[1], items.merges.shape[1]
+        columns, merges = items.columns.ctypes.data, items.merges.ctypes.data
         self.work = Work(
             len(clusters.starts) - 1,
-            len(items.merge_items),
+            num_merges,
             metadata.block_tables.stride(0),
             sliding_window,
             torch.get_num_threads(),
             clusters.starts.ctypes.data,
             clusters.order.ctypes.data,
-            *(array.ctypes.data for array in arrays),
-            items.merge_items.ctypes.data,
-            items.merge_counts.ctypes.data,
+            *(columns + column * num_items * items.columns.itemsize for column in range(6)),
+            *(merges + row * num_merges * items.merges.itemsize for row in range(2)),
             metadata.block_tables.data_ptr(),
             metadata.context_lens.data_ptr(),
             metadata.cu_seqlens_q.data_ptr(),

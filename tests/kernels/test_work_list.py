@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.work_list import SplitRule, WorkList, make_work_list, pack, partition_lens
+from kernels.work_list import SplitRule, WorkList, cut, cut_decodes, make_work_list, pack, partition_lens
 
 BLOCK_SIZE = 16
 
@@ -47,6 +47,15 @@ def test_covers_what_each_query_sees_once(pairs: list[tuple[int, int]], window: 
         visible = (distances >= 0) & ((distances < window) if window else True)
         assert (counts[visible] == 1).all()
         assert counts.max() == 1
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=6), rules.filter(lambda rule: rule.max_split_queries > 0))
+def test_decodes_are_cut_as_any_step(context_lens: list[int], rule: SplitRule) -> None:
+    lens, ones = np.array(context_lens), np.ones(len(context_lens), np.int64)
+    found, expected = cut_decodes(lens, rule), cut(lens, ones, BLOCK_SIZE, 0, rule)
+    assert found.columns.tolist() == expected.columns.tolist()
+    assert found.merges.tolist() == expected.merges.tolist()
+    assert found.num_partial_rows == expected.num_partial_rows
 
 
 @given(lens, windows, rules)

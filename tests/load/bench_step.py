@@ -56,7 +56,8 @@ class Figures:
 async def run(case: Case, model: Path, seconds: float) -> Figures:
     """One case, measured between two looks at the status."""
     flags = ("--timed-step-s", str(case.step_s), "--num-blocks", "120000", "--max-num-seqs", "256")
-    stack = Stack(model, worker_flags=(*flags, "--max-num-batched-tokens", "2048"))
+    # A plan for each step, however short.
+    stack = Stack(model, 1, ("--plan-ms", "0"), (*flags, "--max-num-batched-tokens", "2048"))
     with contextlib.ExitStack() as cleanup:
         if case.added_redis_s:
             stack.redis_url = f"unix://{stack.directory}/slow.sock"

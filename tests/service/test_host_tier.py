@@ -18,6 +18,8 @@ from tests.stack import Stack, collect, greedy, running
 
 NUM_BLOCKS, NUM_HOST_BLOCKS = 20, 60
 PROMPT_TOKENS, OUTPUT_TOKENS = 100, 12
+# Step by step, so that what is on its way to the host is there before it would be evicted.
+SCHEDULER_FLAGS = ("--preemption", "swap", "--plan-ms", "0")
 FLAGS = ("--num-blocks", str(NUM_BLOCKS), "--num-host-blocks", str(NUM_HOST_BLOCKS), "--poison-freed-blocks")
 
 
@@ -28,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def stack(model: Path) -> AsyncIterator[Stack]:
-    async with running(Stack(model, scheduler_flags=("--preemption", "swap"), worker_flags=FLAGS)) as stack:
+    async with running(Stack(model, scheduler_flags=SCHEDULER_FLAGS, worker_flags=FLAGS)) as stack:
         yield stack
 
 

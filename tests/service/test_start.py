@@ -136,6 +136,8 @@ def test_the_process_says_so(tmp_path: Path) -> None:
         (("--max-waiting", "0"), "--max-waiting=0"),
         (("--record-ttl-s", "0"), "--record-ttl-s=0"),
         (("--lease-s", "nan"), "--lease-s=nan"),
+        (("--plan-ms", "-1"), "--plan-ms=-1"),
+        (("--plan-ms", "nan"), "--plan-ms=nan"),
     ],
 )
 def test_a_flag_that_can_not_be(timed_model: Path, flags: tuple[str, ...], words: str) -> None:

@@ -411,7 +411,7 @@ class Simulation:
         running_before = {s.seq_id for s in self.planner.running}
         self.planner.history.now_s = float(self.round_number)
         self.planner.pins.expire(self.planner.history.now_s)
-        self.planner.grow_and_admit(self.limits.lookahead)
+        self.planner.grow_and_admit(self.limits.lookahead, self.limits.steps_per_plan)
         self.admitted_order += [s.seq_id for s in self.planner.running if s.seq_id not in running_before]
         changes = self.committer.send(self.planner, self.round_number + self.limits.ack_rounds)
         if not self.limits.ack_rounds:

@@ -345,6 +345,20 @@ def test_a_fork_samples_from_its_parents_logits_and_gets_its_blocks_later() -> N
     assert progress.first_output_indexes.tolist() == [1, 1]
 
 
+def test_every_token_samples_where_each_does_once() -> None:
+    """Not where as many sample as run, but a fork samples from the same token as its parent."""
+    batch = Batch(LIMITS)
+    prompt = {"tokens": [1, 2], "num_prompt": 2}
+    rows = ((7, naive(**prompt)), (8, naive(**prompt)), (9, naive(**prompt, num_computed=2)))
+    prompts = {"scheduled_seq_ids": [7, 9], "num_scheduled_tokens": [2, 0]}
+    inputs, _ = run(batch, plan(added=[added(*row) for row in rows], **prompts), [5, 6])
+    assert (inputs.logit_rows.tolist(), inputs.samples_all) == ([1, 1], False)
+    inputs, _ = run(batch, plan(scheduled_seq_ids=[7, 8], num_scheduled_tokens=[1, 1]), [5])
+    assert (inputs.logit_rows.tolist(), inputs.samples_all) == ([0], False)
+    inputs, _ = run(batch, plan(scheduled_seq_ids=[8, 7], num_scheduled_tokens=[1, 1]), [5, 6])
+    assert (inputs.logit_rows.tolist(), inputs.samples_all) == ([0, 1], True)
+
+
 def test_a_full_sequence_samples_no_more() -> None:
     """At max_model_len there is nothing to run, and plans sent ahead find that out without harm."""
     batch = Batch(LIMITS)

@@ -215,18 +215,6 @@ def test_timed_log_probabilities_are_a_function_of_seed_and_index() -> None:
     assert found.tolist() == [np.log1p(-uniforms(asking.seeds, asking.output_indexes)).astype(np.float32)[0], 0.0]
 
 
-@pytest.mark.parametrize(
-    ("num_seqs", "query_len", "logit_rows", "is_all"),
-    [(2, 1, [0, 1], True), (2, 1, [1, 1], False), (2, 1, [1], False), (2, 2, [1, 3], False), (1, 2, [1, 1], False)],
-)
-def test_every_token_samples_where_each_does_once(
-    num_seqs: int, query_len: int, logit_rows: list[int], is_all: bool
-) -> None:
-    """Not where as many sample as run, but forks sample twice from the same token."""
-    inputs = replace(null_inputs(num_seqs, query_len), logit_rows=np.array(logit_rows))
-    assert inputs.samples_all is is_all
-
-
 def test_timed_steps_run_one_after_the_other() -> None:
     runner, start_s = TimedRunner(0.05, VOCAB_SIZE), time.perf_counter()
     first, second = (runner.launch(null_inputs(1, 1)) for _ in range(2))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from kernels import AttentionStep, HeadNorms, Kernels, Layer, LayerKV, Norm
 from worker.models.rope import Rope
@@ -74,7 +73,7 @@ class Decoder:
 
         input_ids, positions: [num_tokens] int64.
         """
-        hidden = F.embedding(input_ids, self._embedding)
+        hidden = self._embedding.index_select(0, input_ids)
         attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions))
         return hidden
 

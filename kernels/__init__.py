@@ -153,6 +153,21 @@ class Layer:
     sliding_window: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What a model has before its layers and behind them.
+
+    embedding: [vocab_size, hidden_size]; cos, sin: [num_positions, 1, head_dim / 2], the angles of all positions; both
+    contiguous, of the model's dtype. lm_head makes logits of the norm of hidden states.
+    """
+
+    embedding: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    norm: Norm
+    lm_head: Linear
+
+
 class AttentionStep(Protocol):
     """The work lists of one step, used by all its layers."""
 
@@ -174,6 +189,21 @@ class AttentionStep(Protocol):
 
     def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
         """Add to `hidden`, [num_tokens, hidden_size], what each layer makes of it; keys and values go into `kv`."""
+
+    def decode(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        ends: Ends,
+        input_ids: NDArray[np.int64],
+        num_steps: int,
+    ) -> torch.Tensor | None:
+        """This step, of one token per sequence, and those behind it, each of the likeliest tokens of the one before.
+
+        input_ids: [num_seqs]. As many steps as are done, of num_steps: [done, 2, num_seqs] int64, as `Kernels.greedy`
+        says; nothing finite follows what is not. Block tables must have the blocks for all. None where these kernels
+        run one step at a time, or nothing is done.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,16 @@ def cut_decodes(context_lens: NDArray[np.int64], rule: SplitRule) -> WorkList:
     return WorkList(columns, merges, int(counts[split].sum()))
 
 
+def num_steps_alike(context_lens: NDArray[np.int64], rule: SplitRule) -> int:
+    """How many decodes of the same sequences, one after the other from these lengths on, are cut into as many items.
+
+    Only a sequence's last item then grows. 0: there is no telling.
+    """
+    if int(context_lens.max()) >= rule.partition_len * rule.max_partitions:
+        return 0
+    return int((-context_lens % rule.partition_len).min()) + 1
+
+
 def partition_lens(kv_ends: NDArray[np.int64], rule: SplitRule) -> NDArray[np.int64]:
     """KV tokens of a partition of each tile, by the position that it ends at and nothing else."""
     most = rule.partition_len * rule.max_partitions

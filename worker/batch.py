@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from worker.errors import ProtocolError
-from worker.step import SEQUENCE, BatchLimits, Sampled, SampledRows, Scheduled, StepInputs
+from worker.step import SEQUENCE, BatchLimits, Sampled, SampledRows, SampledSteps, Scheduled, StepInputs
 from worker.wire import AddedSequence, Plan
 
 
@@ -89,6 +89,18 @@ class Batch:
             places, token_ids = places[is_good], token_ids[is_good]
         self._flat_token_ids[places] = token_ids
         self._free_rows += self._freed_after.popleft()
+
+    def commit_steps(self, inputs: StepInputs, steps: SampledSteps) -> None:
+        """Record steps that were run at once, the first with `inputs`; none of them has begun, and no other runs."""
+        scheduled, num_tokens = inputs.scheduled, steps.num_tokens
+        rows, known = scheduled.sampling_rows, scheduled.before["num_tokens"]
+        self._sequences["num_tokens"][rows] = known + num_tokens
+        # As in `commit`: a sequence that failed has nothing left to run.
+        self._sequences["num_computed_tokens"][rows] = np.minimum(
+            scheduled.num_computed_tokens + len(steps) - 1, known + num_tokens
+        )
+        places = scheduled.sampled_places + np.arange(len(steps))[:, None]
+        self._flat_token_ids[places[steps.is_finite]] = steps.token_ids[steps.is_finite]
 
     def _remove(self, seq_id: int) -> None:
         row = self._row_of.pop(seq_id, None)
@@ -190,7 +202,9 @@ class Batch:
 
         input_ids = np.take(self._flat_token_ids, token_rows * self._limits.max_model_len + positions)
         block_size = self._limits.block_size
-        max_blocks = -(-int(context_lens.max(initial=0)) // block_size)
+        # Of all steps of the plan: the runner may do them at once.
+        longest = int(context_lens.max(initial=0)) + plan.num_steps - 1
+        max_blocks = min(-(-longest // block_size), self._block_tables.shape[1])
         block_ids = self._block_tables[token_rows, positions // block_size]
         return StepInputs(
             input_ids=input_ids,

@@ -14,8 +14,8 @@ from typing import Protocol
 from worker.batch import Batch
 from worker.errors import ProtocolError
 from worker.ledger import Order
-from worker.runner import Runner, RunningStep
-from worker.step import Progress, Sampled, StepInputs
+from worker.runner import Runner, RunningStep, RunningSteps
+from worker.step import Progress, Sampled, SampledSteps, StepInputs
 from worker.swaps import Swaps
 from worker.wire import StepOutput
 
@@ -38,28 +38,46 @@ class PlanSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step on its way. start: when it was launched; whether its plan was there when the step before ended.
+    """A step on its way, or some at once. start: when launched; whether the plan was there when the step before ended.
 
-    is_last: of its plan's steps.
+    num_steps: that the plan has left, this one included. has_begun: in the batch.
     """
 
     order: Order
     inputs: StepInputs
-    step: RunningStep
+    step: RunningStep | RunningSteps
     start: float
     is_back_to_back: bool
-    is_last: bool
+    num_steps: int
+    has_begun: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Ran:
-    """A step without its report: when it began and ended, and the gap before it; seconds."""
+    """Steps without their report: when they began and ended, and the gap before them; seconds."""
 
     launched: _Launched
-    sampled: Sampled
+    sampled: Sampled | SampledSteps
     start: float
     end: float
     gap_s: float
+
+    @property
+    def num_steps(self) -> int:
+        """How many."""
+        return len(self.sampled) if isinstance(self.sampled, SampledSteps) else 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no step of their plan is left."""
+        return self.num_steps == self.launched.num_steps
+
+    def progress(self) -> Progress:
+        """What they did."""
+        scheduled = self.launched.inputs.scheduled
+        if isinstance(self.sampled, SampledSteps):
+            return Progress.of_steps(scheduled, self.sampled)
+        return Progress.of(scheduled, self.sampled)
 
 
 class Executor:
@@ -92,10 +110,11 @@ class Executor:
     def _launch_within(self, seconds: float) -> None:
         """The next step of the plan that has begun, or of the next plan, if it comes in time."""
         if self._rest is not None:
-            return self._launch_again()
-        order = self._source.take_within(seconds)
-        if order is not None:
-            self._launch(order, is_back_to_back=True)
+            order, num_left = self._rest
+            return self._begin(order, self._batch.again(order.plan), True, num_left)
+        order_in_time = self._source.take_within(seconds)
+        if order_in_time is not None:
+            self._launch(order_in_time, is_back_to_back=True)
         return None
 
     def _launch(self, order: Order, is_back_to_back: bool) -> None:
@@ -117,33 +136,43 @@ class Executor:
             return
         self._runner.prepare(order.plan)
         self._swaps.begin(order.plan)
-        self._begin(order, inputs, is_back_to_back, order.plan.num_steps - 1)
+        self._begin(order, inputs, is_back_to_back, order.plan.num_steps)
 
-    def _launch_again(self) -> None:
-        """The next step of the plan that has begun."""
-        assert self._rest is not None
-        order, num_left = self._rest
-        self._begin(order, self._batch.again(order.plan), True, num_left - 1)
+    def _begin(self, order: Order, inputs: StepInputs, is_back_to_back: bool, num_steps: int) -> None:
+        """Launch a step, or as many at once as the runner does, of the `num_steps` that the plan still has."""
+        start = time.perf_counter()
+        steps = self._runner.launch_steps(inputs, num_steps) if num_steps > 1 and not self._launched else None
+        step = self._runner.launch(inputs) if steps is None else steps
+        self._launched.append(_Launched(order, inputs, step, start, is_back_to_back, num_steps, steps is None))
+        self._rest = None
+        if steps is None:
+            self._batch.begin(inputs)
+            self._leave(order, num_steps - 1)
 
-    def _begin(self, order: Order, inputs: StepInputs, is_back_to_back: bool, num_left: int) -> None:
-        """Launch a step, behind which the plan has so many."""
-        start, step = time.perf_counter(), self._runner.launch(inputs)
-        self._launched.append(_Launched(order, inputs, step, start, is_back_to_back, is_last=not num_left))
-        self._batch.begin(inputs)
-        self._rest = (order, num_left) if num_left else None
+    def _leave(self, order: Order, num_steps: int) -> None:
+        """Steps of the plan that has begun are to be launched."""
+        self._rest = (order, num_steps) if num_steps else None
 
     def _end(self) -> None:
-        """Wait for the end of the oldest step, and commit it."""
+        """Wait for the end of what was launched first, and commit it."""
         launched = self._launched.popleft()
         sampled = launched.step.wait()
         end = time.perf_counter()
-        self._batch.commit(launched.inputs, sampled)
         start = max(launched.start, self._last_end)
-        self._ran.append(_Ran(launched, sampled, start, end, start - self._last_end))
+        ran = _Ran(launched, sampled, start, end, start - self._last_end)
+        self._ran.append(ran)
         self._last_end = end
+        if not launched.has_begun:
+            self._leave(launched.order, launched.num_steps - ran.num_steps)
+        if isinstance(sampled, SampledSteps):
+            self._batch.commit_steps(launched.inputs, sampled)
+            return
+        if not launched.has_begun:
+            self._batch.begin(launched.inputs)
+        self._batch.commit(launched.inputs, sampled)
 
     def _report(self) -> None:
-        if self._ran and self._ran[-1].launched.is_last:
+        if self._ran and self._ran[-1].is_last:
             ran, self._ran = self._ran, []
             self._source.finish(ran[0].launched.order, _output(ran))
 
@@ -151,7 +180,7 @@ class Executor:
 def _output(ran: list[_Ran]) -> StepOutput:
     """Of all steps of a plan."""
     first, plan = ran[0], ran[0].launched.order.plan
-    progress = Progress.joined([Progress.of(step.launched.inputs.scheduled, step.sampled) for step in ran])
+    progress = Progress.joined([steps.progress() for steps in ran])
     return StepOutput(
         epoch=plan.epoch,
         step_id=plan.step_id,
@@ -165,7 +194,7 @@ def _output(ran: list[_Ran]) -> StepOutput:
         step_s=ran[-1].end - first.start,
         gap_s=first.gap_s,
         back_to_back=first.launched.is_back_to_back,
-        num_steps=len(ran),
+        num_steps=sum(steps.num_steps for steps in ran),
         candidates=progress.candidates,
         token_logprobs=progress.token_logprobs,
     )

@@ -23,6 +23,9 @@ class Forward(Protocol):
         last: as in `worker.feed`. The next call may overwrite what this one returns.
         """
 
+    def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
+        """See `kernels.AttentionStep.decode`. inputs: of the first step, nothing of which is fed."""
+
 
 class EagerForward:
     """See Forward. Any step, operation by operation."""
@@ -39,6 +42,11 @@ class EagerForward:
         if inputs.is_fed:
             input_ids = feed(input_ids, last)
         return self._decoder.hidden(input_ids, positions, attention, self._pool.layers)
+
+    def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
+        """See Forward."""
+        attention = self._kernels.prepare(self._metadata(inputs))
+        return self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps)
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(

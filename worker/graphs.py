@@ -157,6 +157,9 @@ class GraphForward:
             self._buckets.insert(0, (num_seqs, bucket))
         log.info("recorded %d sizes of decode steps in %.2f s", len(self._buckets), time.perf_counter() - start)
 
+    def decode(self, inputs: StepInputs, num_steps: int) -> None:
+        """See Forward: a graph for each step."""
+
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """See Forward."""
         bucket = self._bucket(inputs)

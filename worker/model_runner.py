@@ -12,9 +12,9 @@ from worker.feed import taint
 from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
-from worker.runner import RunningStep
-from worker.sampler import Choices, choose, to_sampled
-from worker.step import Sampled, StepInputs, null_inputs
+from worker.runner import RunningStep, RunningSteps
+from worker.sampler import Choices, choose, is_greedy, to_sampled
+from worker.step import Sampled, SampledSteps, StepInputs, null_inputs
 from worker.wire import Plan
 
 # A prompt long enough to tell what a token takes.
@@ -40,6 +40,21 @@ class ModelRunner:
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
         return EnqueuedStep(self._enqueue(inputs)) if self._is_on_gpu else DeferredStep(self._enqueue, inputs)
+
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredSteps | None":
+        """See Runner. On a CPU, of sequences that only ask for the likeliest token."""
+        if self._is_on_gpu or inputs.is_fed or not (inputs.samples_all and is_greedy(inputs.sampled)):
+            return None
+        return DeferredSteps(self._decode, inputs, num_steps)
+
+    @torch.inference_mode()
+    def _decode(self, inputs: StepInputs, num_steps: int) -> Sampled | SampledSteps:
+        choices = self._forward.decode(inputs, num_steps)
+        if choices is None:
+            return to_sampled(self._enqueue(inputs))
+        self._last = choices[-1]
+        token_ids, is_finite = choices.numpy().swapaxes(0, 1)
+        return SampledSteps(token_ids, is_finite.astype(np.bool_))
 
     @torch.inference_mode()
     def _enqueue(self, inputs: StepInputs) -> Choices:
@@ -98,6 +113,25 @@ class DeferredStep:
         return to_sampled(self._enqueue(self._inputs))
 
 
+class DeferredSteps:
+    """Steps on the CPU, as DeferredStep. See RunningSteps."""
+
+    def __init__(
+        self, decode: Callable[[StepInputs, int], Sampled | SampledSteps], inputs: StepInputs, num_steps: int
+    ) -> None:
+        self._decode = decode
+        self._inputs = inputs
+        self._num_steps = num_steps
+
+    def patience_s(self) -> float:
+        """See RunningStep."""
+        return 0.0
+
+    def wait(self) -> Sampled | SampledSteps:
+        """See RunningSteps."""
+        return self._decode(self._inputs, self._num_steps)
+
+
 class PoisoningRunner:
     """A ModelRunner whose pool holds NaN wherever nothing has been written: what reads it shows in the logits."""
 
@@ -134,6 +168,10 @@ class PoisoningRunner:
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
         return self._runner.launch(inputs)
+
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningSteps | None:
+        """See Runner."""
+        return self._runner.launch_steps(inputs, num_steps)
 
 
 def warm_up(runner: ModelRunner, block_size: int) -> float:

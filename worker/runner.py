@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from worker.rng import draw, uniforms
-from worker.step import Sampled, SampledRows, StepInputs
+from worker.step import Sampled, SampledRows, SampledSteps, StepInputs
 from worker.wire import Plan
 
 
@@ -20,6 +20,16 @@ class RunningStep(Protocol):
         """What was sampled, once the step is done."""
 
 
+class RunningSteps(Protocol):
+    """Steps on their way, each fed with what the one before samples. See RunningStep."""
+
+    def patience_s(self) -> float:
+        """See RunningStep."""
+
+    def wait(self) -> Sampled | SampledSteps:
+        """What was sampled by as many as were run at once, or by the first alone."""
+
+
 class Runner(Protocol):
     """Holds the KV pool and computes steps on it."""
 
@@ -31,6 +41,12 @@ class Runner(Protocol):
 
         One that is launched while another runs begins at its end, fed with what that samples; what is fed with the
         choice of a row whose logits were not finite counts as not finite either.
+        """
+
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningSteps | None:
+        """Begin some decode steps at once, the first with `inputs`, while nothing else runs.
+
+        None where that gains nothing, or can't be: then each is to be launched by itself.
         """
 
 
@@ -53,6 +69,9 @@ class TimedRunner:
         """See Runner."""
         self._end = max(self._end, time.perf_counter()) + self._step_s
         return TimedStep(self._end, inputs.sampled, self._vocab_size)
+
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+        """See Runner."""
 
 
 class TimedStep:

@@ -44,6 +44,12 @@ class Choices:
         return replace(self, tokens=_to_host(self.tokens), likeliest=likeliest, logprobs=logprobs)
 
 
+def is_greedy(rows: SampledRows) -> bool:
+    """Whether all of them want the likeliest token, whatever it is, and nothing else."""
+    asks_more = rows.forbidden or rows.num_candidates is not None or rows.reports_logprobs is not None
+    return not asks_more and bool((rows.temperatures < MIN_TEMPERATURE).all())
+
+
 def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices:
     """Chooses a token for each row, and finds the candidates of those that want any.
 

@@ -137,6 +137,26 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True)
+class SampledSteps:
+    """Of steps that ran one after the other, one token of each sequence: its token, and whether its logits were finite.
+
+    token_ids, is_finite: [num_steps, num_seqs]. Nothing finite follows what is not.
+    """
+
+    token_ids: NDArray[np.int64]
+    is_finite: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """[num_seqs]: tokens that mean something."""
+        found: NDArray[np.int64] = self.is_finite.sum(axis=0)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """What one or more steps did to each scheduled sequence; see StepResult. failed: whose logits were not finite."""
 
@@ -167,11 +187,28 @@ class Progress:
         )
 
     @classmethod
+    def of_steps(cls, scheduled: Scheduled, steps: SampledSteps) -> "Progress":
+        """Of steps that have run, of which `scheduled` is the first."""
+        num_tokens = steps.num_tokens
+        return cls(
+            attempts=scheduled.before["attempt"],
+            # One that failed has run in the step in which it did, and in none behind it.
+            num_computed_tokens=scheduled.num_computed_tokens + np.minimum(num_tokens, len(steps) - 1),
+            first_output_indexes=scheduled.before["num_tokens"] - scheduled.before["num_prompt_tokens"],
+            num_tokens=num_tokens,
+            token_ids=steps.token_ids.T[steps.is_finite.T],
+            failed=np.flatnonzero(num_tokens < len(steps)),
+            candidates=[],
+            token_logprobs=None,
+        )
+
+    @classmethod
     def joined(cls, steps: Sequence["Progress"]) -> "Progress":
         """Of one step after the other, with the same scheduled sequences: each one's tokens lie together."""
         if len(steps) == 1:
             return steps[0]
-        order = np.argsort(np.concatenate([np.flatnonzero(step.num_tokens) for step in steps]), kind="stable")
+        entries = np.arange(len(steps[0].attempts))
+        order = np.argsort(np.concatenate([np.repeat(entries, step.num_tokens) for step in steps]), kind="stable")
         logprobs = None
         if any(step.token_logprobs is not None for step in steps):
             none = [np.zeros(len(step.token_ids), np.float32) for step in steps]

@@ -104,6 +104,22 @@ class LayersCall(ctypes.Structure):
     )
 
 
+class StepsCall(ctypes.Structure):
+    """See `steps.h`."""
+
+    _fields_ = (
+        ("layers", POINTER(LayersCall)),
+        *((name, c_void_p) for name in ("kv_ends", "context_lens", "item_seqs", "block_tables")),
+        *((name, c_void_p) for name in ("embedding", "cos", "sin")),
+        ("lm_head", POINTER(LinearWeight)),
+        *((name, c_void_p) for name in ("norm", "logits", "choices")),
+        ("table_stride", c_int64),
+        ("num_items", c_int32),
+        ("num_steps", c_int32),
+        ("norm_epsilon", c_float),
+    )
+
+
 class SampleCall(ctypes.Structure):
     """See `sample.cpp`."""
 
@@ -132,6 +148,9 @@ class NativeLibrary:
         self.run_layers = library.pagoda_run_layers
         self.run_layers.argtypes = (POINTER(LayersCall),)
         self.run_layers.restype = None
+        self.run_steps = library.pagoda_run_steps
+        self.run_steps.argtypes = (POINTER(StepsCall),)
+        self.run_steps.restype = None
         self.greedy = library.pagoda_greedy
         self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
         self.greedy.restype = None

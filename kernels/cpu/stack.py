@@ -28,6 +28,8 @@ class LayerStack:
             shape=ctypes.pointer(c_shape), layers=self._c_layers, windows=self._c_windows, num_layers=len(layers)
         )
         self._room: list[torch.Tensor] = []
+        self._inputs: list[torch.Tensor] = []  # of a step, where the C++ makes them
+        self.logits = torch.empty((0, 0))
         self._num_tokens = 0  # that there is room for
 
     def is_of(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> bool:
@@ -46,10 +48,22 @@ class LayerStack:
         call.cos, call.sin, call.slot_mapping = angles.cos.data_ptr(), angles.sin.data_ptr(), slot_mapping.data_ptr()
         return call
 
+    def room_for_steps(self, num_tokens: int, vocab_size: int, works: list[binding.WindowWork]) -> binding.LayersCall:
+        """As `call`, of some steps, whose inputs the C++ makes; `logits` has room for theirs."""
+        first = self._layers[0]
+        if num_tokens > len(self.logits):
+            dtype, half = first.input_norm.weight.dtype, self._call.shape.contents.head_dim // 2
+            hidden = torch.empty((num_tokens, packed(first.qkv).num_inputs), dtype=dtype)
+            cos, sin = torch.empty((2, num_tokens, half), dtype=dtype)
+            self._inputs = [hidden, cos, sin, torch.empty(num_tokens, dtype=torch.int64)]
+            self.logits = torch.empty((num_tokens, vocab_size))
+        hidden, cos, sin, slot_mapping = self._inputs
+        return self.call(hidden[:num_tokens], Angles(cos, sin), slot_mapping, works)
+
     def _make_room(self, num_tokens: int, dtype: torch.dtype) -> None:
         """It stays: a large step would find its pages one by one, each time."""
         first = self._layers[0]
-        widths = _packed(first.qkv).num_outputs, _packed(first.o).num_inputs, _packed(first.down).num_inputs
+        widths = packed(first.qkv).num_outputs, packed(first.o).num_inputs, packed(first.down).num_inputs
         num_rows = -(-num_tokens // TILE_HEIGHT) * TILE_HEIGHT
         self._room = [empty_on_huge_pages((num_rows, width), dtype) for width in widths]
         self._call.heads, self._call.attended, self._call.gated = (room.data_ptr() for room in self._room)
@@ -59,7 +73,7 @@ class LayerStack:
         norms = layer.head_norms
         assert layer.post_norm.epsilon == layer.input_norm.epsilon
         return binding.Layer(
-            *(_packed(x).structure for x in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+            *(packed(x).structure for x in (layer.qkv, layer.o, layer.gate_up, layer.down)),
             layer.input_norm.weight.data_ptr(),
             layer.post_norm.weight.data_ptr(),
             norms.query.data_ptr() if norms else None,
@@ -72,6 +86,7 @@ class LayerStack:
         )
 
 
-def _packed(linear: object) -> PackedLinear | PackedGatedLinear:
+def packed(linear: object) -> PackedLinear | PackedGatedLinear:
+    """The same, as what it is."""
     assert isinstance(linear, PackedLinear | PackedGatedLinear)
     return linear

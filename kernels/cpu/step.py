@@ -4,12 +4,15 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, Ends, HeadNorms, Layer, LayerKV
 from kernels.clusters import make_clusters
-from kernels.cpu.binding import Call, RotateCall, WindowWork, Work
-from kernels.work_list import SplitRule, make_work_list
+from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
+from kernels.cpu.stack import packed
+from kernels.work_list import SplitRule, make_work_list, num_steps_alike
 
 if TYPE_CHECKING:
     from kernels.cpu import CpuKernels
@@ -70,6 +73,50 @@ class CpuStep:
         works = [self._prepared(window).of_window() for window in stack.windows]
         self._native.run_layers(stack.call(hidden, angles, self._metadata.slot_mapping, works))
 
+    def decode(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        ends: Ends,
+        input_ids: NDArray[np.int64],
+        num_steps: int,
+    ) -> torch.Tensor | None:
+        """See `kernels.AttentionStep.decode`. One native call, up to where some sequence's work is cut anew."""
+        metadata, stack = self._metadata, self._kernels.stack(layers, kv)
+        num_steps = min(num_steps, num_steps_alike(metadata.host_context_lens, self._kernels.rule))
+        num_positions, vocab_size = len(ends.cos), len(ends.embedding)
+        is_possible = (
+            stack.windows == [0]
+            and metadata.max_context_len + num_steps - 1 <= num_positions
+            and 0 <= input_ids.min() <= input_ids.max() < vocab_size
+        )
+        if num_steps < 2 or not is_possible:
+            return None
+        prepared = self._prepared(0)
+        choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
+        choices[0, 0] = torch.from_numpy(input_ids)
+        self._native.run_steps(
+            StepsCall(
+                layers=ctypes.pointer(stack.room_for_steps(len(input_ids), vocab_size, [prepared.of_window()])),
+                kv_ends=prepared.work.kv_ends,
+                context_lens=metadata.context_lens.data_ptr(),
+                item_seqs=prepared.work.seqs,
+                block_tables=metadata.block_tables.data_ptr(),
+                embedding=ends.embedding.data_ptr(),
+                cos=ends.cos.data_ptr(),
+                sin=ends.sin.data_ptr(),
+                lm_head=ctypes.pointer(packed(ends.lm_head).structure),
+                norm=ends.norm.weight.data_ptr(),
+                logits=stack.logits.data_ptr(),
+                choices=choices.data_ptr(),
+                table_stride=metadata.block_tables.stride(0),
+                num_items=prepared.num_items,
+                num_steps=num_steps,
+                norm_epsilon=ends.norm.epsilon,
+            )
+        )
+        return choices[1:]
+
     def _prepared(self, sliding_window: int) -> "_PreparedWork":
         if sliding_window not in self._works:
             rule = self._kernels.rule
@@ -95,9 +142,10 @@ class _PreparedWork:
             shape.block_size,
             MAX_CLUSTER_ITEMS,
         )
+        self.num_items = items.columns.shape[1]
         self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())
-        num_items, num_merges = items.columns.shape[1], items.merges.shape[1]
+        num_items, num_merges = self.num_items, items.merges.shape[1]
         columns, merges = items.columns.ctypes.data, items.merges.ctypes.data
         self.work = Work(
             len(clusters.starts) - 1,

@@ -13,11 +13,12 @@ from kernels.build import Library
 
 SOURCES = (
     *("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "sample.cpp"),
-    *("stream.cpp", "team.cpp"),
+    *("steps.cpp", "stream.cpp", "team.cpp"),
 )
 HEADERS = (
     *("attention.h", "blocks.h", "decode.h", "dot_tile.h", "dots.h", "layers.h", "linear.h", "matmul.h"),
-    *("panels.h", "prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "softmax.h", "spans.h", "team.h", "tiles.h"),
+    *("panels.h", "prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "softmax.h", "spans.h", "steps.h"),
+    *("team.h", "tiles.h"),
 )
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 # As `simd.h` names them.

@@ -56,6 +56,9 @@ class GatedRunner:
         self.launched.append(inputs)
         return GatedStep(self, len(inputs.logit_rows))
 
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+        """One by one."""
+
     def hold(self) -> None:
         self.started.clear()
         self.gate.clear()

@@ -6,9 +6,11 @@ Weights come from `worker.weights`; `kernels` run the layers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kernels import AttentionStep, HeadNorms, Kernels, Layer, LayerKV, Norm
+from kernels import AttentionStep, Ends, HeadNorms, Kernels, Layer, LayerKV, Norm
 from worker.models.rope import Rope
 from worker.models.spec import ModelSpec
 
@@ -55,6 +57,7 @@ class Decoder:
         self._norm = Norm(weights.norm, spec.rms_norm_eps)
         self._lm_head = kernels.linear(weights.lm_head, None)
         self._rope = Rope(spec.rope, spec.head_dim, max_model_len, self.dtype, self.device)
+        self._ends = Ends(self._embedding, self._rope.cos, self._rope.sin, self._norm, self._lm_head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,6 +79,12 @@ class Decoder:
         hidden = self._embedding.index_select(0, input_ids)
         attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions))
         return hidden
+
+    def decode(
+        self, input_ids: NDArray[np.int64], attention: AttentionStep, kv: Sequence[LayerKV], num_steps: int
+    ) -> torch.Tensor | None:
+        """See `kernels.AttentionStep.decode`."""
+        return attention.decode(self._layers, kv, self._ends, input_ids, num_steps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states [num_rows, hidden_size]: [num_rows, vocab_size] float32."""

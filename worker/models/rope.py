@@ -12,7 +12,7 @@ from worker.models.spec import RopeSpec
 
 
 class Rope:
-    """The angles of one model's positions, in its dtype, on its device."""
+    """The angles of one model's positions, in its dtype, on its device: cos, sin, [num_positions, 1, head_dim / 2]."""
 
     def __init__(
         self, spec: RopeSpec, head_dim: int, num_positions: int, dtype: torch.dtype, device: torch.device
@@ -20,13 +20,13 @@ class Rope:
         inverse_frequencies, attention_factor = _inverse_frequencies(spec, head_dim)
         angles = torch.arange(num_positions)[:, None].float() * inverse_frequencies
         # A step looks them up: computed each time, they would take longer than a small product.
-        self._cos, self._sin = (
+        self.cos, self.sin = (
             (x * attention_factor).to(device=device, dtype=dtype)[:, None] for x in (angles.cos(), angles.sin())
         )
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """For positions [num_tokens], int64."""
-        return Angles(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+        return Angles(self.cos.index_select(0, positions), self.sin.index_select(0, positions))
 
 
 def _inverse_frequencies(spec: RopeSpec, head_dim: int) -> tuple[torch.Tensor, float]:

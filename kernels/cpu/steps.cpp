@@ -1,0 +1,85 @@
+// Some decode steps in one call: between two short ones, Python would take as long as either.
+#include "steps.h"
+
+#include <cstring>
+
+#include "simd.h"
+
+extern "C" {
+void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
+void pagoda_run_layers(const pagoda::LayersCall* call);
+void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size, int32_t num_threads);
+}
+
+namespace pagoda {
+namespace {
+
+class Steps {
+ public:
+  explicit Steps(const StepsCall& call)
+      : call_(call),
+        layers_(*call.layers),
+        num_tokens_(layers_.num_tokens),
+        hidden_size_(call.lm_head->num_inputs),
+        half_(layers_.shape->head_dim / 2) {}
+
+  void run() const {
+    for (int step = 0; step < call_.num_steps; ++step) {
+      if (step) grow();
+      const int64_t* before = call_.choices + step * 2 * num_tokens_;
+      for (int64_t i = 0; i < num_tokens_; ++i) enter(i, before[i] * before[num_tokens_ + i]);
+      pagoda_run_layers(&layers_);
+      choose(before + num_tokens_, call_.choices + (step + 1) * 2 * num_tokens_);
+    }
+  }
+
+ private:
+  // By one token each.
+  void grow() const {
+    for (int64_t i = 0; i < num_tokens_; ++i) ++call_.context_lens[i];
+    for (int item = 0; item < call_.num_items; ++item) {
+      const bool is_last = item + 1 == call_.num_items || call_.item_seqs[item + 1] != call_.item_seqs[item];
+      call_.kv_ends[item] += is_last;
+    }
+  }
+
+  // Sequence i's last token into the step.
+  void enter(int64_t i, int64_t token_id) const {
+    const int64_t position = call_.context_lens[i] - 1, block_size = layers_.shape->block_size;
+    copy(call_.embedding, token_id, layers_.hidden, i, hidden_size_);
+    copy(call_.cos, position, const_cast<void*>(layers_.cos), i, half_);
+    copy(call_.sin, position, const_cast<void*>(layers_.sin), i, half_);
+    const int64_t block = call_.block_tables[i * call_.table_stride + position / block_size];
+    const_cast<int64_t*>(layers_.slot_mapping)[i] = block * block_size + position % block_size;
+  }
+
+  static void copy(const void* from, int64_t from_row, void* to, int64_t to_row, int width) {
+    std::memcpy(static_cast<Element*>(to) + to_row * width, static_cast<const Element*>(from) + from_row * width,
+                width * sizeof(Element));
+  }
+
+  // What follows from a choice that means nothing means nothing.
+  void choose(const int64_t* were_finite, int64_t* choices) const {
+    const int vocab_size = call_.lm_head->num_outputs;
+    const LinearCall call{layers_.hidden, call_.norm,  call_.logits,       hidden_size_, vocab_size,
+                          num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kWriteFloat,
+                          layers_.num_threads};
+    pagoda_linear(call_.lm_head, &call);
+    pagoda_greedy(call_.logits, choices, num_tokens_, vocab_size, layers_.num_threads);
+    for (int64_t i = 0; i < num_tokens_; ++i) choices[num_tokens_ + i] &= were_finite[i];
+  }
+
+  const StepsCall& call_;
+  const LayersCall& layers_;
+  int64_t num_tokens_;
+  int hidden_size_, half_;
+};
+
+}  // namespace
+}  // namespace pagoda
+
+#pragma GCC visibility push(default)
+
+extern "C" void pagoda_run_steps(const pagoda::StepsCall* call) { pagoda::Steps(*call).run(); }
+
+#pragma GCC visibility pop

@@ -1,0 +1,32 @@
+// What the C function of steps.cpp takes; `binding.py` mirrors it field by field.
+#pragma once
+
+#include "layers.h"
+
+namespace pagoda {
+
+// Decodes of the same sequences, one step after the other, each of which takes the likeliest token.
+//
+// The first step's work list serves them all: sequence i has its own last item, which grows with it, and no more items
+// than at first.
+struct StepsCall {
+  // Of each step; hidden, cos, sin and slot_mapping point to room that is filled here.
+  const LayersCall* layers;
+  int32_t* kv_ends;       // of the works' items, as context_lens
+  int32_t* context_lens;  // [num_tokens]
+  const int32_t* item_seqs;  // [num_items]
+  const int32_t* block_tables;
+  const void* embedding;  // [vocabulary, hidden_size], rows
+  const void* cos;        // [positions, head_dim / 2]
+  const void* sin;
+  const Linear* lm_head;
+  const void* norm;  // before it, [hidden_size]
+  float* logits;     // scratch, [num_tokens, vocabulary]
+  int64_t* choices;  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given
+  int64_t table_stride;
+  int32_t num_items;
+  int32_t num_steps;
+  float norm_epsilon;
+};
+
+}  // namespace pagoda

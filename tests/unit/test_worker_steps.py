@@ -1,0 +1,130 @@
+"""Decode steps that a CPU's kernels run at once: the same, bit by bit, as one by one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pagoda.v1 import worker_pb2 as pb
+
+from kernels.cpu import CpuStep
+from tests.checkpoints import MAX_MODEL_LEN, make_checkpoint
+from tests.unit.queued_steps import PlannerAhead, play
+from worker.assemble import Assembly, assemble
+from worker.config import parse_config
+from worker.wire import StepOutput
+
+NUM_BLOCKS = 80
+PROMPT_LENS = (3, 250, 17, 255)  # partitions of the kernels end at 256 tokens
+NUM_STEPS = 12
+NUM_PROMPT_IDS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small lose time to threads, and tests share the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["llama3", "qwen3"])
+def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+    return start(make_checkpoint(request.param, tmp_path_factory.mktemp("checkpoints") / request.param))
+
+
+def start(model: Path) -> Assembly:
+    flags = ("--model", str(model), "--num-blocks", str(NUM_BLOCKS), "--poison-freed-blocks")
+    return assemble(parse_config(["--scheduler", "127.0.0.1:1", "--name", "steps", *flags]))
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each call of the kernels did."""
+    found: list[int] = []
+    decode = CpuStep.decode
+
+    def noted(*arguments: object) -> torch.Tensor | None:
+        choices = decode(*arguments)  # type: ignore[arg-type]
+        found.append(0 if choices is None else len(choices))
+        return choices
+
+    monkeypatch.setattr(CpuStep, "decode", noted)
+    return found
+
+
+def plans(num_steps: int, **sampler: object) -> list[pb.StepPlan]:
+    """Prompts first, then NUM_STEPS decodes of all, so many in each plan."""
+    planner = PlannerAhead(16, NUM_BLOCKS)
+    for seq_id, length in enumerate(PROMPT_LENS):
+        planner.add(seq_id, [2 + (7 * seq_id + 3 * i) % NUM_PROMPT_IDS for i in range(length)], **sampler)
+    prompts = planner.plan(dict(enumerate(PROMPT_LENS)))
+    return [prompts, *(planner.plan(dict.fromkeys(range(4), 1), num_steps) for _ in range(NUM_STEPS // num_steps))]
+
+
+def tokens(outputs: list[StepOutput]) -> dict[int, list[int]]:
+    """By sequence."""
+    found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(PROMPT_LENS))}
+    for output in outputs:
+        at = 0
+        for seq_id, count in zip(output.seq_ids, output.num_tokens.tolist(), strict=True):
+            found[seq_id] += output.token_ids[at : at + count].tolist()
+            at += count
+    return found
+
+
+def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_once: list[int]) -> None:
+    alone = play(plans(1), assembly, assembly.runner).outputs
+    assert not at_once
+    outputs = play(plans(6), assembly, assembly.runner).outputs
+    # With 255 tokens and the first that it samples, a sequence fills its first partition; the one of 250 six steps later.
+    assert at_once == [0, 5, 6]
+    assert tokens(outputs) == tokens(alone)
+    assert len(set(tokens(outputs)[1])) > 2, "one token again and again shows nothing"
+    assert [output.num_steps for output in outputs] == [1, 6, 6]
+    assert outputs[-1].num_computed_tokens.tolist() == [length + NUM_STEPS for length in PROMPT_LENS]
+    assert outputs[-1].first_output_indexes.tolist() == [7] * 4
+
+
+def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[int]) -> None:
+    sound = tokens(play(plans(1), assembly, assembly.runner).outputs)
+    others = sound[0] + sound[1] + sound[3]
+    fatal = next(token for token in sound[2][3:-2] if token not in others and token >= 2 + NUM_PROMPT_IDS)
+    embedding = assembly.runner._runner._decoder._embedding  # type: ignore[attr-defined]
+    before = embedding[fatal].clone()
+    embedding[fatal] = float("nan")
+    try:
+        alone = play(plans(1), assembly, assembly.runner).outputs
+        at_once.clear()
+        outputs = play(plans(6), assembly, assembly.runner).outputs
+    finally:
+        embedding[fatal] = before
+    assert max(at_once) > 1
+    assert tokens(outputs) == tokens(alone)
+    assert len(tokens(outputs)[2]) < len(sound[2])
+    assert {i for output in outputs for i in output.failed_seq_ids} == {2}
+    last, last_alone = outputs[-1].num_computed_tokens.tolist(), alone[-1].num_computed_tokens.tolist()
+    assert [last[i] for i in (0, 1, 3)] == [last_alone[i] for i in (0, 1, 3)]
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [{"temperature": 0.8, "seed": 5}, {"reports_logprobs": True}, {"min_tokens": 9, "end_token_ids": range(4)}],
+)
+def test_who_asks_for_more_is_run_step_by_step(
+    assembly: Assembly, at_once: list[int], sampler: dict[str, object]
+) -> None:
+    alone = play(plans(1, **sampler), assembly, assembly.runner).outputs
+    outputs = play(plans(6, **sampler), assembly, assembly.runner).outputs
+    assert tokens(outputs) == tokens(alone)
+    assert max(at_once, default=0) <= (6 if "min_tokens" in sampler else 0)
+
+
+def test_the_longest_sequence_ends_where_it_must(assembly: Assembly) -> None:
+    planner = PlannerAhead(16, NUM_BLOCKS)
+    planner.add(0, [2 + i % NUM_PROMPT_IDS for i in range(MAX_MODEL_LEN - 4)])
+    few = [planner.plan({0: MAX_MODEL_LEN - 4}), planner.plan({0: 1}, 3)]
+    outputs = play(few, assembly, assembly.runner).outputs
+    assert [output.num_tokens.tolist() for output in outputs] == [[1], [3]]
+    assert outputs[-1].num_computed_tokens.tolist() == [MAX_MODEL_LEN - 1]

@@ -13,10 +13,8 @@ MAX_LATE_GAP_S = 0.05
 """A worker that waited for longer had nothing to do; one that waited for less, for a plan that came late."""
 LATE_SHARE = 0.1
 """Share of late plans from which on another one is sent ahead; they fade over some hundred steps."""
-
-
 MAX_STEPS_PER_PLAN = 8
-
+"""Behind the end of a sequence, so many less one may be run in vain."""
 MIN_VARIANCE = 64.0
 """Of the tokens of the last steps, squared: below it their times tell nothing of what one token more takes."""
 

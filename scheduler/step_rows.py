@@ -33,21 +33,19 @@ class StepRows:
 
     def num_alike(self, running: list[Sequence], most: int) -> int:
         """How many of the next steps, `most` at most, are decodes of the same sequences; at least 1."""
-        block_size = self._limits.block_size
-        forks = self._forks
+        block_size, forks = self._limits.block_size, self._forks
         if most <= 1 or forks.leaders or forks.num_begun or len(running) > self._limits.max_num_batched_tokens:
             return 1
+        lengths = [most]
         for sequence in running:
             num_tokens = sequence.num_unplanned_tokens
             if num_tokens <= 0 and not sequence.num_candidates:
                 continue  # its end is planned
-            capacity = sequence.num_acked_blocks * block_size - sequence.num_planned_tokens
             if num_tokens != 1 or sequence.num_candidates or sequence.num_arriving_blocks:
                 return 1
-            most = min(most, capacity, sequence.num_unsampled_tokens)
-            if most <= 1:
-                return 1
-        return most
+            lengths.append(sequence.num_acked_blocks * block_size - sequence.num_planned_tokens)
+            lengths.append(sequence.num_unsampled_tokens)
+        return max(1, min(lengths)) if len(lengths) > 1 else 1
 
     def share_out(self, running: list[Sequence], num_steps: int = 1) -> list[ScheduledRow]:
         """The next step of what runs: one token of each sequence that decodes, the rest of the budget for prompts.

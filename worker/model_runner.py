@@ -43,7 +43,8 @@ class ModelRunner:
 
     def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredSteps | None":
         """See Runner. On a CPU, of sequences that only ask for the likeliest token."""
-        if self._is_on_gpu or inputs.is_fed or not (inputs.samples_all and is_greedy(inputs.sampled)):
+        is_plain = len(inputs.input_ids) and inputs.samples_all and not inputs.is_fed and is_greedy(inputs.sampled)
+        if self._is_on_gpu or not is_plain:
             return None
         return DeferredSteps(self._decode, inputs, num_steps)
 

@@ -54,7 +54,7 @@ class LayerStack:
         if num_tokens > len(self.logits):
             dtype, half = first.input_norm.weight.dtype, self._call.shape.contents.head_dim // 2
             hidden = torch.empty((num_tokens, packed(first.qkv).num_inputs), dtype=dtype)
-            cos, sin = torch.empty((2, num_tokens, half), dtype=dtype)
+            cos, sin = torch.empty((2, num_tokens, 1, half), dtype=dtype)
             self._inputs = [hidden, cos, sin, torch.empty(num_tokens, dtype=torch.int64)]
             self.logits = torch.empty((num_tokens, vocab_size))
         hidden, cos, sin, slot_mapping = self._inputs

@@ -40,6 +40,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+STEADY = ("--plan-ms", "1")
+"""One step or two of a small model in each plan: its tokens come few by few, and who dies does so in mid-stream."""
+
+
 @dataclass
 class Stack:
     """Flags as the processes take them; `worker_flags` are for every worker. Nothing runs before `start`."""

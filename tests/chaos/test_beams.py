@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from scheduler.client import PagodaClient
 from tests.checkpoints import make_checkpoint
-from tests.stack import Received, Stack, collect, collect_choices, greedy, running
+from tests.stack import STEADY, Received, Stack, collect, collect_choices, greedy, running
 
 NUM_TOKENS = 24
 # (prompt, beams, hypotheses, length penalty, early stopping, ids that end)
@@ -115,7 +115,7 @@ async def test_hypotheses_are_transformers_own(
 @pytest.mark.parametrize("num_received", [2, 15])
 async def test_through_a_kill(checkpoint: Path, expected: Hypotheses, kill: str, num_received: int) -> None:
     """A plain request beside the searches tells how far they are."""
-    stack = Stack(checkpoint, 2, worker_flags=("--num-blocks", "200", "--max-num-batched-tokens", "64"))
+    stack = Stack(checkpoint, 2, STEADY, ("--num-blocks", "200", "--max-num-batched-tokens", "64"))
     async with running(stack), stack.client() as client:
         received = Received()
         beside = asyncio.create_task(collect(client, greedy((1, 2, 3), 60, resumable=True), received))

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from scheduler.client import PagodaClient
 from scheduler.wire import choice_seed
 from tests.checkpoints import make_checkpoint
-from tests.stack import Received, Stack, collect, collect_choices, greedy, running
+from tests.stack import STEADY, Received, Stack, collect, collect_choices, greedy, running
 
 NUM_TOKENS = 24
 SEED = 2**62 + 11
@@ -121,7 +121,7 @@ async def test_the_n_best_are_those_that_transformers_ranks_best(
 @pytest.mark.parametrize("num_received", [2, 15])
 async def test_through_a_kill(checkpoint: Path, expected: Ranked, kill: str, num_received: int) -> None:
     """A plain request beside them tells how far they are. What the logs say afterwards is the same to the bit."""
-    stack = Stack(checkpoint, 2, worker_flags=("--num-blocks", "200", "--max-num-batched-tokens", "64"))
+    stack = Stack(checkpoint, 2, STEADY, ("--num-blocks", "200", "--max-num-batched-tokens", "64"))
     async with running(stack), stack.client() as client:
         received = Received()
         beside = asyncio.create_task(collect(client, greedy((1, 2, 3), 60, resumable=True), received))

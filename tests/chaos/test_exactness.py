@@ -13,7 +13,7 @@ import pytest
 from tests.chaos.pairwise import pairwise, product
 from tests.chaos.reference import reference_of
 from tests.checkpoints import FAMILIES, make_checkpoint
-from tests.stack import ROOT, Received, Stack, collect, greedy, running
+from tests.stack import ROOT, STEADY, Received, Stack, collect, greedy, running
 
 DEMO_MODEL = ROOT / "deploy" / "demo" / "model"
 NUM_TOKENS = 40
@@ -100,7 +100,8 @@ async def check_case(case: Case, model: Path) -> None:
     num_blocks = 200 if case.pool == "ample" else SMALL_POOL
     flags = ["--num-blocks", str(num_blocks), "--max-num-batched-tokens", str(case.chunk), "--poison-freed-blocks"]
     flags += ["--num-host-blocks", str(HOST_POOL)] if case.pool == "swapped" else []
-    stack = Stack(model, case.workers, ("--overcommit", "8", "--preemption", "swap"), flags)
+    scheduler_flags = ("--overcommit", "8", "--preemption", "swap", *(() if case.kill == "none" else STEADY))
+    stack = Stack(model, case.workers, scheduler_flags, flags)
     prompts = prompts_of()
     salts = ["" if case.hits else f"salt {i}" for i in range(len(prompts))]
     requests = [greedy(p, NUM_TOKENS, resumable=True, cache_salt=s) for p, s in zip(prompts, salts, strict=True)]

@@ -10,7 +10,7 @@ from pagoda.v1 import generation_pb2 as pb
 from scheduler.client import PagodaClient
 from scheduler.wire import choice_seed
 from tests.checkpoints import make_checkpoint
-from tests.stack import Received, Stack, collect, collect_choices, running
+from tests.stack import STEADY, Received, Stack, collect, collect_choices, running
 
 NUM_TOKENS = 40
 SEED = 2**63 + 5
@@ -94,7 +94,7 @@ async def test_the_prompt_is_computed_once(checkpoint: Path) -> None:
 @pytest.mark.parametrize("num_received", [1, 120])
 async def test_through_a_kill(checkpoint: Path, expected: Outputs, kill: str, num_received: int) -> None:
     flags = ("--num-blocks", "200", "--max-num-batched-tokens", "16", "--poison-freed-blocks")
-    stack = Stack(checkpoint, 2, worker_flags=flags)
+    stack = Stack(checkpoint, 2, STEADY, flags)
     async with running(stack), stack.client() as client:
         received = Received()
         reading = asyncio.create_task(outputs(client, received))

@@ -10,7 +10,7 @@ from pagoda.v1 import generation_pb2 as pb
 from scheduler.client import PagodaClient
 from tests.chaos.test_exactness import prompts_of
 from tests.checkpoints import make_checkpoint
-from tests.stack import Received, Stack, collect, running
+from tests.stack import STEADY, Received, Stack, collect, running
 
 NUM_TOKENS = 60
 SAMPLING = (
@@ -67,7 +67,7 @@ async def test_in_a_batch(
 
 @pytest.mark.parametrize("kill", ["worker", "worker-gone", "scheduler", "redis"])
 async def test_through_a_kill(checkpoint: Path, expected: Sequence[list[int]], kill: str) -> None:
-    stack = Stack(checkpoint, 2, worker_flags=("--num-blocks", "200", "--max-num-batched-tokens", "64"))
+    stack = Stack(checkpoint, 2, STEADY, ("--num-blocks", "200", "--max-num-batched-tokens", "64"))
     async with running(stack), stack.client() as client:
         received = Received()
         reading = asyncio.create_task(outputs(client, received))

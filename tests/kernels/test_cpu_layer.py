@@ -83,7 +83,7 @@ def test_tiles_do_what_is_written_out(num_rows: int, num_inputs: int, num_output
 @pytest.mark.parametrize(("target", "instruction"), [(AVX512_BF16, "vdpbf16ps"), (AMX, "tdpbf16ps")])
 def test_units_are_used_where_there_are_any(target: Target, instruction: str, tmp_path: Path) -> None:
     made = library(target, torch.bfloat16, torch.bfloat16)
-    flags = [flag for flag in made.flags if flag != "-shared"]
+    flags = [flag.replace("-O3", "-O1") for flag in made.flags if flag != "-shared"]
     for source in (path for path in made.sources if path.name in ("linear.cpp", "attention.cpp")):
         subprocess.run(["g++", *flags, "-S", "-o", tmp_path / "made.s", source], check=True)
         assert instruction in (tmp_path / "made.s").read_text()

@@ -326,7 +326,7 @@ async def test_who_waits_sees_how_long_and_a_closed_pipe_leaves_no_one_waiting(c
             cluster.nodes[0].resume()
 
 
-@pytest.mark.parametrize("kind", ["valkey", "redis6", "redis"])
+@pytest.mark.parametrize("kind", ["valkey", pytest.param("redis6", marks=pytest.mark.slow), "redis"])
 async def test_a_replica_takes_over_when_it_is_told_to(kind: str) -> None:
     """Nothing is lost, so nothing is refused."""
     cluster = new_cluster(kind, has_replicas=True)
@@ -346,7 +346,7 @@ async def test_a_replica_takes_over_when_it_is_told_to(kind: str) -> None:
         cluster.close()
 
 
-@pytest.mark.parametrize("kind", ["valkey", "redis6", "redis"])
+@pytest.mark.parametrize("kind", ["valkey", pytest.param("redis6", marks=pytest.mark.slow), "redis"])
 async def test_a_master_dies_and_its_replica_takes_over(kind: str) -> None:
     """It had all that was answered; what was not is sent again, to the replica."""
     cluster = new_cluster(kind, has_replicas=True, node_timeout_ms=1000)

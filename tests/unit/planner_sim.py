@@ -490,6 +490,7 @@ class Simulation:
             before = {s.seq_id: s.num_unplanned_tokens for s in self.planner.running}
             num_steps = self.planner.num_steps_alike(self.limits.steps_per_plan)
             rows = self.planner.schedule(num_steps)
+            assert rows or num_steps == 1, "several steps of nobody"
             copies, self.committer.acked_copies = self.committer.acked_copies, []
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
             if not rows and not copies and not swaps:

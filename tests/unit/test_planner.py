@@ -15,7 +15,7 @@ from scheduler.swap_ahead import Preemption
 from tests.unit.planner_sim import Arrival, SimLimits, Simulation
 
 IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
-NUM_EXAMPLES = 2000 if IS_LONG else 200
+NUM_EXAMPLES = 2000 if IS_LONG else 140
 PREFIXES = [(1,) * 4, (1,) * 8, (1, 2) * 6, (2,) * 12, ()]
 
 

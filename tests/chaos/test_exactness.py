@@ -121,7 +121,8 @@ async def check_case(case: Case, model: Path) -> None:
     assert not (num_hits and not case.hits)
     if case.pool == "ample":
         assert num_hits or not case.hits
-    elif case.kill in ("none", "redis") and case.chunk >= 16:  # smaller chunks hold admission back
+    elif case.kill in ("none", "redis") and case.chunk >= 16 and case.workers == 1:
+        # Smaller chunks hold admission back, and two workers may be done with half of them each before it is tight.
         assert sum(w.num_preemptions for w in status.workers) > 0
     num_swapped_in = sum(worker.num_blocks_swapped_in for worker in status.workers)
     assert not (num_swapped_in and case.pool != "swapped")

@@ -154,14 +154,15 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Ends:
-    """What a model has before its layers and behind them.
+class Model:
+    """A whole model, but for its KV.
 
-    embedding: [vocab_size, hidden_size]; cos, sin: [num_positions, 1, head_dim / 2], the angles of all positions; both
+    embedding: [vocab_size, hidden_size]; cos, sin: [num_positions, 1, head_dim / 2], the angles of all positions; all
     contiguous, of the model's dtype. lm_head makes logits of the norm of hidden states.
     """
 
     embedding: torch.Tensor
+    layers: Sequence[Layer]
     cos: torch.Tensor
     sin: torch.Tensor
     norm: Norm
@@ -191,12 +192,7 @@ class AttentionStep(Protocol):
         """Add to `hidden`, [num_tokens, hidden_size], what each layer makes of it; keys and values go into `kv`."""
 
     def decode(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        ends: Ends,
-        input_ids: NDArray[np.int64],
-        num_steps: int,
+        self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int
     ) -> torch.Tensor | None:
         """This step, of one token per sequence, and those behind it, each of the likeliest tokens of the one before.
 

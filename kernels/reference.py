@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, Ends, HeadNorms, Layer, LayerKV, Norm
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, HeadNorms, Layer, LayerKV, Model, Norm
 from kernels.kv_format import KVFormat
 from kernels.layers import run_layers
 from kernels.sampling import sample
@@ -161,14 +161,7 @@ class ReferenceStep:
         self._format.write_values(layer.values, self._places, value)
         return query
 
-    def decode(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        ends: Ends,
-        input_ids: NDArray[np.int64],
-        num_steps: int,
-    ) -> None:
+    def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
         """See `kernels.AttentionStep.decode`: one step at a time."""
 
     def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:

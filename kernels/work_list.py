@@ -32,53 +32,23 @@ class SplitRule:
 class WorkList:
     """Items, and the merges that follow them. Every item is done once per KV head.
 
-    columns: [6, num_items] int32: the properties below, up to partials. merges: [2, num_merges] int32: the others.
+    seqs: [num_items] int32. query_starts, num_queries: [num_items] int32, rows of the query.
+    kv_starts, kv_ends: [num_items] int32, KV tokens from the sequence's first; a start lies on a block's border.
+    partials: [num_items] int32, the item's first row among the partial results, or -1: it writes the output itself.
+    merge_items: [num_merges] int32, the first item of each tile that was split; its other partitions follow it.
+    merge_counts: [num_merges] int32, items of the tile.
     num_partial_rows: rows of partial results, one per query token and partition.
     """
 
-    columns: NDArray[np.int32]
-    merges: NDArray[np.int32]
+    seqs: NDArray[np.int32]
+    query_starts: NDArray[np.int32]
+    num_queries: NDArray[np.int32]
+    kv_starts: NDArray[np.int32]
+    kv_ends: NDArray[np.int32]
+    partials: NDArray[np.int32]
+    merge_items: NDArray[np.int32]
+    merge_counts: NDArray[np.int32]
     num_partial_rows: int
-
-    @property
-    def seqs(self) -> NDArray[np.int32]:
-        """[num_items]: whose queries."""
-        return _row(self.columns, 0)
-
-    @property
-    def query_starts(self) -> NDArray[np.int32]:
-        """[num_items]: the first of an item's rows of the query."""
-        return _row(self.columns, 1)
-
-    @property
-    def num_queries(self) -> NDArray[np.int32]:
-        """[num_items]: those rows."""
-        return _row(self.columns, 2)
-
-    @property
-    def kv_starts(self) -> NDArray[np.int32]:
-        """[num_items]: KV tokens from the sequence's first; on a block's border."""
-        return _row(self.columns, 3)
-
-    @property
-    def kv_ends(self) -> NDArray[np.int32]:
-        """[num_items]: likewise, past the last."""
-        return _row(self.columns, 4)
-
-    @property
-    def partials(self) -> NDArray[np.int32]:
-        """[num_items]: the item's first row among the partial results, or -1: it writes the output itself."""
-        return _row(self.columns, 5)
-
-    @property
-    def merge_items(self) -> NDArray[np.int32]:
-        """[num_merges]: the first item of each tile that was split; its other partitions follow it."""
-        return _row(self.merges, 0)
-
-    @property
-    def merge_counts(self) -> NDArray[np.int32]:
-        """[num_merges]: items of the tile."""
-        return _row(self.merges, 1)
 
     @property
     def costs(self) -> NDArray[np.int64]:
@@ -130,40 +100,59 @@ def cut(
     rows = np.where(is_split, num_queries[tiles], 0)
     split_tiles = np.flatnonzero(num_partitions > 1)
     return WorkList(
-        columns=_rows(
-            seqs[tiles],
-            query_starts[tiles],
-            num_queries[tiles],
-            np.maximum(kv_starts[tiles], partitions * lens[tiles]),
-            np.minimum(kv_ends[tiles], (partitions + 1) * lens[tiles]),
-            np.where(is_split, np.cumsum(rows) - rows, -1),
-        ),
-        merges=_rows((np.cumsum(num_partitions) - num_partitions)[split_tiles], num_partitions[split_tiles]),
+        seqs=_int32(seqs[tiles]),
+        query_starts=_int32(query_starts[tiles]),
+        num_queries=_int32(num_queries[tiles]),
+        kv_starts=_int32(np.maximum(kv_starts[tiles], partitions * lens[tiles])),
+        kv_ends=_int32(np.minimum(kv_ends[tiles], (partitions + 1) * lens[tiles])),
+        partials=_int32(np.where(is_split, np.cumsum(rows) - rows, -1)),
+        merge_items=_int32((np.cumsum(num_partitions) - num_partitions)[split_tiles]),
+        merge_counts=_int32(num_partitions[split_tiles]),
         num_partial_rows=int(rows.sum()),
     )
 
 
 def cut_decodes(context_lens: NDArray[np.int64], rule: SplitRule) -> WorkList:
-    """What `cut` finds, in a third of the time, where everybody runs one token, without a window."""
-    lens: NDArray[np.int64] | int = rule.partition_len
-    if int(context_lens.max()) > rule.partition_len * rule.max_partitions:
-        lens = partition_lens(context_lens, rule)
+    """What `cut` finds, sooner, where everybody runs one token, without a window."""
+    longest = int(context_lens.max())
+    if longest <= rule.partition_len:
+        return _whole_decodes(context_lens)
+    is_doubled = longest > rule.partition_len * rule.max_partitions
+    lens: NDArray[np.int64] | int = partition_lens(context_lens, rule) if is_doubled else rule.partition_len
     counts = -(-context_lens // lens)
-    num_seqs, num_items = len(counts), int(counts.sum())
-    columns = np.empty((6, num_items), np.int32)
-    columns[2] = 1
-    if num_items == num_seqs:
-        columns[:2], columns[3], columns[4], columns[5] = np.arange(num_seqs), 0, context_lens, -1
-        return WorkList(columns, np.empty((2, 0), np.int32), 0)
     seqs, partitions = expand(counts)
-    split = np.flatnonzero(counts > 1)
-    is_split = counts[seqs] > 1
-    columns[:2] = seqs
-    columns[3] = partitions * (lens if isinstance(lens, int) else lens[seqs])
-    columns[4] = np.minimum(columns[3] + (lens if isinstance(lens, int) else lens[seqs]), context_lens[seqs])
-    columns[5] = np.where(is_split, np.cumsum(is_split) - 1, -1)
-    merges = _rows((np.cumsum(counts) - counts)[split], counts[split])
-    return WorkList(columns, merges, int(counts[split].sum()))
+    kv_starts = partitions * (lens if isinstance(lens, int) else lens[seqs])
+    kv_ends = np.minimum(kv_starts + (lens if isinstance(lens, int) else lens[seqs]), context_lens[seqs])
+    is_split, split = counts[seqs] > 1, np.flatnonzero(counts > 1)
+    owners = _int32(seqs)
+    return WorkList(
+        seqs=owners,
+        query_starts=owners,
+        num_queries=np.ones_like(owners),
+        kv_starts=_int32(kv_starts),
+        kv_ends=_int32(kv_ends),
+        partials=_int32(np.where(is_split, np.cumsum(is_split) - 1, -1)),
+        merge_items=_int32((np.cumsum(counts) - counts)[split]),
+        merge_counts=_int32(counts[split]),
+        num_partial_rows=int(counts[split].sum()),
+    )
+
+
+def _whole_decodes(context_lens: NDArray[np.int64]) -> WorkList:
+    """The same where no context is long enough to be cut."""
+    seqs = np.arange(len(context_lens), dtype=np.int32)
+    none = np.zeros(0, np.int32)
+    return WorkList(
+        seqs=seqs,
+        query_starts=seqs,
+        num_queries=np.ones_like(seqs),
+        kv_starts=np.zeros_like(seqs),
+        kv_ends=_int32(context_lens),
+        partials=np.full_like(seqs, -1),
+        merge_items=none,
+        merge_counts=none,
+        num_partial_rows=0,
+    )
 
 
 def num_steps_alike(context_lens: NDArray[np.int64], rule: SplitRule) -> int:
@@ -192,7 +181,7 @@ def pack(costs: NDArray[np.int64], num_workers: int) -> NDArray[np.int32]:
     total = int(ends[-1]) if len(ends) else 0
     shares = np.arange(1, num_workers) * total / num_workers
     middles = ends - costs / 2
-    return np.concatenate([[0], np.searchsorted(middles, shares), [len(costs)]]).astype(np.int32)
+    return _int32(np.concatenate([[0], np.searchsorted(middles, shares), [len(costs)]]))
 
 
 def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -201,13 +190,5 @@ def expand(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int
     return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _row(table: NDArray[np.int32], index: int) -> NDArray[np.int32]:
-    row: NDArray[np.int32] = table[index]
-    return row
-
-
-def _rows(*rows: NDArray[np.int64]) -> NDArray[np.int32]:
-    found = np.empty((len(rows), len(rows[0])), np.int32)
-    for to, row in zip(found, rows, strict=True):
-        to[:] = row
-    return found
+def _int32(values: NDArray[np.int64]) -> NDArray[np.int32]:
+    return values.astype(np.int32)

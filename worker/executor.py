@@ -14,7 +14,7 @@ from typing import Protocol
 from worker.batch import Batch
 from worker.errors import ProtocolError
 from worker.ledger import Order
-from worker.runner import Runner, RunningStep, RunningSteps
+from worker.runner import Runner, RunningStep
 from worker.step import Progress, Sampled, SampledSteps, StepInputs
 from worker.swaps import Swaps
 from worker.wire import StepOutput
@@ -45,7 +45,7 @@ class _Launched:
 
     order: Order
     inputs: StepInputs
-    step: RunningStep | RunningSteps
+    step: RunningStep
     start: float
     is_back_to_back: bool
     num_steps: int

@@ -12,7 +12,7 @@ from worker.feed import taint
 from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
-from worker.runner import RunningStep, RunningSteps
+from worker.runner import RunningStep
 from worker.sampler import Choices, choose, is_greedy, to_sampled
 from worker.step import Sampled, SampledSteps, StepInputs, null_inputs
 from worker.wire import Plan
@@ -39,14 +39,16 @@ class ModelRunner:
 
     def launch(self, inputs: StepInputs) -> RunningStep:
         """See Runner."""
-        return EnqueuedStep(self._enqueue(inputs)) if self._is_on_gpu else DeferredStep(self._enqueue, inputs)
+        if self._is_on_gpu:
+            return EnqueuedStep(self._enqueue(inputs))
+        return DeferredStep(lambda: to_sampled(self._enqueue(inputs)))
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredSteps | None":
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredStep | None":
         """See Runner. On a CPU, of sequences that only ask for the likeliest token."""
         is_plain = len(inputs.input_ids) and inputs.samples_all and not inputs.is_fed and is_greedy(inputs.sampled)
         if self._is_on_gpu or not is_plain:
             return None
-        return DeferredSteps(self._decode, inputs, num_steps)
+        return DeferredStep(lambda: self._decode(inputs, num_steps))
 
     @torch.inference_mode()
     def _decode(self, inputs: StepInputs, num_steps: int) -> Sampled | SampledSteps:
@@ -99,38 +101,18 @@ class EnqueuedStep:
 
 
 class DeferredStep:
-    """A step on the CPU: it needs the cores itself, so it runs when it is waited for. See RunningStep."""
+    """A step on the CPU, or some: it needs the cores itself, so it runs when it is waited for. See RunningStep."""
 
-    def __init__(self, enqueue: Callable[[StepInputs], Choices], inputs: StepInputs) -> None:
-        self._enqueue = enqueue
-        self._inputs = inputs
-
-    def patience_s(self) -> float:
-        """See RunningStep."""
-        return 0.0
-
-    def wait(self) -> Sampled:
-        """See RunningStep."""
-        return to_sampled(self._enqueue(self._inputs))
-
-
-class DeferredSteps:
-    """Steps on the CPU, as DeferredStep. See RunningSteps."""
-
-    def __init__(
-        self, decode: Callable[[StepInputs, int], Sampled | SampledSteps], inputs: StepInputs, num_steps: int
-    ) -> None:
-        self._decode = decode
-        self._inputs = inputs
-        self._num_steps = num_steps
+    def __init__(self, run: Callable[[], Sampled | SampledSteps]) -> None:
+        self._run = run
 
     def patience_s(self) -> float:
         """See RunningStep."""
         return 0.0
 
     def wait(self) -> Sampled | SampledSteps:
-        """See RunningSteps."""
-        return self._decode(self._inputs, self._num_steps)
+        """See RunningStep."""
+        return self._run()
 
 
 class PoisoningRunner:
@@ -170,7 +152,7 @@ class PoisoningRunner:
         """See Runner."""
         return self._runner.launch(inputs)
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningSteps | None:
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningStep | None:
         """See Runner."""
         return self._runner.launch_steps(inputs, num_steps)
 

@@ -11,23 +11,13 @@ from worker.wire import Plan
 
 
 class RunningStep(Protocol):
-    """A step on its way."""
+    """A step on its way, or some at once."""
 
     def patience_s(self) -> float:
         """Seconds in which the caller may launch the next step behind it before it asks again; 0: it is to `wait`."""
 
-    def wait(self) -> Sampled:
-        """What was sampled, once the step is done."""
-
-
-class RunningSteps(Protocol):
-    """Steps on their way, each fed with what the one before samples. See RunningStep."""
-
-    def patience_s(self) -> float:
-        """See RunningStep."""
-
     def wait(self) -> Sampled | SampledSteps:
-        """What was sampled by as many as were run at once, or by the first alone."""
+        """What was sampled, once the step is done; or as many of the steps as could be run at once."""
 
 
 class Runner(Protocol):
@@ -43,8 +33,8 @@ class Runner(Protocol):
         choice of a row whose logits were not finite counts as not finite either.
         """
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningSteps | None:
-        """Begin some decode steps at once, the first with `inputs`, while nothing else runs.
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningStep | None:
+        """Begin decode steps, the first with `inputs`, each fed with what the one before samples; nothing else runs.
 
         None where that gains nothing, or can't be: then each is to be launched by itself.
         """

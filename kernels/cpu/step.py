@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, Ends, HeadNorms, Layer, LayerKV
+from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV, Model
 from kernels.clusters import make_clusters
 from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
 from kernels.cpu.stack import packed
@@ -74,23 +74,19 @@ class CpuStep:
         self._native.run_layers(stack.call(hidden, angles, self._metadata.slot_mapping, works))
 
     def decode(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        ends: Ends,
-        input_ids: NDArray[np.int64],
-        num_steps: int,
+        self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int
     ) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`. One native call, up to where some sequence's work is cut anew."""
-        metadata, stack = self._metadata, self._kernels.stack(layers, kv)
+        metadata, stack = self._metadata, self._kernels.stack(model.layers, kv)
         num_steps = min(num_steps, num_steps_alike(metadata.host_context_lens, self._kernels.rule))
-        num_positions, vocab_size = len(ends.cos), len(ends.embedding)
+        num_positions, vocab_size = len(model.cos), len(model.embedding)
         is_possible = (
-            stack.windows == [0]
+            num_steps > 0
+            and stack.windows == [0]
             and metadata.max_context_len + num_steps - 1 <= num_positions
             and 0 <= input_ids.min() <= input_ids.max() < vocab_size
         )
-        if num_steps < 2 or not is_possible:
+        if not is_possible:
             return None
         prepared = self._prepared(0)
         choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
@@ -102,17 +98,17 @@ class CpuStep:
                 context_lens=metadata.context_lens.data_ptr(),
                 item_seqs=prepared.work.seqs,
                 block_tables=metadata.block_tables.data_ptr(),
-                embedding=ends.embedding.data_ptr(),
-                cos=ends.cos.data_ptr(),
-                sin=ends.sin.data_ptr(),
-                lm_head=ctypes.pointer(packed(ends.lm_head).structure),
-                norm=ends.norm.weight.data_ptr(),
+                embedding=model.embedding.data_ptr(),
+                cos=model.cos.data_ptr(),
+                sin=model.sin.data_ptr(),
+                lm_head=ctypes.pointer(packed(model.lm_head).structure),
+                norm=model.norm.weight.data_ptr(),
                 logits=stack.logits.data_ptr(),
                 choices=choices.data_ptr(),
                 table_stride=metadata.block_tables.stride(0),
                 num_items=prepared.num_items,
                 num_steps=num_steps,
-                norm_epsilon=ends.norm.epsilon,
+                norm_epsilon=model.norm.epsilon,
             )
         )
         return choices[1:]
@@ -142,21 +138,21 @@ class _PreparedWork:
             shape.block_size,
             MAX_CLUSTER_ITEMS,
         )
-        self.num_items = items.columns.shape[1]
+        self.num_items = len(items.seqs)
         self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())
-        num_items, num_merges = self.num_items, items.merges.shape[1]
-        columns, merges = items.columns.ctypes.data, items.merges.ctypes.data
+        arrays = (items.seqs, items.query_starts, items.num_queries, items.kv_starts, items.kv_ends, items.partials)
         self.work = Work(
             len(clusters.starts) - 1,
-            num_merges,
+            len(items.merge_items),
             metadata.block_tables.stride(0),
             sliding_window,
             torch.get_num_threads(),
             clusters.starts.ctypes.data,
             clusters.order.ctypes.data,
-            *(columns + column * num_items * items.columns.itemsize for column in range(6)),
-            *(merges + row * num_merges * items.merges.itemsize for row in range(2)),
+            *(array.ctypes.data for array in arrays),
+            items.merge_items.ctypes.data,
+            items.merge_counts.ctypes.data,
             metadata.block_tables.data_ptr(),
             metadata.context_lens.data_ptr(),
             metadata.cu_seqlens_q.data_ptr(),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, Ends, HeadNorms, Layer, LayerKV
+from kernels import Angles, AttentionMetadata, HeadNorms, Layer, LayerKV, Model
 from kernels.clusters import make_clusters
 from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import CHUNK_BYTES
@@ -90,14 +90,7 @@ class CudaStep:
         )
         return query
 
-    def decode(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        ends: Ends,
-        input_ids: NDArray[np.int64],
-        num_steps: int,
-    ) -> None:
+    def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
         """See `kernels.AttentionStep.decode`: one step at a time, queued on the device."""
 
     def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:

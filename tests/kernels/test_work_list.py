@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kernels.work_list import SplitRule, WorkList, cut, cut_decodes, make_work_list, pack, partition_lens
+from kernels.work_list import (
+    SplitRule,
+    WorkList,
+    cut,
+    cut_decodes,
+    make_work_list,
+    num_steps_alike,
+    pack,
+    partition_lens,
+)
 
 BLOCK_SIZE = 16
 
@@ -53,9 +62,22 @@ def test_covers_what_each_query_sees_once(pairs: list[tuple[int, int]], window: 
 def test_decodes_are_cut_as_any_step(context_lens: list[int], rule: SplitRule) -> None:
     lens, ones = np.array(context_lens), np.ones(len(context_lens), np.int64)
     found, expected = cut_decodes(lens, rule), cut(lens, ones, BLOCK_SIZE, 0, rule)
-    assert found.columns.tolist() == expected.columns.tolist()
-    assert found.merges.tolist() == expected.merges.tolist()
-    assert found.num_partial_rows == expected.num_partial_rows
+    for field in dataclasses.fields(WorkList):
+        assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=6), rules.filter(lambda rule: rule.max_split_queries > 0))
+def test_only_last_items_grow_until_a_sequence_begins_another(context_lens: list[int], rule: SplitRule) -> None:
+    lens = np.array(context_lens)
+    num_steps, first = num_steps_alike(lens, rule), cut_decodes(lens, rule)
+    is_last = np.diff(first.seqs, append=-1) != 0
+    for step in range(num_steps):
+        found = cut_decodes(lens + step, rule)
+        expected = dataclasses.replace(first, kv_ends=first.kv_ends + step * is_last)
+        for field in dataclasses.fields(WorkList):
+            assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
+    if num_steps and lens.max() + num_steps <= rule.partition_len * rule.max_partitions:
+        assert len(cut_decodes(lens + num_steps, rule).seqs) != len(first.seqs)
 
 
 @given(lens, windows, rules)

@@ -79,7 +79,7 @@ def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_onc
     assert not at_once
     outputs = play(plans(6), assembly, assembly.runner).outputs
     # The first decode fills the partition of the sequence that begins with 255 tokens, the fifth behind it the other's.
-    assert at_once == [0, 5, 6]
+    assert at_once == [1, 5, 6]
     assert tokens(outputs) == tokens(alone)
     assert len(set(tokens(outputs)[1])) > 2, "one token again and again shows nothing"
     assert [output.num_steps for output in outputs] == [1, 6, 6]

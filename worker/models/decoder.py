@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionStep, Ends, HeadNorms, Kernels, Layer, LayerKV, Norm
+from kernels import AttentionStep, HeadNorms, Kernels, Layer, LayerKV, Model, Norm
 from worker.models.rope import Rope
 from worker.models.spec import ModelSpec
 
@@ -57,7 +57,8 @@ class Decoder:
         self._norm = Norm(weights.norm, spec.rms_norm_eps)
         self._lm_head = kernels.linear(weights.lm_head, None)
         self._rope = Rope(spec.rope, spec.head_dim, max_model_len, self.dtype, self.device)
-        self._ends = Ends(self._embedding, self._rope.cos, self._rope.sin, self._norm, self._lm_head)
+        angles = self._rope.cos, self._rope.sin
+        self._model = Model(self._embedding, self._layers, *angles, self._norm, self._lm_head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,7 +85,7 @@ class Decoder:
         self, input_ids: NDArray[np.int64], attention: AttentionStep, kv: Sequence[LayerKV], num_steps: int
     ) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`."""
-        return attention.decode(self._layers, kv, self._ends, input_ids, num_steps)
+        return attention.decode(self._model, kv, input_ids, num_steps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states [num_rows, hidden_size]: [num_rows, vocab_size] float32."""

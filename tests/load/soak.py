@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from tests.load.harness.backend import ServerSample, connect
+from tests.load.harness.figures import max_concurrency
 from tests.load.harness.generator import Counts
 from tests.load.harness.machine import describe_machine
 from tests.load.harness.run import Interrupt, RawRun, run_once
@@ -48,6 +49,7 @@ class Soaked:
     errors: dict[str, int]
     num_output_tokens: int
     max_concurrency: int
+    """Streams that were open at once."""
     after: dict[str, int]
     """The service's counters when all was over."""
     rss_mib: list[float]
@@ -137,7 +139,7 @@ def _judge(run: RawRun, rss_mib: list[float]) -> Soaked:
         outcomes=dict(Counter(record.outcome.value for record in records)),
         errors=dict(Counter(f"{record.status}: {record.detail}" for record in records if record.status)),
         num_output_tokens=sum(record.num_output_tokens for record in records),
-        max_concurrency=max(sample.num_live_requests for sample in run.samples),
+        max_concurrency=max_concurrency(records),
         after={
             "running": last.num_running,
             "waiting": last.num_waiting,

@@ -51,6 +51,71 @@ def make_clusters(
     return Clusters(_int32(order[moved]), _int32(np.concatenate([[0], ends])))
 
 
+class ClusterKeeper:
+    """The clusters of one step after the other: found anew only where those that were found last would not serve."""
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def of(
+        self,
+        items: WorkList,
+        is_sharing: NDArray[np.bool_],
+        block_tables: NDArray[np.int32],
+        block_size: int,
+        max_items: int,
+    ) -> Clusters:
+        """As `make_clusters`; while the same is shared, `order` may be that of an earlier step's costs."""
+        if self._kept is None or not self._kept.serves(items, is_sharing, block_tables):
+            clusters = make_clusters(items, is_sharing, block_tables, block_size, max_items)
+            self._kept = _Kept.of(clusters, items, is_sharing, block_tables, block_size)
+            return clusters
+        return self._kept.clusters
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Clusters, and what they follow from. shared: items that are not alone in theirs; blocks: all tables' first ones,
+    as far as those items read.
+    """
+
+    clusters: Clusters
+    items: WorkList
+    is_sharing: NDArray[np.bool_]
+    shared: NDArray[np.int32]
+    shared_ends: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+
+    @classmethod
+    def of(
+        cls,
+        clusters: Clusters,
+        items: WorkList,
+        is_sharing: NDArray[np.bool_],
+        block_tables: NDArray[np.int32],
+        block_size: int,
+    ) -> "_Kept | None":
+        """None where all are alone: that is found as soon as it is looked up."""
+        sizes = np.diff(clusters.starts)
+        shared = clusters.order[np.repeat(sizes, sizes) > 1]
+        if not len(shared):
+            return None
+        ends = items.kv_ends[shared]
+        num_blocks = -(-int(ends.max()) // block_size)
+        return cls(clusters, items, is_sharing, shared, ends, block_tables[:, :num_blocks].copy())
+
+    def serves(self, items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32]) -> bool:
+        """Whether the shared ones read what they did, and the others, which may have grown, are cut where they were."""
+        return (
+            np.array_equal(items.seqs, self.items.seqs)
+            and np.array_equal(items.kv_starts, self.items.kv_starts)
+            and np.array_equal(items.num_queries, self.items.num_queries)
+            and np.array_equal(is_sharing, self.is_sharing)
+            and np.array_equal(items.kv_ends[self.shared], self.shared_ends)
+            and np.array_equal(block_tables[:, : self.blocks.shape[1]], self.blocks)
+        )
+
+
 def _first_alike(
     items: WorkList, sharing: NDArray[np.int64], block_tables: NDArray[np.int32], block_size: int
 ) -> NDArray[np.int64]:

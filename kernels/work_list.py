@@ -158,10 +158,10 @@ def _whole_decodes(context_lens: NDArray[np.int64]) -> WorkList:
 def num_steps_alike(context_lens: NDArray[np.int64], rule: SplitRule) -> int:
     """How many decodes of the same sequences, one after the other from these lengths on, are cut into as many items.
 
-    Only a sequence's last item then grows. 0: there is no telling.
+    Only a sequence's last item then grows. 1 where there is no telling.
     """
     if int(context_lens.max()) >= rule.partition_len * rule.max_partitions:
-        return 0
+        return 1
     return int((-context_lens % rule.partition_len).min()) + 1
 
 

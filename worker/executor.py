@@ -141,7 +141,7 @@ class Executor:
     def _begin(self, order: Order, inputs: StepInputs, is_back_to_back: bool, num_steps: int) -> None:
         """Launch a step, or as many at once as the runner does, of the `num_steps` that the plan still has."""
         start = time.perf_counter()
-        steps = self._runner.launch_steps(inputs, num_steps) if num_steps > 1 and not self._launched else None
+        steps = None if self._launched else self._runner.launch_steps(inputs, num_steps)
         step = self._runner.launch(inputs) if steps is None else steps
         self._launched.append(_Launched(order, inputs, step, start, is_back_to_back, num_steps, steps is None))
         self._rest = None

@@ -4,6 +4,7 @@ Owns what the C++ is called with. Its threads are its own (`team.h`), as many as
 sleep meanwhile.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
 from kernels.build import best_library
+from kernels.clusters import ClusterKeeper
 from kernels.cpu.binding import NativeLibrary, SampleCall, c_shape
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from kernels.cpu.stack import LayerStack
@@ -46,6 +48,7 @@ class CpuKernels:
             *(self.native.key_group, self.native.value_group),
         )
         self._stack: LayerStack | None = None
+        self.cluster_keepers: dict[int, ClusterKeeper] = defaultdict(ClusterKeeper)  # by sliding window
         group_size = shape.num_heads // shape.num_kv_heads
         self.rule = SplitRule(
             query_tile=max(1, TILE_ROWS // group_size),

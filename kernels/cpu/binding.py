@@ -109,8 +109,8 @@ class StepsCall(ctypes.Structure):
 
     _fields_ = (
         ("layers", POINTER(LayersCall)),
-        *((name, c_void_p) for name in ("kv_ends", "context_lens", "item_seqs", "block_tables")),
-        *((name, c_void_p) for name in ("embedding", "cos", "sin")),
+        *((name, c_void_p) for name in ("cos", "sin", "slot_mapping", "kv_ends", "context_lens", "item_seqs")),
+        *((name, c_void_p) for name in ("block_tables", "embedding", "all_cos", "all_sin")),
         ("lm_head", POINTER(LinearWeight)),
         *((name, c_void_p) for name in ("norm", "logits", "choices")),
         ("table_stride", c_int64),

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV, Model
-from kernels.clusters import make_clusters
+from kernels.clusters import ClusterKeeper
 from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
 from kernels.cpu.stack import packed
 from kernels.work_list import SplitRule, make_work_list, num_steps_alike
@@ -78,35 +78,40 @@ class CpuStep:
     ) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`. One native call, up to where some sequence's work is cut anew."""
         metadata, stack = self._metadata, self._kernels.stack(model.layers, kv)
-        num_steps = min(num_steps, num_steps_alike(metadata.host_context_lens, self._kernels.rule))
+        if stack.windows == [0]:
+            num_steps = min(num_steps, num_steps_alike(metadata.host_context_lens, self._kernels.rule))
+        else:
+            num_steps = 1  # what a window leaves out grows with each step
         num_positions, vocab_size = len(model.cos), len(model.embedding)
         is_possible = (
-            num_steps > 0
-            and stack.windows == [0]
-            and metadata.max_context_len + num_steps - 1 <= num_positions
+            metadata.max_context_len + num_steps - 1 <= num_positions
             and 0 <= input_ids.min() <= input_ids.max() < vocab_size
         )
         if not is_possible:
             return None
-        prepared = self._prepared(0)
+        works = [self._prepared(window) for window in stack.windows]
+        layers = stack.room_for_steps(len(input_ids), vocab_size, [work.of_window() for work in works])
         choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
         choices[0, 0] = torch.from_numpy(input_ids)
         self._native.run_steps(
             StepsCall(
-                layers=ctypes.pointer(stack.room_for_steps(len(input_ids), vocab_size, [prepared.of_window()])),
-                kv_ends=prepared.work.kv_ends,
+                layers=ctypes.pointer(layers),
+                cos=layers.cos,
+                sin=layers.sin,
+                slot_mapping=layers.slot_mapping,
+                kv_ends=works[0].work.kv_ends,
                 context_lens=metadata.context_lens.data_ptr(),
-                item_seqs=prepared.work.seqs,
+                item_seqs=works[0].work.seqs,
                 block_tables=metadata.block_tables.data_ptr(),
                 embedding=model.embedding.data_ptr(),
-                cos=model.cos.data_ptr(),
-                sin=model.sin.data_ptr(),
+                all_cos=model.cos.data_ptr(),
+                all_sin=model.sin.data_ptr(),
                 lm_head=ctypes.pointer(packed(model.lm_head).structure),
                 norm=model.norm.weight.data_ptr(),
                 logits=stack.logits.data_ptr(),
                 choices=choices.data_ptr(),
                 table_stride=metadata.block_tables.stride(0),
-                num_items=prepared.num_items,
+                num_items=works[0].num_items,
                 num_steps=num_steps,
                 norm_epsilon=model.norm.epsilon,
             )
@@ -115,8 +120,10 @@ class CpuStep:
 
     def _prepared(self, sliding_window: int) -> "_PreparedWork":
         if sliding_window not in self._works:
-            rule = self._kernels.rule
-            self._works[sliding_window] = _PreparedWork(self._shape, rule, self._metadata, sliding_window)
+            kernels = self._kernels
+            self._works[sliding_window] = _PreparedWork(
+                kernels.shape, kernels.rule, kernels.cluster_keepers[sliding_window], self._metadata, sliding_window
+            )
         return self._works[sliding_window]
 
 
@@ -124,14 +131,19 @@ class _PreparedWork:
     """A work list and all that it points to, and room for the partial results of one layer at a time."""
 
     def __init__(
-        self, shape: AttentionShape, rule: SplitRule, metadata: AttentionMetadata, sliding_window: int
+        self,
+        shape: AttentionShape,
+        rule: SplitRule,
+        keeper: ClusterKeeper,
+        metadata: AttentionMetadata,
+        sliding_window: int,
     ) -> None:
         items = make_work_list(
             metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
         )
         rows = items.num_partial_rows * shape.num_heads
         sums, norms = torch.empty(rows * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP), torch.empty(rows * 2)
-        clusters = make_clusters(
+        clusters = keeper.of(
             items,
             (metadata.host_query_lens[items.seqs] == 1) & (sliding_window == 0),
             metadata.host_block_tables,

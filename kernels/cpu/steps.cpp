@@ -47,10 +47,10 @@ class Steps {
   void enter(int64_t i, int64_t token_id) const {
     const int64_t position = call_.context_lens[i] - 1, block_size = layers_.shape->block_size;
     copy(call_.embedding, token_id, layers_.hidden, i, hidden_size_);
-    copy(call_.cos, position, const_cast<void*>(layers_.cos), i, half_);
-    copy(call_.sin, position, const_cast<void*>(layers_.sin), i, half_);
+    copy(call_.all_cos, position, call_.cos, i, half_);
+    copy(call_.all_sin, position, call_.sin, i, half_);
     const int64_t block = call_.block_tables[i * call_.table_stride + position / block_size];
-    const_cast<int64_t*>(layers_.slot_mapping)[i] = block * block_size + position % block_size;
+    call_.slot_mapping[i] = block * block_size + position % block_size;
   }
 
   static void copy(const void* from, int64_t from_row, void* to, int64_t to_row, int width) {

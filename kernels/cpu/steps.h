@@ -10,15 +10,17 @@ namespace pagoda {
 // The first step's work list serves them all: sequence i has its own last item, which grows with it, and no more items
 // than at first.
 struct StepsCall {
-  // Of each step; hidden, cos, sin and slot_mapping point to room that is filled here.
-  const LayersCall* layers;
+  const LayersCall* layers;  // of each step
+  void* cos;                 // what `layers` has, to be filled for each step, as sin and slot_mapping
+  void* sin;
+  int64_t* slot_mapping;
   int32_t* kv_ends;       // of the works' items, as context_lens
   int32_t* context_lens;  // [num_tokens]
   const int32_t* item_seqs;  // [num_items]
   const int32_t* block_tables;
   const void* embedding;  // [vocabulary, hidden_size], rows
-  const void* cos;        // [positions, head_dim / 2]
-  const void* sin;
+  const void* all_cos;    // [positions, head_dim / 2]
+  const void* all_sin;
   const Linear* lm_head;
   const void* norm;  // before it, [hidden_size]
   float* logits;     // scratch, [num_tokens, vocabulary]

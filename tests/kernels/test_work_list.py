@@ -76,7 +76,7 @@ def test_only_last_items_grow_until_a_sequence_begins_another(context_lens: list
         expected = dataclasses.replace(first, kv_ends=first.kv_ends + step * is_last)
         for field in dataclasses.fields(WorkList):
             assert np.array_equal(getattr(found, field.name), getattr(expected, field.name)), field.name
-    if num_steps and lens.max() + num_steps <= rule.partition_len * rule.max_partitions:
+    if lens.max() + num_steps <= rule.partition_len * rule.max_partitions:
         assert len(cut_decodes(lens + num_steps, rule).seqs) != len(first.seqs)
 
 

@@ -1,8 +1,8 @@
 """`make bench-worker`: where a CPU worker's step goes: matrix products, attention, sampling, and all else.
 
 One worker in this process runs decode steps of the "tiny" checkpoint (33.6M parameters), plans built by hand. "Else"
-is what is left of a step without its native calls: Python, torch, the plan and the result. A step runs its layers in
-one native call; how that is shared out is measured in steps that make a call per operation. OMP_WAIT_POLICY=passive, as
+is what is left of a step without its native calls: Python, torch, the plan and the result. A step of decodes is one
+native call; how that is shared out is measured in steps that make a call per operation. OMP_WAIT_POLICY=passive, as
 a worker sets it, keeps torch's idle threads off the cores.
 """
 
@@ -30,7 +30,7 @@ PARTS = {
     "attend": "attention",
     "rotate_and_write": "rotary, KV write",
     "greedy": "sampling",
-    "run_layers": "layers",
+    "run_steps": "step",
 }
 SHOWN = ("products", "attention", "rotary, KV write", "sampling")
 
@@ -38,12 +38,13 @@ SHOWN = ("products", "attention", "rotary, KV write", "sampling")
 @contextmanager
 def call_per_operation() -> Iterator[None]:
     """Steps that begin within run their layers operation by operation."""
-    native = CpuStep.run_layers
+    layers, decode = CpuStep.run_layers, CpuStep.decode
     CpuStep.run_layers = run_layers  # type: ignore[method-assign]
+    CpuStep.decode = lambda *_: None  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        CpuStep.run_layers = native  # type: ignore[method-assign]
+        CpuStep.run_layers, CpuStep.decode = layers, decode  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from tests.checkpoints import MAX_MODEL_LEN, make_checkpoint
 from tests.unit.queued_steps import PlannerAhead, play
 from worker.assemble import Assembly, assemble
 from worker.config import parse_config
+from worker.runner import Runner
+from worker.step import StepInputs
 from worker.wire import StepOutput
 
 NUM_BLOCKS = 80
@@ -63,6 +65,21 @@ def plans(num_steps: int, **sampler: object) -> list[pb.StepPlan]:
     return [prompts, *(planner.plan(dict.fromkeys(range(4), 1), num_steps) for _ in range(NUM_STEPS // num_steps))]
 
 
+class OneByOne:
+    """The same runner, which is asked for each step by itself."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.prepare, self.launch = runner.prepare, runner.launch
+
+    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+        """Never."""
+
+
+def alone(assembly: Assembly, **sampler: object) -> list[StepOutput]:
+    """A plan for each step, none of which the kernels run by themselves."""
+    return play(plans(1, **sampler), assembly, OneByOne(assembly.runner)).outputs
+
+
 def tokens(outputs: list[StepOutput]) -> dict[int, list[int]]:
     """By sequence."""
     found: dict[int, list[int]] = {seq_id: [] for seq_id in range(len(PROMPT_LENS))}
@@ -75,37 +92,47 @@ def tokens(outputs: list[StepOutput]) -> dict[int, list[int]]:
 
 
 def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_once: list[int]) -> None:
-    alone = play(plans(1), assembly, assembly.runner).outputs
+    expected = tokens(alone(assembly))
     assert not at_once
+    assert tokens(play(plans(1), assembly, assembly.runner).outputs) == expected
+    assert at_once == [1] * NUM_STEPS
+    at_once.clear()
     outputs = play(plans(6), assembly, assembly.runner).outputs
     # The first decode fills the partition of the sequence that begins with 255 tokens, the fifth behind it the other's.
     assert at_once == [1, 5, 6]
-    assert tokens(outputs) == tokens(alone)
+    assert tokens(outputs) == expected
     assert len(set(tokens(outputs)[1])) > 2, "one token again and again shows nothing"
     assert [output.num_steps for output in outputs] == [1, 6, 6]
     assert outputs[-1].num_computed_tokens.tolist() == [length + NUM_STEPS for length in PROMPT_LENS]
     assert outputs[-1].first_output_indexes.tolist() == [7] * 4
 
 
+def test_with_a_window_it_is_one_step_at_once(tmp_path: Path, at_once: list[int]) -> None:
+    """What the window leaves out grows from step to step. This model has layers with and without one."""
+    assembly = start(make_checkpoint("qwen2", tmp_path / "qwen2"))
+    expected = tokens(alone(assembly))
+    assert tokens(play(plans(6), assembly, assembly.runner).outputs) == expected
+    assert at_once == [1] * NUM_STEPS
+
+
 def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[int]) -> None:
-    sound = tokens(play(plans(1), assembly, assembly.runner).outputs)
+    sound = tokens(alone(assembly))
     others = sound[0] + sound[1] + sound[3]
     fatal = next(token for token in sound[2][3:-2] if token not in others and token >= 2 + NUM_PROMPT_IDS)
     embedding = assembly.runner._runner._decoder._embedding  # type: ignore[attr-defined]
     before = embedding[fatal].clone()
     embedding[fatal] = float("nan")
     try:
-        alone = play(plans(1), assembly, assembly.runner).outputs
-        at_once.clear()
+        expected = alone(assembly)
         outputs = play(plans(6), assembly, assembly.runner).outputs
     finally:
         embedding[fatal] = before
     assert max(at_once) > 1
-    assert tokens(outputs) == tokens(alone)
+    assert tokens(outputs) == tokens(expected)
     assert len(tokens(outputs)[2]) < len(sound[2])
     assert {i for output in outputs for i in output.failed_seq_ids} == {2}
-    last, last_alone = outputs[-1].num_computed_tokens.tolist(), alone[-1].num_computed_tokens.tolist()
-    assert [last[i] for i in (0, 1, 3)] == [last_alone[i] for i in (0, 1, 3)]
+    last, last_expected = outputs[-1].num_computed_tokens.tolist(), expected[-1].num_computed_tokens.tolist()
+    assert [last[i] for i in (0, 1, 3)] == [last_expected[i] for i in (0, 1, 3)]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +142,9 @@ def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[in
 def test_who_asks_for_more_is_run_step_by_step(
     assembly: Assembly, at_once: list[int], sampler: dict[str, object]
 ) -> None:
-    alone = play(plans(1, **sampler), assembly, assembly.runner).outputs
+    expected = alone(assembly, **sampler)
     outputs = play(plans(6, **sampler), assembly, assembly.runner).outputs
-    assert tokens(outputs) == tokens(alone)
+    assert tokens(outputs) == tokens(expected)
     assert max(at_once, default=0) <= (6 if "min_tokens" in sampler else 0)
 
 

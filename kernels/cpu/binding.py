@@ -112,7 +112,7 @@ class StepsCall(ctypes.Structure):
         *((name, c_void_p) for name in ("cos", "sin", "slot_mapping", "kv_ends", "context_lens", "item_seqs")),
         *((name, c_void_p) for name in ("block_tables", "embedding", "all_cos", "all_sin")),
         ("lm_head", POINTER(LinearWeight)),
-        *((name, c_void_p) for name in ("norm", "logits", "choices")),
+        *((name, c_void_p) for name in ("norm", "choices")),
         ("table_stride", c_int64),
         ("num_items", c_int32),
         ("num_steps", c_int32),

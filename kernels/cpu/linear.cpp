@@ -6,7 +6,9 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <vector>
 
+#include "likeliest.h"
 #include "panels.h"
 #include "rows.h"
 #include "scratch.h"
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int kMaxRows = 480;             // prepared at a time
 constexpr int kFewRows = 8;               // are not worth waking other threads to prepare them
+constexpr int kMaxParts = 64;             // that outputs are chosen from, each by one thread
 constexpr int kMaxUnitBytes = 512 << 10;  // of one thread's unit of work: weights that stay in the L2 cache for all tiles
 
 using Panels = std::conditional_t<kHasDots && std::is_same_v<Element, BFloat16>, DotPanels, FloatPanels>;
@@ -38,7 +41,8 @@ class Product {
         is_ready_(is_prepared()),
         row_stride_(is_ready_ ? call.input_stride : depth_ + kAlignment / sizeof(Prepared)),
         panels_(static_cast<const Element*>(linear.weight), depth_, row_stride_),
-        unit_panels_(panels_per_unit()) {}
+        unit_panels_(panels_per_unit()),
+        num_units_((num_panels_ + unit_panels_ - 1) / unit_panels_) {}
 
   void run() const {
     static thread_local Scratch scratch;
@@ -46,7 +50,6 @@ class Product {
     const int64_t block_rows = num_blocks ? (call_.num_rows + num_blocks - 1) / num_blocks : 0;
     Prepared* const room =
         is_ready_ ? nullptr : reinterpret_cast<Prepared*>(scratch.floats(rows_of_tiles(block_rows) * row_stride_));
-    const int num_units = (num_panels_ + unit_panels_ - 1) / unit_panels_;
     for (int64_t first = 0; first < call_.num_rows; first += block_rows) {
       const int num_rows = std::min(call_.num_rows - first, block_rows);
       const Prepared* rows = room;
@@ -57,15 +60,45 @@ class Product {
           prepare(first + row, room + row * row_stride_);
         });
       }
-      for_units(call_.num_threads, num_units, [=, this](int64_t unit) {
-        const int panel = unit * unit_panels_;
-        panels_.multiply(rows, num_rows, panel, std::min(panel + unit_panels_, num_panels_),
-                         [=, this](const SumBlock& block) { finish(block, first); });
+      if (call_.output_kind == kChoose) {
+        choose(rows, num_rows, first);
+        continue;
+      }
+      for_units(call_.num_threads, num_units_, [=, this](int64_t unit) {
+        multiply(rows, num_rows, unit, [=, this](const SumBlock& block) { finish(block, first); });
       });
     }
   }
 
  private:
+  template <class Write>
+  void multiply(const Prepared* rows, int num_rows, int64_t unit, const Write& write) const {
+    const int panel = unit * unit_panels_;
+    panels_.multiply(rows, num_rows, panel, std::min(panel + unit_panels_, num_panels_), write);
+  }
+
+  // Outputs are looked at while they pass: nobody writes them down.
+  void choose(const Prepared* rows, int num_rows, int64_t first_row) const {
+    const int num_parts = std::min(num_units_, kMaxParts);
+    std::vector<Choice> choices(num_parts * num_rows);
+    for_units(call_.num_threads, num_parts, [&, this](int64_t part) {
+      std::vector<Likeliest> likeliest(num_rows);
+      for (int64_t unit = num_units_ * part / num_parts; unit < num_units_ * (part + 1) / num_parts; ++unit) {
+        multiply(rows, num_rows, unit, [&, this](const SumBlock& block) {
+          for_sums(block, [&](int row, int column, int count, Floats x) { likeliest[row].take(x, column, count); });
+        });
+      }
+      for (int row = 0; row < num_rows; ++row) choices[part * num_rows + row] = likeliest[row].choice();
+    });
+    int64_t* to = static_cast<int64_t*>(call_.output) + first_row;
+    for (int row = 0; row < num_rows; ++row) {
+      Choice& choice = choices[row];
+      for (int part = 1; part < num_parts; ++part) choice.meet(choices[part * num_rows + row]);
+      to[row] = choice.token_id;
+      to[call_.num_rows + row] = choice.is_finite;
+    }
+  }
+
   // Whether the input is as it would be prepared, and can be read as far.
   bool is_prepared() const {
     return std::is_same_v<Prepared, Element> && call_.input_kind == kPlain && depth_ == linear_.num_inputs &&
@@ -104,22 +137,31 @@ class Product {
           return load_some(before, count) + x;
         });
       case kWriteGated: return finish_gated(block, first_row);
+      case kChoose: return;  // see choose
+    }
+  }
+
+  // Calls apply(row of the block, column, count, outputs) for vectors of `count` columns.
+  template <class Apply>
+  void for_sums(const SumBlock& block, const Apply& apply) const {
+    const int num_columns = std::min(block.num_columns, linear_.num_outputs - block.first_column);
+    const auto* bias = static_cast<const Element*>(linear_.bias);
+    for (int row = block.first_row; row < block.end_row; ++row) {
+      const float* sums = block.sums + (row - block.first_row) * block.stride;
+      for_vectors(num_columns, [&](int i, int count) {
+        Floats x = load(sums + i);
+        if (bias) x += load_some(bias + block.first_column + i, count);
+        apply(row, block.first_column + i, count, x);
+      });
     }
   }
 
   template <class To, class Combine>
   void finish_rows(const SumBlock& block, int64_t first_row, Combine combine) const {
-    const int num_columns = std::min(block.num_columns, linear_.num_outputs - block.first_column);
-    const auto* bias = static_cast<const Element*>(linear_.bias);
-    for (int row = block.first_row; row < block.end_row; ++row) {
-      const float* sums = block.sums + (row - block.first_row) * block.stride;
-      To* to = static_cast<To*>(call_.output) + (first_row + row) * call_.output_stride + block.first_column;
-      for_vectors(num_columns, [=](int column, int count) {
-        Floats x = load(sums + column);
-        if (bias) x += load_some(bias + block.first_column + column, count);
-        store_some(to + column, combine(to + column, count, x), count);
-      });
-    }
+    for_sums(block, [=, this](int row, int column, int count, Floats x) {
+      To* to = static_cast<To*>(call_.output) + (first_row + row) * call_.output_stride + column;
+      store_some(to, combine(to, count, x), count);
+    });
   }
 
   // Of each panel's halves one vector, or part of one.
@@ -160,7 +202,7 @@ class Product {
   bool is_ready_;       // is_prepared()
   int64_t row_stride_;  // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
   Panels panels_;
-  int unit_panels_;
+  int unit_panels_, num_units_;
 };
 
 }  // namespace

@@ -25,13 +25,15 @@ enum Output : int32_t {
   kAdd = 1,
   kWriteFloat = 2,
   kWriteGated = 3,  // SiLU of the first half of y, times the second; W was packed as gated
+  kChoose = 4,      // of each row the highest output's index, and whether all of them are finite (1 or 0)
 };
 
 // Rows are `stride` elements apart.
 struct LinearCall {
   const void* input;        // [num_rows, num_inputs]
   const void* norm_weight;  // [num_inputs]; kNormed
-  void* output;             // [num_rows, num_outputs], float32 for kWriteFloat; [num_rows, num_outputs / 2] for kWriteGated
+  void* output;             // [num_rows, num_outputs], float32 for kWriteFloat; [num_rows, num_outputs / 2] for
+                            // kWriteGated; [2, num_rows] int64 for kChoose
   int64_t input_stride;
   int64_t output_stride;
   int64_t num_rows;

@@ -29,7 +29,6 @@ class LayerStack:
         )
         self._room: list[torch.Tensor] = []
         self._inputs: list[torch.Tensor] = []  # of a step, where the C++ makes them
-        self.logits = torch.empty((0, 0))
         self._num_tokens = 0  # that there is room for
 
     def is_of(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> bool:
@@ -48,15 +47,14 @@ class LayerStack:
         call.cos, call.sin, call.slot_mapping = angles.cos.data_ptr(), angles.sin.data_ptr(), slot_mapping.data_ptr()
         return call
 
-    def room_for_steps(self, num_tokens: int, vocab_size: int, works: list[binding.WindowWork]) -> binding.LayersCall:
-        """As `call`, of some steps, whose inputs the C++ makes; `logits` has room for theirs."""
+    def room_for_steps(self, num_tokens: int, works: list[binding.WindowWork]) -> binding.LayersCall:
+        """As `call`, of some steps, whose inputs the C++ makes."""
         first = self._layers[0]
-        if num_tokens > len(self.logits):
+        if not self._inputs or num_tokens > len(self._inputs[0]):
             dtype, half = first.input_norm.weight.dtype, self._call.shape.contents.head_dim // 2
             hidden = torch.empty((num_tokens, packed(first.qkv).num_inputs), dtype=dtype)
             cos, sin = torch.empty((2, num_tokens, 1, half), dtype=dtype)
             self._inputs = [hidden, cos, sin, torch.empty(num_tokens, dtype=torch.int64)]
-            self.logits = torch.empty((num_tokens, vocab_size))
         hidden, cos, sin, slot_mapping = self._inputs
         return self.call(hidden[:num_tokens], Angles(cos, sin), slot_mapping, works)
 

@@ -90,7 +90,7 @@ class CpuStep:
         if not is_possible:
             return None
         works = [self._prepared(window) for window in stack.windows]
-        layers = stack.room_for_steps(len(input_ids), vocab_size, [work.of_window() for work in works])
+        layers = stack.room_for_steps(len(input_ids), [work.of_window() for work in works])
         choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
         choices[0, 0] = torch.from_numpy(input_ids)
         self._native.run_steps(
@@ -108,7 +108,6 @@ class CpuStep:
                 all_sin=model.sin.data_ptr(),
                 lm_head=ctypes.pointer(packed(model.lm_head).structure),
                 norm=model.norm.weight.data_ptr(),
-                logits=stack.logits.data_ptr(),
                 choices=choices.data_ptr(),
                 table_stride=metadata.block_tables.stride(0),
                 num_items=works[0].num_items,

@@ -8,7 +8,6 @@
 extern "C" {
 void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
 void pagoda_run_layers(const pagoda::LayersCall* call);
-void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size, int32_t num_threads);
 }
 
 namespace pagoda {
@@ -60,12 +59,10 @@ class Steps {
 
   // What follows from a choice that means nothing means nothing.
   void choose(const int64_t* were_finite, int64_t* choices) const {
-    const int vocab_size = call_.lm_head->num_outputs;
-    const LinearCall call{layers_.hidden, call_.norm,  call_.logits,       hidden_size_, vocab_size,
-                          num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kWriteFloat,
+    const LinearCall call{layers_.hidden, call_.norm,  choices,            hidden_size_, num_tokens_,
+                          num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kChoose,
                           layers_.num_threads};
     pagoda_linear(call_.lm_head, &call);
-    pagoda_greedy(call_.logits, choices, num_tokens_, vocab_size, layers_.num_threads);
     for (int64_t i = 0; i < num_tokens_; ++i) choices[num_tokens_ + i] &= were_finite[i];
   }
 

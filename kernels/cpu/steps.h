@@ -23,7 +23,6 @@ struct StepsCall {
   const void* all_sin;
   const Linear* lm_head;
   const void* norm;  // before it, [hidden_size]
-  float* logits;     // scratch, [num_tokens, vocabulary]
   int64_t* choices;  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given
   int64_t table_stride;
   int32_t num_items;

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Angles, AttentionShape, HeadNorms, LayerKV
+from kernels import Angles, AttentionShape, HeadNorms, LayerKV, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
+from kernels.cpu.linear import NORMED
 from kernels.cpu.targets import AMX, AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets
@@ -20,6 +21,7 @@ from tests.kernels.guarded import guarded
 from tests.kernels.products import EPSILON, Product, check_choices, check_gate, check_what_is_not_finite, greedy_cases
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
+CHOOSE = 4  # kChoose of linear.h
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -66,6 +68,37 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
     kernels = multiplying(dtype, target)
     for whole, part in zip(product.found(kernels, True), product.found(kernels, True, some), strict=True):
         assert torch.equal(whole[some], part)
+
+
+@all_targets
+@settings(max_examples=30, deadline=None)
+@given(row_counts, widths, st.one_of(widths, st.just(9000)), dtypes, st.booleans(), st.data())
+def test_what_is_chosen_while_it_is_computed_is_the_likeliest(
+    target: Target,
+    num_rows: int,
+    num_inputs: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    data: st.DataObject,
+) -> None:
+    """Bit for bit as if logits had been written down. Many tokens are alike, so that many logits are equal."""
+    dtype = fitting_dtype(target, dtype)
+    product = Product(num_rows, num_inputs, vocab_size, dtype, seed=num_rows)
+    kinds = torch.randint(data.draw(st.sampled_from([1, 3, vocab_size])), (vocab_size,))
+    kernels = multiplying(dtype, target)
+    bias = product.bias[kinds]
+    if data.draw(st.booleans()):
+        product.rows[data.draw(st.integers(0, num_rows - 1)), 0] = float("nan")
+    elif data.draw(st.booleans()):
+        bias[data.draw(st.integers(0, vocab_size - 1))] = float(data.draw(st.sampled_from(["nan", "inf", "-inf"])))
+    linear = kernels.linear(guarded(product.weight[kinds]), guarded(bias) if has_bias else None)
+    rows, norm = guarded(product.rows), Norm(guarded(product.norm.weight), EPSILON)
+    expected = kernels.greedy(linear.logits(rows, norm))
+    found = linear._run(rows, torch.empty((2, num_rows), dtype=torch.int64), NORMED, CHOOSE, norm)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0] * found[1], expected[0] * expected[1])
+    assert ((found[0] >= 0) & (found[0] < vocab_size)).all()
 
 
 @pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")

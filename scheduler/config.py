@@ -42,9 +42,9 @@ class SchedulerConfig:
     """How long requests wait while no worker is there, and streams while Redis is away."""
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
-    plan_ms: float = 12.0
-    """Steps that together take no longer may be one plan; 0: each is one. So long, and as long again for the plan
-    ahead, whoever comes waits for those who run; and the tokens of one plan come together."""
+    plan_ms: float = 15.0
+    """Steps are planned together where the first one's tokens need wait no longer for the last one's; 0: never. Whoever
+    comes waits for the plan that runs and the one ahead."""
     preemption: Preemption = Preemption.AUTO
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     pin_memory_bytes: int | None = None
@@ -98,7 +98,7 @@ def parse_flags(argv: Sequence[str]) -> SchedulerConfig:
     parser.add_argument("--lease-s", type=float, default=3.0, metavar="S")
     parser.add_argument("--worker-wait-s", type=float, default=60.0, metavar="S")
     parser.add_argument("--overcommit", type=float, default=1.0, metavar="SHARE")
-    parser.add_argument("--plan-ms", type=float, default=12.0, metavar="MS")
+    parser.add_argument("--plan-ms", type=float, default=15.0, metavar="MS")
     parser.add_argument("--preemption", default="auto", choices=[preemption.value for preemption in Preemption])
     parser.add_argument("--pin-memory", type=int, metavar="BYTES", dest="pin_memory_bytes")
     parser.add_argument("--metrics-listen", default="", metavar="HOST:PORT")

@@ -25,7 +25,7 @@ class StepClock:
     def __init__(
         self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0, plan_s: float = 0.0
     ) -> None:
-        """plan_s: steps that together take no longer may be one plan."""
+        """plan_s: how long the tokens of a plan's first step may wait for those of its last."""
         self.step_s = calibrated_step_s
         """Moving average of a step's time, as the worker measured it."""
         self._plan_s = plan_s
@@ -88,7 +88,7 @@ class StepClock:
     @property
     def num_steps_per_plan(self) -> int:
         """Steps that a plan should have, where it may have more than one."""
-        return max(1, min(MAX_STEPS_PER_PLAN, int(self._plan_s / self.step_s))) if self.step_s else 1
+        return min(MAX_STEPS_PER_PLAN, 1 + int(self._plan_s / self.step_s)) if self.step_s else 1
 
     def gap_s(self, share: float) -> float:
         """The gap that `share` of the last steps did not exceed, seconds."""

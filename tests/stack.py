@@ -40,7 +40,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-STEADY = ("--plan-ms", "1")
+STEADY = ("--plan-ms", "0.5")
 """One step or two of a small model in each plan: its tokens come few by few, and who dies does so in mid-stream."""
 
 

@@ -30,7 +30,7 @@ PARTS = {
     "attend": "attention",
     "rotate_and_write": "rotary, KV write",
     "greedy": "sampling",
-    "run_steps": "step",
+    "run_steps": "whole steps",
 }
 SHOWN = ("products", "attention", "rotary, KV write", "sampling")
 

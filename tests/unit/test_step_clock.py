@@ -153,7 +153,7 @@ def test_plans_that_come_late_bring_another_one_ahead_until_they_no_longer_do() 
 
 def test_short_steps_go_into_one_plan(time: Time) -> None:
     assert StepClock().num_steps_per_plan == 1, "who has measured nothing plans step by step"
-    for step_s, num_steps in ((0.020, 1), (0.007, 1), (0.005, 2), (0.003, 4), (0.0001, MAX_STEPS_PER_PLAN)):
+    for step_s, num_steps in ((0.020, 1), (0.012, 2), (0.007, 2), (0.005, 3), (0.0001, MAX_STEPS_PER_PLAN)):
         clock = StepClock(plan_s=0.0125)
         run(clock, time, step_s)
         assert clock.num_steps_per_plan == num_steps

@@ -85,7 +85,7 @@ def up(
         str | None, typer.Option(help="auto, swap or recompute: what a preempted sequence comes back by.")
     ] = None,
     plan_ms: Annotated[
-        float | None, typer.Option(help="How long tokens may wait for those of the plan's further steps; 0: not at all.")
+        float | None, typer.Option(help="How long tokens may wait for those of their plan's later steps; 0: never.")
     ] = None,
     pin_memory: Annotated[
         str | None, typer.Option(help="KV memory of each worker for pinned prompts. Unset: a quarter of its pool.")

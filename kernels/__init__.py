@@ -24,7 +24,8 @@ class AttentionShape:
     """What every layer of a model has in common.
 
     `scale` multiplies the scores; `block_size` is in tokens; `dtype` is that of weights and activations, `kv_dtype`
-    that of the pool's elements: the same, or an 8-bit one.
+    that of the pool's elements: the same, or an 8-bit one. With a `soft_cap` scores become soft_cap * tanh(score /
+    soft_cap) (Gemma Team, 2024: https://arxiv.org/abs/2408.00118); 0 leaves them.
     """
 
     num_heads: int
@@ -34,6 +35,7 @@ class AttentionShape:
     scale: float
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    soft_cap: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

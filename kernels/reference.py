@@ -193,6 +193,8 @@ class ReferenceStep:
         queries = scaled.view(num_pieces, num_queries, num_kv_heads, group_size, head_dim)
         queries = queries.permute(0, 2, 3, 1, 4).reshape(batch, group_size * num_queries, head_dim)
         scores = torch.bmm(queries, keys.transpose(1, 2))
+        if shape.soft_cap:
+            scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
         scores = scores.view(num_pieces, num_kv_heads, group_size, num_queries, -1)
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
         sums = torch.bmm(weights.view(batch, group_size * num_queries, -1), values.view(batch, -1, head_dim))

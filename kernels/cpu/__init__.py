@@ -40,7 +40,8 @@ class CpuKernels:
         """Without a target: for the best instruction set that this machine runs and the compiler knows."""
         _check(shape)
         targets = runnable_targets() if target is None else (target,)
-        self.native = NativeLibrary(best_library([library(t, shape.dtype, shape.kv_dtype) for t in targets]))
+        libraries = [library(t, shape.dtype, shape.kv_dtype, shape.soft_cap > 0) for t in targets]
+        self.native = NativeLibrary(best_library(libraries))
         self.shape = shape
         self.c_shape = c_shape(shape)
         self.kv_format = KVFormat(

@@ -74,7 +74,7 @@ class Attention {
     Partition kv = partition(items[0], first_head, position(items[0]));
     LinesAhead ahead(kv, num_heads, shape_.head_dim);
     for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head, kv = kv.next_head()) {
-      DotTile tile(num_rows, shape_.head_dim, shape_.scale, scratch);
+      DotTile tile(num_rows, shape_, scratch);
       for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {
         const int at = position(item) + token;
         const int first_visible = work_.sliding_window ? at - work_.sliding_window + 1 : 0;
@@ -123,7 +123,7 @@ class Attention {
       heads[row] = kv_head * group_size_ + (first_row + row) % group_size_;
       queries[row] = query(work_.query_starts[row_items[row]]) + heads[row] * shape_.head_dim;
     }
-    DecodeTile<kRows> tile(queries, num_rows, shape_.head_dim, shape_.scale);
+    DecodeTile<kRows> tile(queries, num_rows, shape_);
     tile.attend(partition(items[0], kv_head, position(items[0])));
     for (int row = 0; row < num_rows; ++row) {
       const int item = row_items[row];
@@ -141,8 +141,8 @@ class Attention {
     const int64_t row = work_.query_starts[item];
     const int64_t head = static_cast<int64_t>(kv_head) * group_size_ * shape_.head_dim;
     const QueryTile tile{position(item), work_.num_queries[item], group_size_, work_.sliding_window};
-    PrefillTile prefill(tile, shape_.head_dim, scratch);
-    prefill.start(query(row) + head, call_.query_stride, shape_.scale);
+    PrefillTile prefill(tile, shape_, scratch);
+    prefill.start(query(row) + head, call_.query_stride);
     prefill.attend(partition(item, kv_head, position(item)));
     prefill.write(output(row) + head, output_stride());
   }

@@ -15,7 +15,8 @@ struct Shape {
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t block_size;  // tokens, a power of two
-  float scale;  // of the scores
+  float scale;     // of the scores
+  float soft_cap;  // see soft_cap.h
 };
 
 // One step's work list (see work_list.py) and the tables that it refers to.

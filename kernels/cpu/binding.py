@@ -15,7 +15,7 @@ class Shape(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "block_size")),
-        ("scale", c_float),
+        *((name, c_float) for name in ("scale", "soft_cap")),
     )
 
 
@@ -175,4 +175,5 @@ class NativeLibrary:
 
 def c_shape(shape: AttentionShape) -> Shape:
     """The part of it that the library was not compiled for."""
-    return Shape(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size, shape.scale)
+    sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.block_size
+    return Shape(*sizes, shape.scale, shape.soft_cap)

@@ -13,6 +13,7 @@
 #include "blocks.h"
 #include "rows.h"
 #include "simd.h"
+#include "soft_cap.h"
 #include "softmax.h"
 
 namespace pagoda {
@@ -23,14 +24,14 @@ template <int kRows>
 class DecodeTile {
  public:
   // queries: [num_rows], each [head_dim]; rows past num_rows (at most kRows) are zeros that nobody reads.
-  DecodeTile(const Element* const* queries, int num_rows, int head_dim, float scale)
-      : head_dim_(head_dim), padded_dim_((head_dim + kPair - 1) / kPair * kPair) {
-    const float factor = scale * kLog2E;
+  DecodeTile(const Element* const* queries, int num_rows, const Shape& shape)
+      : head_dim_(shape.head_dim), padded_dim_((head_dim_ + kPair - 1) / kPair * kPair), soft_cap_(shape.soft_cap) {
+    const float factor = shape.scale * kLog2E;
     for (int row = 0; row < kRows; ++row) {
       std::fill(query_[row], query_[row] + padded_dim_, 0.0f);
       std::fill(sums_[row], sums_[row] + padded_dim_, 0.0f);
       if (row >= num_rows) continue;
-      for_vectors(head_dim, [&](int d, int count) {
+      for_vectors(head_dim_, [&](int d, int count) {
         store_some(query_[row] + d, load_some(queries[row] + d, count) * factor, count);
       });
     }
@@ -103,6 +104,7 @@ class DecodeTile {
     const int columns = (last + kLanes - 1) / kLanes * kLanes;
     for (int row = 0; row < kRows; ++row) {
       float* scores = scores_[row];
+      if constexpr (kHasSoftCap) soft_cap_.apply(scores, columns, 1.0f);
       std::fill(scores, scores + first, kHidden);
       std::fill(scores + last, scores + columns, kHidden);
       decay_[row] = states_[row].weigh(scores, columns);
@@ -180,6 +182,7 @@ class DecodeTile {
   }
 
   int head_dim_, padded_dim_;
+  SoftCap soft_cap_;
   alignas(kAlignment) float query_[kRows][kMaxHeadDim];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim];
   alignas(kAlignment) float scores_[kRows][kSpan];

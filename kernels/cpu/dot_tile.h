@@ -14,6 +14,7 @@
 #include "dots.h"
 #include "rows.h"
 #include "scratch.h"
+#include "soft_cap.h"
 #include "softmax.h"
 #include "spans.h"
 
@@ -48,13 +49,14 @@ struct ValueColumns {
 
 class DotTile {
  public:
-  DotTile(int num_rows, int head_dim, float scale, Scratch& scratch)
+  DotTile(int num_rows, const Shape& shape, Scratch& scratch)
       : num_rows_(num_rows),
         height_(std::min(num_rows, kTileHeight)),
-        head_dim_(head_dim),
-        factor_(scale * kLog2E) {
+        head_dim_(shape.head_dim),
+        factor_(shape.scale * kLog2E),
+        soft_cap_(shape.soft_cap) {
     const int padded_rows = (num_rows + height_ - 1) / height_ * height_;
-    float* memory = scratch.floats(padded_rows * (head_dim * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2);
+    float* memory = scratch.floats(padded_rows * (head_dim_ * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2);
     const auto take = [&memory](int count) {
       float* taken = memory;
       memory += count;
@@ -62,10 +64,10 @@ class DotTile {
     };
     scores_ = take(kTileHeight * kSpan);
     weights_ = reinterpret_cast<BFloat16*>(take(kTileHeight * kSpan / 2));
-    sums_ = take(padded_rows * head_dim);
-    query_ = reinterpret_cast<BFloat16*>(take(padded_rows * head_dim / 2));
+    sums_ = take(padded_rows * head_dim_);
+    query_ = reinterpret_cast<BFloat16*>(take(padded_rows * head_dim_ / 2));
     rows_ = reinterpret_cast<Row*>(take(padded_rows * sizeof(Row) / sizeof(float)));
-    std::fill(sums_, sums_ + padded_rows * head_dim, 0.0f);
+    std::fill(sums_, sums_ + padded_rows * head_dim_, 0.0f);
   }
 
   // query: [head_dim]. The row sees tokens first_visible to visible_end.
@@ -145,10 +147,12 @@ class DotTile {
       float* scores = scores_ + (i - row) * kSpan;
       const int visible_end = std::clamp(std::min(rows_[i].visible_end, seen.last) - seen.start, begin, end);
       const int first_visible = std::clamp(std::max(rows_[i].first_visible, seen.first) - seen.start, begin, visible_end);
+      if constexpr (kHasSoftCap) soft_cap_.apply(scores + begin, end - begin, factor_);
       std::fill(scores + begin, scores + first_visible, kHidden);
       std::fill(scores + visible_end, scores + end, kHidden);
       BFloat16* weights = weights_ + (i - row) * kSpan;
-      const float decay = rows_[i].state.weigh(scores + begin, end - begin, factor_, weights + begin);
+      const float factor = kHasSoftCap ? 1.0f : factor_;
+      const float decay = rows_[i].state.weigh(scores + begin, end - begin, factor, weights + begin);
       float* sums = sums_ + i * head_dim_;
       if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
     }
@@ -169,6 +173,7 @@ class DotTile {
 
   const int num_rows_, height_, head_dim_;
   const float factor_;  // of scores, to base 2
+  const SoftCap soft_cap_;
   float *scores_, *sums_;
   BFloat16 *weights_, *query_;
   Row* rows_;

@@ -14,6 +14,7 @@
 #include "rows.h"
 #include "scratch.h"
 #include "simd.h"
+#include "soft_cap.h"
 #include "softmax.h"
 
 namespace pagoda {
@@ -32,11 +33,13 @@ struct QueryTile {
 
 class PrefillTile {
  public:
-  PrefillTile(const QueryTile& tile, int head_dim, Scratch& scratch)
+  PrefillTile(const QueryTile& tile, const Shape& shape, Scratch& scratch)
       : tile_(tile),
-        head_dim_(head_dim),
+        head_dim_(shape.head_dim),
         num_rows_((tile.num_rows() + kTileRows - 1) / kTileRows * kTileRows),
-        value_dim_((head_dim + kPanel - 1) / kPanel * kPanel) {
+        value_dim_((head_dim_ + kPanel - 1) / kPanel * kPanel),
+        factor_(shape.scale * kLog2E),
+        soft_cap_(shape.soft_cap) {
     float* memory = scratch.floats(num_rows_ * (head_dim_ + value_dim_ + kSpan + 3) + 2 * kSpan * value_dim_);
     const auto take = [&memory](int count) {
       float* taken = memory;
@@ -54,7 +57,7 @@ class PrefillTile {
   }
 
   // query: [num_tokens] rows query_stride apart, each [group_size, head_dim].
-  void start(const Element* query, int64_t query_stride, float scale) {
+  void start(const Element* query, int64_t query_stride) {
     std::fill(sums_, sums_ + num_rows_ * value_dim_, 0.0f);
     std::fill(maxima_, maxima_ + num_rows_, kHidden);
     std::fill(norms_, norms_ + num_rows_, 0.0f);
@@ -63,7 +66,7 @@ class PrefillTile {
       float* row = query_ + token * width;
       for (int i = 0; i < width; i += kLanes) {
         const int count = std::min(kLanes, width - i);
-        store_first(row + i, load_first(query + token * query_stride + i, count) * (scale * kLog2E), count);
+        store_first(row + i, load_first(query + token * query_stride + i, count) * factor_, count);
       }
     }
     std::fill(query_ + tile_.num_rows() * head_dim_, query_ + num_rows_ * head_dim_, 0.0f);
@@ -163,6 +166,7 @@ class PrefillTile {
     const int columns = (last - span + kLanes - 1) / kLanes * kLanes;
     const int visible_end = std::clamp(tile_.position(row) + 1 - span, 0, last - span);
     const int visible_start = std::clamp(std::max(first, tile_.first_visible(row)) - span, 0, visible_end);
+    if constexpr (kHasSoftCap) soft_cap_.apply(scores, columns, 1.0f);
     std::fill(scores, scores + visible_start, kHidden);
     std::fill(scores + visible_end, scores + columns, kHidden);
     RowState state{maxima_[row], norms_[row]};
@@ -189,6 +193,8 @@ class PrefillTile {
   int head_dim_;
   int num_rows_;   // rounded up to tiles; the rows beyond are never read
   int value_dim_;  // head_dim rounded up to panels
+  float factor_;   // of scores, to base 2
+  SoftCap soft_cap_;
   float *keys_, *values_, *sums_, *scores_, *query_, *maxima_, *norms_, *decay_;
 };
 

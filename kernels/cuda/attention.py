@@ -38,11 +38,10 @@ class Backend:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 leaves them. The rest as in SplitRule."""
+    """See SplitRule."""
 
     partition_len: int = PARTITION_LEN
     max_partitions: int = MAX_PARTITIONS
-    soft_cap: float = 0.0
 
 
 class Scratch:
@@ -156,8 +155,7 @@ class CudaKernels:
         """The variant, compiled now if it never was. Raises BuildError."""
         shape = self.shape
         kv_dtype = shape.kv_dtype if self.kv_format.is_scaled else None
-        has_soft_cap = self.tuning.soft_cap > 0
-        variant = Variant(shape.dtype, shape.head_dim, shape.block_size, has_window, has_soft_cap, kv_dtype)
+        variant = Variant(shape.dtype, shape.head_dim, shape.block_size, has_window, shape.soft_cap > 0, kv_dtype)
         if variant not in self._libraries:
             self._libraries[variant] = self.backend.open_library(variant)
         return self._libraries[variant]

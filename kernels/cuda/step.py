@@ -133,7 +133,7 @@ class CudaStep:
                 num_kv_heads=shape.num_kv_heads,
                 sliding_window=sliding_window,
                 scale=shape.scale,
-                soft_cap=self._kernels.tuning.soft_cap,
+                soft_cap=shape.soft_cap,
             )
         )
         return out

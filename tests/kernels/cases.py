@@ -25,13 +25,13 @@ class Case:
     seed: int
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype | None = None
+    soft_cap: float = 0.0
 
     @property
     def shape(self) -> AttentionShape:
         num_heads, kv_dtype = self.num_kv_heads * self.group_size, self.kv_dtype or self.dtype
-        return AttentionShape(
-            num_heads, self.num_kv_heads, self.head_dim, self.block_size, self.head_dim**-0.5, self.dtype, kv_dtype
-        )
+        sizes = num_heads, self.num_kv_heads, self.head_dim, self.block_size
+        return AttentionShape(*sizes, self.head_dim**-0.5, self.dtype, kv_dtype, self.soft_cap)
 
 
 cases = st.builds(
@@ -169,4 +169,6 @@ def dense(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, case: C
     hidden = (distances < 0) | ((distances >= case.sliding_window) if case.sliding_window else distances < 0)
     keys, values = (x.double().repeat_interleave(case.group_size, dim=1) for x in (keys, values))
     scores = torch.einsum("qhd,khd->hqk", query.double(), keys) * case.shape.scale
+    if case.soft_cap:
+        scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), values)

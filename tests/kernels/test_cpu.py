@@ -18,7 +18,7 @@ from kernels.cpu.targets import AMX, BASELINE, Target, runnable_targets
 from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
-from tests.kernels.cpu_targets import TILES, WRITTEN_OUT, all_targets, fitting_dtype, targets, used_targets
+from tests.kernels.cpu_targets import TILES, USED, WRITTEN_OUT, all_targets, fitting_dtype, targets, used_targets
 from tests.kernels.guarded import guarded
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
@@ -82,6 +82,25 @@ def test_split_sequences_equal_dense_attention(target: Target, case: Case) -> No
     step = Step(longer(case))
     found = step.run(CpuKernels(case.shape, target))
     assert relative_error(found, step.dense()) < TOLERANCES[torch.float32]
+
+
+# Both ways to score; the other targets' libraries, which the cap alone needs, would take a minute to compile.
+CAPPED = [
+    (USED[0], torch.float32),
+    (TILES, torch.bfloat16),
+    *(pytest.param(target, torch.float32, marks=pytest.mark.slow) for target in runnable_targets()[1:]),
+    *(pytest.param(target, torch.bfloat16, marks=pytest.mark.slow) for target in USED if target != TILES),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype"), CAPPED, ids=lambda value: str(getattr(value, "name", value)))
+@settings(max_examples=10, deadline=None)
+@given(case=cases, soft_cap=st.sampled_from([0.5, 2.0, 50.0]))
+def test_scores_are_capped(target: Target, dtype: torch.dtype, case: Case, soft_cap: float) -> None:
+    case = dataclasses.replace(longer(case), dtype=dtype, soft_cap=soft_cap)
+    step = Step(case)
+    found = step.run(CpuKernels(case.shape, target))
+    assert relative_error(found, step.dense()) < TOLERANCES[dtype]
 
 
 def place(step: Step, seq: int, other: Step, at: int) -> None:

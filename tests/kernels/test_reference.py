@@ -28,6 +28,15 @@ def test_equals_dense_attention(case: Case) -> None:
     torch.testing.assert_close(found.double(), step.dense(), atol=3e-6, rtol=3e-5)
 
 
+@settings(max_examples=20, deadline=None)
+@given(cases, st.sampled_from([0.5, 2.0, 50.0]))
+def test_scores_are_capped(case: Case, soft_cap: float) -> None:
+    case = dataclasses.replace(case, soft_cap=soft_cap)
+    step = Step(case)
+    found = step.run(reference(case.shape))
+    torch.testing.assert_close(found.double(), step.dense(), atol=3e-6, rtol=3e-5)
+
+
 @settings(max_examples=15, deadline=None)
 @given(cases, st.sampled_from([torch.bfloat16, torch.float16]))
 def test_sums_are_float32(case: Case, dtype: torch.dtype) -> None:

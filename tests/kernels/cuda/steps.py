@@ -32,8 +32,9 @@ SCRATCH_ROWS = 16 * 16 * MAX_PARTITIONS
 
 
 def shape_of(variant: Variant, num_heads: int, num_kv_heads: int, scale: float) -> AttentionShape:
-    kv_dtype = variant.kv_dtype or variant.dtype
-    return AttentionShape(num_heads, num_kv_heads, variant.head_dim, variant.block_size, scale, variant.dtype, kv_dtype)
+    kv_dtype, soft_cap = variant.kv_dtype or variant.dtype, SOFT_CAP if variant.has_soft_cap else 0.0
+    sizes = num_heads, num_kv_heads, variant.head_dim, variant.block_size
+    return AttentionShape(*sizes, scale, variant.dtype, kv_dtype, soft_cap)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Case:
 
     @property
     def tuning(self) -> Tuning:
-        return Tuning(self.partition_len, MAX_PARTITIONS, SOFT_CAP if self.variant.has_soft_cap else 0.0)
+        return Tuning(self.partition_len, MAX_PARTITIONS)
 
 
 contexts = st.one_of(st.integers(0, 40), st.integers(0, 400))

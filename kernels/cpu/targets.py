@@ -11,15 +11,7 @@ import torch
 
 from kernels.build import Library
 
-SOURCES = (
-    *("attention.cpp", "blocks.cpp", "greedy.cpp", "layers.cpp", "linear.cpp", "rotate.cpp", "sample.cpp"),
-    *("steps.cpp", "stream.cpp", "team.cpp"),
-)
-HEADERS = (
-    *("attention.h", "blocks.h", "decode.h", "dot_tile.h", "dots.h", "layers.h", "likeliest.h", "linear.h"),
-    *("matmul.h", "panels.h", "prefill.h", "rows.h", "scratch.h", "simd.h", "slots.h", "soft_cap.h", "softmax.h"),
-    *("spans.h", "steps.h", "team.h", "tiles.h"),
-)
+FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
 # As `simd.h` names them.
 ELEMENTS: Mapping[torch.dtype, str] = {
@@ -63,15 +55,14 @@ def runnable_targets() -> tuple[Target, ...]:
 
 def library(target: Target, dtype: torch.dtype, kv_dtype: torch.dtype, has_soft_cap: bool = False) -> Library:
     """The CPU kernels for `target`, and for weights and activations of `dtype` beside a pool of `kv_dtype`."""
-    folder = Path(__file__).parent
     element, kv = ELEMENTS[dtype], ELEMENTS[kv_dtype]
     soft_cap = ["-DPAGODA_SOFT_CAP"] * has_soft_cap
     return Library(
         name=f"cpu-{target.name}-{element}-{kv}{'-softcap' * has_soft_cap}".lower(),
         compilers=("g++",),
         flags=(*FLAGS, *target.flags, f"-DPAGODA_ELEMENT={element}", f"-DPAGODA_KV={kv}", *soft_cap),
-        sources=tuple(folder / name for name in SOURCES),
-        headers=tuple(folder / name for name in HEADERS),
+        sources=tuple(sorted(FOLDER.glob("*.cpp"))),
+        headers=tuple(sorted(FOLDER.glob("*.h"))),
     )
 
 

@@ -190,8 +190,19 @@ class AttentionStep(Protocol):
         values must have been written.
         """
 
-    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
-        """Add to `hidden`, [num_tokens, hidden_size], what each layer makes of it; keys and values go into `kv`."""
+    def run_layers(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        hidden: torch.Tensor,
+        angles: Angles,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the last layer makes of `rows`, [num_rows] int64, or of all: [num_rows or num_tokens, hidden_size].
+
+        hidden: [num_tokens, hidden_size], what the first layer is given, overwritten. Keys and values go into `kv`.
+        From tokens that are not among `rows` the last layer needs nothing else.
+        """
 
     def decode(
         self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int

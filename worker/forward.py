@@ -18,7 +18,7 @@ class Forward(Protocol):
     """How the layers of a step are run."""
 
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
-        """Write the step's KV; the hidden states of its tokens: [num_tokens or more, hidden_size].
+        """Write the step's KV; the hidden states of its logit_rows: [num_samples or more, hidden_size].
 
         last: as in `worker.feed`. The next call may overwrite what this one returns.
         """
@@ -41,7 +41,8 @@ class EagerForward:
         input_ids, positions = self._upload(inputs.input_ids), self._upload(inputs.positions)
         if inputs.is_fed:
             input_ids = feed(input_ids, last)
-        return self._decoder.hidden(input_ids, positions, attention, self._pool.layers)
+        rows = None if inputs.samples_all else self._upload(inputs.logit_rows)
+        return self._decoder.hidden(input_ids, positions, attention, self._pool.layers, rows)
 
     def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
         """See Forward."""

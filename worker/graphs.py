@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kernels import AttentionMetadata
 from kernels.cuda.attention import CudaKernels
 from kernels.cuda.library import KernelError
-from kernels.upload import staged
+from kernels.upload import staged, upload
 from worker.feed import feed
 from worker.forward import Forward
 from worker.kv_pool import KVPool
@@ -163,7 +163,10 @@ class GraphForward:
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """See Forward."""
         bucket = self._bucket(inputs)
-        return self._eager.hidden(inputs, last) if bucket is None else bucket.replay(inputs, last)
+        if bucket is None:
+            return self._eager.hidden(inputs, last)
+        hidden = bucket.replay(inputs, last)
+        return hidden if inputs.samples_all else hidden[upload(inputs.logit_rows, hidden.device)]
 
     def _bucket(self, inputs: StepInputs) -> DecodeBucket | None:
         num_seqs = len(inputs.query_lens)

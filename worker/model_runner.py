@@ -67,9 +67,7 @@ class ModelRunner:
             return Choices(self._last)
         device, last = self._pool.blocks.device, self._last
         hidden = self._forward.hidden(inputs, last)
-        if not inputs.samples_all:
-            hidden = hidden[upload(inputs.logit_rows, device)]
-        elif len(hidden) > len(inputs.logit_rows):
+        if len(hidden) > len(inputs.logit_rows):
             hidden = hidden[: len(inputs.logit_rows)]
         choices = choose(self._decoder.logits(hidden), inputs.sampled, self._kernels)
         self._last = choices.tokens

@@ -98,7 +98,8 @@ class LayersCall(ctypes.Structure):
         ("layers", POINTER(Layer)),
         ("windows", POINTER(WindowWork)),
         *((name, c_void_p) for name in ("hidden", "heads", "attended", "gated", "cos", "sin", "slot_mapping")),
-        ("num_tokens", c_int64),
+        *((name, c_void_p) for name in ("output_rows", "output")),
+        *((name, c_int64) for name in ("num_tokens", "num_outputs")),
         ("num_layers", c_int32),
         ("num_threads", c_int32),
     )

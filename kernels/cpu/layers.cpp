@@ -3,6 +3,8 @@
 // Owns the order of operations, the same as `kernels.layers`.
 #include "layers.h"
 
+#include <cstring>
+
 #include "tiles.h"
 
 extern "C" {
@@ -27,30 +29,64 @@ class Step {
         heads_{call.heads, call.layers[0].qkv.num_outputs},
         attended_{call.attended, call.layers[0].o.num_inputs},
         gated_{call.gated, call.layers[0].down.num_inputs},
-        readable_rows_(rows_of_tiles(call.num_tokens)) {}
+        output_{call.output, hidden_.stride} {}
 
-  void run(const Layer& layer) const {
-    multiply(layer.qkv, kNormed, hidden_, kWrite, heads_, layer.input_norm, layer.norm_epsilon);
-    attend(layer);
-    multiply(layer.o, kPlain, attended_, kAdd, hidden_);
-    multiply(layer.gate_up, kNormed, hidden_, kWriteGated, gated_, layer.post_norm, layer.norm_epsilon);
-    multiply(layer.down, kPlain, gated_, kAdd, hidden_);
+  void run() const {
+    for (int i = 0; i + 1 < call_.num_layers; ++i) run(call_.layers[i]);
+    const Layer& last = call_.layers[call_.num_layers - 1];
+    if (!call_.output_rows) return run(last);
+    write_kv(last);
+    if (call_.num_outputs == 0) return;
+    attend(last);
+    take_outputs();
+    end(last, call_.num_outputs, heads_, output_);
   }
 
  private:
-  void multiply(const Linear& linear, Input input, Rows from, Output output, Rows to, const void* norm = nullptr,
-                float epsilon = 0.0f) const {
-    const LinearCall call{from.first,       norm,           to.first, from.stride, to.stride,
-                          call_.num_tokens, readable_rows_, epsilon,  input,       output,
+  void run(const Layer& layer) const {
+    write_kv(layer);
+    attend(layer);
+    end(layer, call_.num_tokens, attended_, hidden_);
+  }
+
+  // What follows attention.
+  void end(const Layer& layer, int64_t num_rows, Rows attended, Rows hidden) const {
+    multiply(layer.o, num_rows, kPlain, attended, kAdd, hidden);
+    multiply(layer.gate_up, num_rows, kNormed, hidden, kWriteGated, gated_, layer.post_norm, layer.norm_epsilon);
+    multiply(layer.down, num_rows, kPlain, gated_, kAdd, hidden);
+  }
+
+  void multiply(const Linear& linear, int64_t num_rows, Input input, Rows from, Output output, Rows to,
+                const void* norm = nullptr, float epsilon = 0.0f) const {
+    const int64_t readable_rows = rows_of_tiles(num_rows);  // of plain inputs
+    const LinearCall call{from.first, norm,          to.first, from.stride, to.stride,
+                          num_rows,   readable_rows, epsilon,  input,       output,
                           call_.num_threads};
     pagoda_linear(&linear, &call);
   }
 
-  void attend(const Layer& layer) const {
+  // The outputs' rows, as far as they have come: attention, whose queries are done with, and hidden states.
+  void take_outputs() const {
+    for (int64_t i = 0; i < call_.num_outputs; ++i) {
+      copy(attended_, call_.output_rows[i], heads_, i, attended_.stride);
+      copy(hidden_, call_.output_rows[i], output_, i, hidden_.stride);
+    }
+  }
+
+  static void copy(Rows from, int64_t from_row, Rows to, int64_t to_row, int64_t width) {
+    std::memcpy(static_cast<Element*>(to.first) + to_row * to.stride,
+                static_cast<const Element*>(from.first) + from_row * from.stride, width * sizeof(Element));
+  }
+
+  void write_kv(const Layer& layer) const {
+    multiply(layer.qkv, call_.num_tokens, kNormed, hidden_, kWrite, heads_, layer.input_norm, layer.norm_epsilon);
     const RotateCall rotate{heads_.first, call_.cos,         call_.sin,         layer.query_norm,
                             layer.key_norm, layer.keys,      layer.values,      call_.slot_mapping,
                             heads_.stride, call_.num_tokens, layer.head_norm_epsilon, call_.num_threads};
     pagoda_rotate_and_write(call_.shape, &rotate);
+  }
+
+  void attend(const Layer& layer) const {
     const WindowWork& window = call_.windows[layer.window];
     const Call call{heads_.first,        layer.keys,           layer.values,  attended_.first,
                     window.partial_sums, window.partial_norms, heads_.stride};
@@ -58,8 +94,7 @@ class Step {
   }
 
   const LayersCall& call_;
-  Rows hidden_, heads_, attended_, gated_;
-  int64_t readable_rows_;  // of plain inputs
+  Rows hidden_, heads_, attended_, gated_, output_;
 };
 
 }  // namespace
@@ -68,8 +103,7 @@ class Step {
 #pragma GCC visibility push(default)
 
 extern "C" void pagoda_run_layers(const pagoda::LayersCall* call) {
-  const pagoda::Step step(*call);
-  for (int i = 0; i < call->num_layers; ++i) step.run(call->layers[i]);
+  pagoda::Step(*call).run();
 }
 
 #pragma GCC visibility pop

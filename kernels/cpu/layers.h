@@ -31,14 +31,17 @@ struct LayersCall {
   const Shape* shape;
   const Layer* layers;  // [num_layers]
   const WindowWork* windows;
-  void* hidden;    // [num_tokens, hidden_size]: in and out
-  void* heads;     // scratch, [num_tokens, outputs of qkv]
-  void* attended;  // scratch, [num_tokens up to whole tiles of 16, inputs of o]
+  void* hidden;    // [num_tokens, hidden_size]: what the first layer is given, then scratch
+  void* heads;     // scratch, [num_tokens up to whole tiles of 16, outputs of qkv]
+  void* attended;  // scratch, likewise, inputs of o
   void* gated;     // scratch, likewise, inputs of down
   const void* cos;  // as in RotateCall
   const void* sin;
   const int64_t* slot_mapping;
+  const int64_t* output_rows;  // [num_outputs], the tokens of `output`, or null: all; nothing else is made of the others
+  void* output;                // [num_outputs, hidden_size], what the last layer makes; `hidden` itself where it is all
   int64_t num_tokens;
+  int64_t num_outputs;
   int32_t num_layers;
   int32_t num_threads;
 };

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,14 @@ from kernels.cpu.memory import empty_on_huge_pages
 
 # kTileHeight of tiles.h
 TILE_HEIGHT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where a step's tokens end up. rows: [num_rows] int64, which of them; hidden: [num_rows, hidden_size]."""
+
+    rows: torch.Tensor
+    hidden: torch.Tensor
 
 
 class LayerStack:
@@ -36,15 +45,27 @@ class LayerStack:
         return self._layers is layers and self._kv is kv
 
     def call(
-        self, hidden: torch.Tensor, angles: Angles, slot_mapping: torch.Tensor, works: list[binding.WindowWork]
+        self,
+        hidden: torch.Tensor,
+        angles: Angles,
+        slot_mapping: torch.Tensor,
+        works: list[binding.WindowWork],
+        outputs: Outputs | None = None,
     ) -> binding.LayersCall:
-        """A step; works: one for each of `windows`. The next step's is the same structure, filled anew."""
+        """A step; works: one for each of `windows`; without `outputs` all tokens end up in `hidden`.
+
+        The next step's is the same structure, filled anew.
+        """
         call, num_tokens = self._call, hidden.shape[0]
         if num_tokens > self._num_tokens:
             self._make_room(num_tokens, hidden.dtype)
         self._c_windows[:] = works
         call.hidden, call.num_tokens, call.num_threads = hidden.data_ptr(), num_tokens, torch.get_num_threads()
         call.cos, call.sin, call.slot_mapping = angles.cos.data_ptr(), angles.sin.data_ptr(), slot_mapping.data_ptr()
+        call.output_rows, call.output, call.num_outputs = None, hidden.data_ptr(), num_tokens
+        if outputs is not None:
+            call.output_rows, call.output = outputs.rows.data_ptr(), outputs.hidden.data_ptr()
+            call.num_outputs = len(outputs.rows)
         return call
 
     def room_for_steps(self, num_tokens: int, works: list[binding.WindowWork]) -> binding.LayersCall:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV, Model
 from kernels.clusters import ClusterKeeper
 from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
-from kernels.cpu.stack import packed
+from kernels.cpu.stack import Outputs, packed
 from kernels.work_list import SplitRule, make_work_list, num_steps_alike
 
 if TYPE_CHECKING:
@@ -64,14 +64,23 @@ class CpuStep:
         self._native.attend(self._kernels.c_shape, prepared.work, call)
         return output
 
-    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+    def run_layers(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        hidden: torch.Tensor,
+        angles: Angles,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `kernels.AttentionStep.run_layers`. One native call."""
         if not layers:
-            return
+            return hidden if rows is None else hidden[rows]
         assert hidden.is_contiguous()
         stack = self._kernels.stack(layers, kv)
         works = [self._prepared(window).of_window() for window in stack.windows]
-        self._native.run_layers(stack.call(hidden, angles, self._metadata.slot_mapping, works))
+        outputs = None if rows is None else Outputs(rows, hidden.new_empty(len(rows), hidden.shape[1]))
+        self._native.run_layers(stack.call(hidden, angles, self._metadata.slot_mapping, works, outputs))
+        return hidden if outputs is None else outputs.hidden
 
     def decode(
         self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int

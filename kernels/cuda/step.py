@@ -93,9 +93,16 @@ class CudaStep:
     def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
         """See `kernels.AttentionStep.decode`: one step at a time, queued on the device."""
 
-    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+    def run_layers(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        hidden: torch.Tensor,
+        angles: Angles,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `kernels.AttentionStep.run_layers`."""
-        run_layers(self, layers, kv, hidden, angles)
+        return run_layers(self, layers, kv, hidden, angles, rows)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

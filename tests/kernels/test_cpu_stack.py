@@ -1,5 +1,7 @@
 """A step's layers in one native call, against the same operations one by one, and against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,15 +10,15 @@ from hypothesis import strategies as st
 from kernels import Angles, HeadNorms, Kernels, Layer, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
-from kernels.cpu.targets import Target, runnable_targets
+from kernels.cpu.targets import Target
 from kernels.layers import run_layers
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error
+from tests.kernels.cpu_targets import fitting_dtype, targets
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 HIDDEN_SIZE, INNER_SIZE, EPSILON = 48, 72, 1e-5
 
-targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 # Full attention and two windows, by layer.
 WINDOWS = (0, 20, 0, 5)
 
@@ -27,6 +29,7 @@ class Model:
     def __init__(self, case: Case, has_norms: bool) -> None:
         self._rng = torch.Generator().manual_seed(case.seed)
         self.case, self.dtype, self.has_norms = case, case.dtype, has_norms
+        self.kv_dtype = case.shape.kv_dtype
         self.step = Step(case)
         self.num_tokens = sum(new for _, new in case.lens)
         heads = case.shape.num_heads
@@ -46,6 +49,7 @@ class Model:
         self.hidden = self.random(self.num_tokens, HIDDEN_SIZE)
         angles = torch.randn(self.num_tokens, 1, case.head_dim // 2, generator=self._rng)
         self.angles = Angles(angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+        self.rows: torch.Tensor | None = None  # of the outputs
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self._rng).to(self.dtype)
@@ -69,15 +73,23 @@ class Model:
         kv = [self.step.lay_out(kv_format) for _ in WINDOWS]
         hidden, layers, step = self.hidden.clone(), self.layers(kernels), kernels.prepare(self.step.metadata())
         if is_one_call:
-            step.run_layers(layers, kv, hidden, self.angles)
+            hidden = step.run_layers(layers, kv, hidden, self.angles, self.rows)
         else:
-            run_layers(step, layers, kv, hidden, self.angles)
+            hidden = run_layers(step, layers, kv, hidden, self.angles, self.rows)
         blocks = [x for layer in kv for x in (kv_format.read_keys(layer.keys), kv_format.read_values(layer.values))]
         return [hidden, *(x.nan_to_num(7.0) for x in blocks)]
 
 
+# Of activations, and of the pool.
+DTYPES = [*((dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)), (torch.bfloat16, torch.int8)]
+
+
+def make(case: Case, dtypes: tuple[torch.dtype, torch.dtype], has_norms: bool) -> Model:
+    return Model(replace(case, dtype=dtypes[0], kv_dtype=dtypes[1]), has_norms)
+
+
 models = st.builds(
-    Model,
+    make,
     st.builds(
         Case,
         num_kv_heads=st.integers(1, 2),
@@ -87,9 +99,8 @@ models = st.builds(
         sliding_window=st.just(0),
         lens=st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 7])), min_size=1, max_size=4),
         seed=st.integers(0, 2**32 - 1),
-        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-        kv_dtype=st.sampled_from([None, None, torch.int8]),
     ),
+    st.sampled_from(DTYPES),
     st.booleans(),
 )
 
@@ -98,9 +109,25 @@ models = st.builds(
 @settings(max_examples=12, deadline=None)
 @given(models)
 def test_one_call_is_the_same_as_many(target: Target, model: Model) -> None:
+    model = make(
+        model.case, (fitting_dtype(target, model.dtype), fitting_dtype(target, model.kv_dtype)), model.has_norms
+    )
     kernels = CpuKernels(model.case.shape, target)
     for one, many in zip(model.run(kernels, True), model.run(kernels, False), strict=True):
         assert torch.equal(one, many)
+
+
+@settings(max_examples=24, deadline=None)
+@given(models, st.data())
+def test_the_last_layer_makes_rows_of_the_same_whichever_are_asked_for(model: Model, data: st.DataObject) -> None:
+    """Bit for bit; some twice, as forks of one prompt ask for them, or none; keys and values are all there."""
+    kernels = CpuKernels(model.case.shape)
+    expected, *expected_kv = model.run(kernels, True)
+    model.rows = torch.tensor(data.draw(st.lists(st.integers(0, model.num_tokens - 1), max_size=20)), dtype=torch.int64)
+    for is_one_call in (True, False):
+        found, *found_kv = model.run(kernels, is_one_call)
+        assert torch.equal(found, expected[model.rows])
+        assert all(map(torch.equal, found_kv, expected_kv))
 
 
 @settings(max_examples=12, deadline=None)

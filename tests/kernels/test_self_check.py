@@ -72,8 +72,15 @@ class BrokenStep:
             angles = Angles(angles.cos, -angles.sin)
         return self.step.rotate_and_write(heads, angles, None if self.mistake == "norms no head" else norms, layer)
 
-    def run_layers(self, layers: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
-        self.step.run_layers(layers, kv, hidden, angles)
+    def run_layers(
+        self,
+        layers: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        hidden: torch.Tensor,
+        angles: Angles,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.step.run_layers(layers, kv, hidden, angles, rows)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         output = self.step.attend(query, layer, 0 if self.mistake == "sees past its window" else sliding_window)

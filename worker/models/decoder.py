@@ -71,15 +71,19 @@ class Decoder:
         return self._embedding.device
 
     def hidden(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionStep, kv: Sequence[LayerKV]
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionStep,
+        kv: Sequence[LayerKV],
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Write the tokens' keys and values into `kv` and return their hidden states: [num_tokens, hidden_size].
+        """Write the tokens' keys and values into `kv`; the hidden states of `rows`, or of all: [..., hidden_size].
 
-        input_ids, positions: [num_tokens] int64.
+        input_ids, positions: [num_tokens] int64; rows: [num_rows] int64, of tokens.
         """
         hidden = self._embedding.index_select(0, input_ids)
-        attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions))
-        return hidden
+        return attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions), rows)
 
     def decode(
         self, input_ids: NDArray[np.int64], attention: AttentionStep, kv: Sequence[LayerKV], num_steps: int

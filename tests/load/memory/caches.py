@@ -133,9 +133,16 @@ class CacheStep:
         weights = (scores * self._spec.head_dim**-0.5).masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return (weights @ values.repeat_interleave(group_size, 0)).transpose(0, 1).to(query.dtype)
 
-    def run_layers(self, layers_: Sequence[Layer], kv: Sequence[LayerKV], hidden: torch.Tensor, angles: Angles) -> None:
+    def run_layers(
+        self,
+        layers_: Sequence[Layer],
+        kv: Sequence[LayerKV],
+        hidden: torch.Tensor,
+        angles: Angles,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See AttentionStep."""
-        layers.run_layers(self, layers_, kv, hidden, angles)
+        return layers.run_layers(self, layers_, kv, hidden, angles, rows)
 
 
 def _turned(heads: torch.Tensor, angles: Angles) -> torch.Tensor:

@@ -26,6 +26,12 @@ if os.environ.get("PAGODA_TEST_LONG"):
 # What a worker runs here, and what it would run elsewhere.
 USED = (runnable_targets()[0], *WRITTEN_OUT)
 
+# Of activations, and of the pool beside them.
+DTYPES = [
+    *((dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *((torch.bfloat16, torch.int8), (torch.float32, torch.float8_e4m3fn)),
+]
+
 targets = pytest.mark.parametrize("target", runnable_targets(), ids=lambda target: target.name)
 used_targets = pytest.mark.parametrize("target", USED, ids=lambda target: target.name)
 all_targets = pytest.mark.parametrize("target", [*runnable_targets(), *WRITTEN_OUT], ids=lambda target: target.name)

@@ -18,17 +18,21 @@ from kernels.cpu.targets import AMX, BASELINE, Target, runnable_targets
 from kernels.kv_format import LARGEST
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
-from tests.kernels.cpu_targets import BFLOAT16_ALONE, TILES, USED, all_targets, fitting_dtype, targets, used_targets
+from tests.kernels.cpu_targets import (
+    BFLOAT16_ALONE,
+    DTYPES,
+    TILES,
+    USED,
+    all_targets,
+    fitting_dtype,
+    targets,
+    used_targets,
+)
 from tests.kernels.guarded import guarded
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 # Relative errors: what rounding the output loses, and a little.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
-# Of activations, and of the pool beside them.
-DTYPES = [
-    *((dtype, dtype) for dtype in TOLERANCES),
-    *((torch.bfloat16, torch.int8), (torch.float32, torch.float8_e4m3fn)),
-]
 
 cases = st.builds(
     Case,

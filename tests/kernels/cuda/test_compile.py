@@ -18,9 +18,11 @@ def test_named_variants_have_one_of_each() -> None:
     }
 
 
+# Each for one architecture, in turn: `make kernels-variants` compiles all for all.
+JOBS = [(variant, CAPABILITIES[i % len(CAPABILITIES)]) for i, variant in enumerate(NAMED_VARIANTS)]
+
+
 @pytest.mark.skipif(build.find_compiler(NVCC) is None, reason="no nvcc")
 def test_named_variants_compile_without_spills() -> None:
-    """Each for one architecture, in turn: `make kernels-variants` compiles all for all."""
-    jobs = [(variant, CAPABILITIES[i % len(CAPABILITIES)]) for i, variant in enumerate(NAMED_VARIANTS)]
-    errors = {name: error for name, error in compile_all(jobs) if error is not None}
+    errors = {name: error for name, error in compile_all(JOBS) if error is not None}
     assert not errors

@@ -15,7 +15,7 @@ from tests.redis_servers import RedisServer
 
 IS_LONG = os.environ.get("PAGODA_TEST_LONG") == "1"
 NUM_STEPS = 400
-NUM_MACHINES = {"valkey": 30, "redis6": 3, "redis": 3}
+NUM_MACHINES = {"valkey": 22, "redis6": 3, "redis": 3}
 MUST_HAPPEN = (
     "admissions",
     "readmissions",

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -188,10 +189,18 @@ async def narrow(timed_model: Path) -> AsyncIterator[Stack]:
         yield stack
 
 
+@contextlib.asynccontextmanager
+async def occupied(client: PagodaClient, stack: Stack) -> AsyncIterator[None]:
+    """A request runs meanwhile, however long it takes to send others."""
+    first = asyncio.create_task(collect(client, timed_request(1, 6000, request_id="first")))
+    await stack.until(lambda s: s.workers[0].num_running == 1)
+    yield
+    assert await client.cancel("first")
+    await first
+
+
 async def order_of(client: PagodaClient, stack: Stack, requests: dict[str, pb.GenerateRequest]) -> list[str]:
     """Names of requests, sent in order behind one that runs, in the order in which they end."""
-    first = asyncio.create_task(collect(client, timed_request(1, 150)))
-    await stack.until(lambda s: s.workers[0].num_running == 1)
     ended: list[str] = []
 
     async def one(name: str, request: pb.GenerateRequest) -> None:
@@ -199,10 +208,10 @@ async def order_of(client: PagodaClient, stack: Stack, requests: dict[str, pb.Ge
         ended.append(name)
 
     tasks = []
-    for number, (name, request) in enumerate(requests.items(), 1):
-        tasks.append(asyncio.create_task(one(name, request)))
-        await stack.until(lambda s, number=number: s.workers[0].num_waiting == number)
-    assert not first.done()
+    async with occupied(client, stack):
+        for number, (name, request) in enumerate(requests.items(), 1):
+            tasks.append(asyncio.create_task(one(name, request)))
+            await stack.until(lambda s, number=number: s.workers[0].num_waiting == number)
     await asyncio.gather(*tasks)
     return ended
 
@@ -225,16 +234,18 @@ async def test_tenants_take_turns(narrow: Stack) -> None:
 async def test_a_full_queue_refuses_and_serves_again(narrow: Stack) -> None:
     async with narrow.client() as client:
         requests = [timed_request(300 + i, 5, request_id=f"r{i}") for i in range(100)]
-        running_one = asyncio.create_task(collect(client, timed_request(1, 300)))
-        await narrow.until(lambda s: s.workers[0].num_running == 1)
-        results = await asyncio.gather(*(collect(client, request) for request in requests), return_exceptions=True)
+        async with occupied(client, narrow):
+            tasks = [asyncio.create_task(collect(client, request)) for request in requests]
+            for refused_one in itertools.islice(asyncio.as_completed(tasks), 70):
+                with contextlib.suppress(grpc.RpcError):
+                    await refused_one
+        results = await asyncio.gather(*tasks, return_exceptions=True)
         refused = [r for r in results if isinstance(r, grpc.aio.AioRpcError)]
         served = [(i, r) for i, r in enumerate(results) if not isinstance(r, BaseException)]
         assert len(refused) + len(served) == 100
         assert len(served) == 30
         assert all(error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for error in refused)
         assert all(token_ids == timed_tokens(300 + i, 5) for i, (token_ids, _, _) in served)
-        await running_one
         assert (await collect(client, requests[-1]))[0] == timed_tokens(399, 5)
         await narrow.idle()
 

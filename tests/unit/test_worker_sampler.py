@@ -17,6 +17,7 @@ from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import runnable_targets
 from kernels.reference import ReferenceKernels
+from tests.kernels.cpu_targets import BFLOAT16_ALONE
 from worker.rng import draw, uniforms
 from worker.sampler import choose, to_sampled
 from worker.step import Sampled, SampledRows
@@ -27,7 +28,8 @@ VOCAB_SIZE = 600  # more than the reference looks at first, and not whole chunks
 implementations: dict[str, Callable[[], Kernels]] = {"reference": lambda: ReferenceKernels(CPU, SHAPE)}
 if find_compiler(["g++"]):
     for target in runnable_targets():
-        implementations[target.name] = functools.partial(CpuKernels, SHAPE, target)
+        if target not in BFLOAT16_ALONE:
+            implementations[target.name] = functools.partial(CpuKernels, SHAPE, target)
 kernels_in_use: list[Kernels] = []
 
 

@@ -11,7 +11,6 @@ is out of reach: then its slots may be another's by now.
 """
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from redis.exceptions import AskError, ClusterDownError, MovedError, ResponseErr
 
 from scheduler.redis_node import REPLY_TIMEOUT_S, RETRY_DELAY_S, Command, RedisNode, Reply, Script
 from scheduler.redis_slots import Address, ClusterUrl, fetch_owners
+from scheduler.tasks import end
 
 log = logging.getLogger("pagoda.redis")
 
@@ -87,9 +87,7 @@ class ClusterPipe:
     async def close(self) -> None:
         """See Pipe."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
         for command in self._kept():
             command.reply.cancel()
         self._held.clear()

@@ -17,6 +17,8 @@ from typing import Protocol
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from scheduler.tasks import end
+
 log = logging.getLogger("pagoda.redis")
 
 Reply = object
@@ -112,9 +114,7 @@ class RedisNode:
     async def close(self) -> None:
         """Drops the connection; unanswered futures are cancelled."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
         for command in (*self.unanswered, *self.unsent):
             command.reply.cancel()
         self.unanswered.clear()
@@ -159,9 +159,8 @@ class RedisNode:
             try:
                 await self._write(connection, reader)
             finally:
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError, RedisError, OSError, TimeoutError):
-                    await reader
+                with contextlib.suppress(RedisError, OSError, TimeoutError):
+                    await end(reader)
         finally:
             await connection.disconnect(nowait=True)
 

@@ -54,23 +54,24 @@ def make_clusters(
 class ClusterKeeper:
     """The clusters of one step after the other: found anew only where those that were found last would not serve."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int, max_items: int) -> None:
+        self._block_size = block_size
+        self._max_items = max_items
         self._kept: _Kept | None = None
 
-    def of(
-        self,
-        items: WorkList,
-        is_sharing: NDArray[np.bool_],
-        block_tables: NDArray[np.int32],
-        block_size: int,
-        max_items: int,
-    ) -> Clusters:
+    def of(self, items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32]) -> Clusters:
         """As `make_clusters`; while the same is shared, `order` may be that of an earlier step's costs."""
-        if self._kept is None or not self._kept.serves(items, is_sharing, block_tables):
-            clusters = make_clusters(items, is_sharing, block_tables, block_size, max_items)
-            self._kept = _Kept.of(clusters, items, is_sharing, block_tables, block_size)
-            return clusters
-        return self._kept.clusters
+        if self._kept is not None and self._kept.serves(items, is_sharing, block_tables):
+            return self._kept.clusters
+        clusters = make_clusters(items, is_sharing, block_tables, self._block_size, self._max_items)
+        self._kept = None
+        sizes = np.diff(clusters.starts)
+        shared = clusters.order[np.repeat(sizes, sizes) > 1]
+        if len(shared):  # that all are alone is found as soon as it is looked up
+            ends = items.kv_ends[shared]
+            num_blocks = -(-int(ends.max()) // self._block_size)
+            self._kept = _Kept(clusters, items, is_sharing, shared, ends, block_tables[:, :num_blocks].copy())
+        return clusters
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +86,6 @@ class _Kept:
     shared: NDArray[np.int32]
     shared_ends: NDArray[np.int32]
     blocks: NDArray[np.int32]
-
-    @classmethod
-    def of(
-        cls,
-        clusters: Clusters,
-        items: WorkList,
-        is_sharing: NDArray[np.bool_],
-        block_tables: NDArray[np.int32],
-        block_size: int,
-    ) -> "_Kept | None":
-        """None where all are alone: that is found as soon as it is looked up."""
-        sizes = np.diff(clusters.starts)
-        shared = clusters.order[np.repeat(sizes, sizes) > 1]
-        if not len(shared):
-            return None
-        ends = items.kv_ends[shared]
-        num_blocks = -(-int(ends.max()) // block_size)
-        return cls(clusters, items, is_sharing, shared, ends, block_tables[:, :num_blocks].copy())
 
     def serves(self, items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32]) -> bool:
         """Whether the shared ones read what they did, and the others, which may have grown, are cut where they were."""

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, HeadNorms, Layer, LayerKV, Model, Norm
+from kernels import Angles, AttentionMetadata, AttentionShape, BlockCopy, Draws, HeadNorms, LayerKV, Norm
 from kernels.kv_format import KVFormat
-from kernels.layers import run_layers
+from kernels.layers import UnfusedStep
 from kernels.sampling import sample
 
 # Queries of one row that are computed at once: bounds the scores of a long prompt.
@@ -135,7 +135,7 @@ class ReferenceKernels:
         return np.flatnonzero(np.repeat(is_unwritten, self._shape.num_kv_heads, axis=1))
 
 
-class ReferenceStep:
+class ReferenceStep(UnfusedStep):
     """See `kernels.AttentionStep`."""
 
     def __init__(
@@ -160,20 +160,6 @@ class ReferenceStep:
         self._format.write_keys(layer.keys, self._places, key)
         self._format.write_values(layer.values, self._places, value)
         return query
-
-    def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
-        """See `kernels.AttentionStep.decode`: one step at a time."""
-
-    def run_layers(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        hidden: torch.Tensor,
-        angles: Angles,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `kernels.AttentionStep.run_layers`."""
-        return run_layers(self, layers, kv, hidden, angles, rows)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

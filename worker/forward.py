@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, Kernels
+from kernels import AttentionMetadata, AttentionStep, Kernels
 from kernels.upload import upload
 from worker.feed import feed
 from worker.kv_pool import KVPool
@@ -34,10 +34,11 @@ class EagerForward:
         self._decoder = decoder
         self._kernels = kernels
         self._pool = pool
+        self._undone: tuple[StepInputs, AttentionStep] | None = None  # what kernels were asked to decode, and did not
 
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:
         """See Forward."""
-        attention = self._kernels.prepare(self._metadata(inputs))
+        attention = self._prepare(inputs)
         input_ids, positions = self._upload(inputs.input_ids), self._upload(inputs.positions)
         if inputs.is_fed:
             input_ids = feed(input_ids, last)
@@ -46,8 +47,17 @@ class EagerForward:
 
     def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
         """See Forward."""
-        attention = self._kernels.prepare(self._metadata(inputs))
-        return self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps)
+        attention = self._prepare(inputs)
+        choices = self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps)
+        if choices is None:
+            self._undone = inputs, attention
+        return choices
+
+    def _prepare(self, inputs: StepInputs) -> AttentionStep:
+        undone, self._undone = self._undone, None
+        if undone is not None and undone[0] is inputs:
+            return undone[1]
+        return self._kernels.prepare(self._metadata(inputs))
 
     def _metadata(self, inputs: StepInputs) -> AttentionMetadata:
         return AttentionMetadata(

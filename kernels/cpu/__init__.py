@@ -27,6 +27,8 @@ MAX_HEAD_DIM = 256
 TILE_ROWS = 192
 PARTITION_LEN = 256
 MAX_PARTITIONS = 64
+# Items of a cluster at most: enough to make reading cheap, few enough to share a long prefix out to many threads.
+MAX_CLUSTER_ITEMS = 32
 
 
 class UnsupportedShapeError(ValueError):
@@ -49,7 +51,10 @@ class CpuKernels:
             *(self.native.key_group, self.native.value_group),
         )
         self._stack: LayerStack | None = None
-        self.cluster_keepers: dict[int, ClusterKeeper] = defaultdict(ClusterKeeper)  # by sliding window
+        # By sliding window.
+        self.cluster_keepers = defaultdict[int, ClusterKeeper](
+            lambda: ClusterKeeper(shape.block_size, MAX_CLUSTER_ITEMS)
+        )
         group_size = shape.num_heads // shape.num_kv_heads
         self.rule = SplitRule(
             query_tile=max(1, TILE_ROWS // group_size),

@@ -3,8 +3,7 @@
 // Owns the order of operations, the same as `kernels.layers`.
 #include "layers.h"
 
-#include <cstring>
-
+#include "rows.h"
 #include "tiles.h"
 
 extern "C" {
@@ -68,14 +67,10 @@ class Step {
   // The outputs' rows, as far as they have come: attention, whose queries are done with, and hidden states.
   void take_outputs() const {
     for (int64_t i = 0; i < call_.num_outputs; ++i) {
-      copy(attended_, call_.output_rows[i], heads_, i, attended_.stride);
-      copy(hidden_, call_.output_rows[i], output_, i, hidden_.stride);
+      const int64_t row = call_.output_rows[i];
+      copy_row(attended_.first, row * attended_.stride, heads_.first, i * heads_.stride, attended_.stride);
+      copy_row(hidden_.first, row * hidden_.stride, output_.first, i * output_.stride, hidden_.stride);
     }
-  }
-
-  static void copy(Rows from, int64_t from_row, Rows to, int64_t to_row, int64_t width) {
-    std::memcpy(static_cast<Element*>(to.first) + to_row * to.stride,
-                static_cast<const Element*>(from.first) + from_row * from.stride, width * sizeof(Element));
   }
 
   void write_kv(const Layer& layer) const {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "simd.h"
 
@@ -29,6 +30,11 @@ inline void store_some(Element* to, Floats x, int count) {
 // Sums, in whole vectors, times `factor`, as the `width` elements of a row.
 inline void store_scaled(const float* sums, float factor, Element* row, int width) {
   for_vectors(width, [&](int d, int count) { store_some(row + d, load(sums + d) * factor, count); });
+}
+
+// `width` elements, from one place of a tensor to one of another.
+inline void copy_row(const void* from, int64_t from_at, void* to, int64_t to_at, int width) {
+  std::memcpy(static_cast<Element*>(to) + to_at, static_cast<const Element*>(from) + from_at, width * sizeof(Element));
 }
 
 // 1 / root of the mean of squares.

@@ -8,19 +8,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, AttentionShape, HeadNorms, Layer, LayerKV, Model
-from kernels.clusters import ClusterKeeper
+from kernels import Angles, AttentionMetadata, HeadNorms, Layer, LayerKV, Model
 from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
 from kernels.cpu.stack import Outputs, packed
-from kernels.work_list import SplitRule, make_work_list, num_steps_alike
+from kernels.work_list import make_work_list, num_steps_alike
 
 if TYPE_CHECKING:
     from kernels.cpu import CpuKernels
 
 # kPartialStep of attention.h
 PARTIAL_STEP = 32
-# Items of a cluster at most: enough to make reading cheap, few enough to share a long prefix out to many threads.
-MAX_CLUSTER_ITEMS = 32
 
 
 class CpuStep:
@@ -128,36 +125,22 @@ class CpuStep:
 
     def _prepared(self, sliding_window: int) -> "_PreparedWork":
         if sliding_window not in self._works:
-            kernels = self._kernels
-            self._works[sliding_window] = _PreparedWork(
-                kernels.shape, kernels.rule, kernels.cluster_keepers[sliding_window], self._metadata, sliding_window
-            )
+            self._works[sliding_window] = _PreparedWork(self._kernels, self._metadata, sliding_window)
         return self._works[sliding_window]
 
 
 class _PreparedWork:
     """A work list and all that it points to, and room for the partial results of one layer at a time."""
 
-    def __init__(
-        self,
-        shape: AttentionShape,
-        rule: SplitRule,
-        keeper: ClusterKeeper,
-        metadata: AttentionMetadata,
-        sliding_window: int,
-    ) -> None:
+    def __init__(self, kernels: "CpuKernels", metadata: AttentionMetadata, sliding_window: int) -> None:
+        shape = kernels.shape
         items = make_work_list(
-            metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, rule
+            metadata.host_context_lens, metadata.host_query_lens, shape.block_size, sliding_window, kernels.rule
         )
         rows = items.num_partial_rows * shape.num_heads
         sums, norms = torch.empty(rows * -(-shape.head_dim // PARTIAL_STEP) * PARTIAL_STEP), torch.empty(rows * 2)
-        clusters = keeper.of(
-            items,
-            (metadata.host_query_lens[items.seqs] == 1) & (sliding_window == 0),
-            metadata.host_block_tables,
-            shape.block_size,
-            MAX_CLUSTER_ITEMS,
-        )
+        is_sharing = (metadata.host_query_lens[items.seqs] == 1) & (sliding_window == 0)
+        clusters = kernels.cluster_keepers[sliding_window].of(items, is_sharing, metadata.host_block_tables)
         self.num_items = len(items.seqs)
         self._kept = (items, metadata, clusters, sums, norms)
         self.call = Call(partial_sums=sums.data_ptr(), partial_norms=norms.data_ptr())

@@ -1,9 +1,7 @@
 // Some decode steps in one call: between two short ones, Python would take as long as either.
 #include "steps.h"
 
-#include <cstring>
-
-#include "simd.h"
+#include "rows.h"
 
 extern "C" {
 void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
@@ -45,16 +43,11 @@ class Steps {
   // Sequence i's last token into the step.
   void enter(int64_t i, int64_t token_id) const {
     const int64_t position = call_.context_lens[i] - 1, block_size = layers_.shape->block_size;
-    copy(call_.embedding, token_id, layers_.hidden, i, hidden_size_);
-    copy(call_.all_cos, position, call_.cos, i, half_);
-    copy(call_.all_sin, position, call_.sin, i, half_);
+    copy_row(call_.embedding, token_id * hidden_size_, layers_.hidden, i * hidden_size_, hidden_size_);
+    copy_row(call_.all_cos, position * half_, call_.cos, i * half_, half_);
+    copy_row(call_.all_sin, position * half_, call_.sin, i * half_, half_);
     const int64_t block = call_.block_tables[i * call_.table_stride + position / block_size];
     call_.slot_mapping[i] = block * block_size + position % block_size;
-  }
-
-  static void copy(const void* from, int64_t from_row, void* to, int64_t to_row, int width) {
-    std::memcpy(static_cast<Element*>(to) + to_row * width, static_cast<const Element*>(from) + from_row * width,
-                width * sizeof(Element));
   }
 
   // What follows from a choice that means nothing means nothing.

@@ -1,7 +1,7 @@
 """One step on CUDA: the work that its layers share, and the launches."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, HeadNorms, Layer, LayerKV, Model
+from kernels import Angles, AttentionMetadata, HeadNorms, LayerKV
 from kernels.clusters import make_clusters
 from kernels.cuda.library import AttentionArgs, KernelLibrary, RotateArgs
 from kernels.cuda.variant import CHUNK_BYTES
 from kernels.cuda.work import DECODE_FIELDS, PackedWork, pack_work
-from kernels.layers import run_layers
+from kernels.layers import UnfusedStep
 from kernels.upload import staged
 from kernels.work_list import SplitRule, make_work_list
 
@@ -31,7 +31,7 @@ class DeviceWork:
     values: torch.Tensor
 
 
-class CudaStep:
+class CudaStep(UnfusedStep):
     """See `kernels.AttentionStep`."""
 
     def __init__(self, kernels: "CudaKernels", metadata: AttentionMetadata, max_items: int) -> None:
@@ -89,20 +89,6 @@ class CudaStep:
             )
         )
         return query
-
-    def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
-        """See `kernels.AttentionStep.decode`: one step at a time, queued on the device."""
-
-    def run_layers(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        hidden: torch.Tensor,
-        angles: Angles,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `kernels.AttentionStep.run_layers`."""
-        return run_layers(self, layers, kv, hidden, angles, rows)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         """See `kernels.AttentionStep.attend`."""

@@ -12,8 +12,7 @@ from kernels.build import BuildError, Library, shared_library
 from kernels.cpu.targets import library, runnable_targets
 from kernels.cuda.variant import NAMED_VARIANTS, emulated_library
 from tests.kernels.cpu_targets import DTYPES, WRITTEN_OUT, fitting_dtype
-from tests.kernels.cuda.compile_variants import compile_all
-from tests.kernels.cuda.test_compile import JOBS
+from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
 
 LOWEST_PRIORITY = 19
 
@@ -34,7 +33,7 @@ def main() -> None:
     for made in libraries():
         with contextlib.suppress(BuildError):
             shared_library(made)
-    list(compile_all(JOBS))
+    list(compile_all(NAMED_JOBS))
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def test_a_large_cluster_is_cut() -> None:
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=8), st.data())
 def test_those_who_are_kept_together_read_the_same(lens: list[int], data: st.DataObject) -> None:
-    keeper = ClusterKeeper()
+    keeper = ClusterKeeper(BLOCK_SIZE, MAX_ITEMS)
     tables = np.tile(np.arange(20, dtype=np.int32), (len(lens), 1))
     context_lens = np.array(lens)
     for _ in range(4):
         items = work(context_lens.tolist())
         is_sharing = np.ones(len(items.seqs), np.bool_)
-        found = members(keeper.of(items, is_sharing, tables, BLOCK_SIZE, MAX_ITEMS))
+        found = members(keeper.of(items, is_sharing, tables))
         assert sorted(item for cluster in found for item in cluster) == list(range(len(items.seqs)))
         assert all(len({reads(items, tables, item) for item in cluster}) == 1 for cluster in found)
         change = data.draw(st.sampled_from(["all grow", "one grows", "one leaves", "a block", "nothing"]))
@@ -80,13 +80,13 @@ def test_those_who_are_kept_together_read_the_same(lens: list[int], data: st.Dat
 
 
 def test_clusters_are_kept_while_those_who_are_alone_grow() -> None:
-    keeper, tables = ClusterKeeper(), np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], np.int32)
+    keeper, tables = ClusterKeeper(BLOCK_SIZE, MAX_ITEMS), np.array([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], np.int32)
     is_sharing = np.ones(4, np.bool_)
-    first, second = (keeper.of(work([n, n]), is_sharing, tables, BLOCK_SIZE, MAX_ITEMS) for n in (66, 67))
+    first, second = (keeper.of(work([n, n]), is_sharing, tables) for n in (66, 67))
     assert second is first
     assert len(members(first)) == 3
     tables[1, 2] = 9
-    assert len(members(keeper.of(work([68, 68]), is_sharing, tables, BLOCK_SIZE, MAX_ITEMS))) == 4
+    assert len(members(keeper.of(work([68, 68]), is_sharing, tables))) == 4
 
 
 def test_who_may_not_share_stays_alone() -> None:

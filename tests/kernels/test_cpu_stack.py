@@ -11,7 +11,7 @@ from kernels import Angles, HeadNorms, Kernels, Layer, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
 from kernels.cpu.targets import Target
-from kernels.layers import run_layers
+from kernels.layers import UnfusedStep
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error
 from tests.kernels.cpu_targets import fitting_dtype, targets
@@ -75,7 +75,7 @@ class Model:
         if is_one_call:
             hidden = step.run_layers(layers, kv, hidden, self.angles, self.rows)
         else:
-            hidden = run_layers(step, layers, kv, hidden, self.angles, self.rows)
+            hidden = UnfusedStep.run_layers(step, layers, kv, hidden, self.angles, self.rows)
         blocks = [x for layer in kv for x in (kv_format.read_keys(layer.keys), kv_format.read_values(layer.values))]
         return [hidden, *(x.nan_to_num(7.0) for x in blocks)]
 

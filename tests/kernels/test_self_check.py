@@ -17,12 +17,12 @@ from kernels import (
     GatedLinear,
     HeadNorms,
     Kernels,
-    Layer,
     LayerKV,
     Linear,
     select_kernels,
 )
 from kernels.build import BuildError
+from kernels.layers import UnfusedStep
 from kernels.reference import ReferenceKernels
 from kernels.self_check import checked_kernels, limit, relative_difference
 
@@ -60,7 +60,7 @@ class Broken:
             self.kernels.copy_blocks(pool, copies)
 
 
-class BrokenStep:
+class BrokenStep(UnfusedStep):
     def __init__(self, mistake: str, step: AttentionStep) -> None:
         self.mistake = mistake
         self.step = step
@@ -71,16 +71,6 @@ class BrokenStep:
         if self.mistake == "turns the wrong way":
             angles = Angles(angles.cos, -angles.sin)
         return self.step.rotate_and_write(heads, angles, None if self.mistake == "norms no head" else norms, layer)
-
-    def run_layers(
-        self,
-        layers: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        hidden: torch.Tensor,
-        angles: Angles,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.step.run_layers(layers, kv, hidden, angles, rows)
 
     def attend(self, query: torch.Tensor, layer: LayerKV, sliding_window: int) -> torch.Tensor:
         output = self.step.attend(query, layer, 0 if self.mistake == "sees past its window" else sliding_window)

@@ -20,7 +20,7 @@ from typing import Any
 
 from kernels.cpu import CpuStep
 from kernels.cpu.binding import NativeLibrary
-from kernels.layers import run_layers
+from kernels.layers import UnfusedStep
 from tests.load.bench_engines import VOCAB_SIZE, make_model
 from tests.unit.worker_harness import LocalWorker, Planner
 
@@ -39,8 +39,7 @@ SHOWN = ("products", "attention", "rotary, KV write", "sampling")
 def call_per_operation() -> Iterator[None]:
     """Steps that begin within run their layers operation by operation."""
     layers, decode = CpuStep.run_layers, CpuStep.decode
-    CpuStep.run_layers = run_layers  # type: ignore[method-assign]
-    CpuStep.decode = lambda *_: None  # type: ignore[assignment, method-assign]
+    CpuStep.run_layers, CpuStep.decode = UnfusedStep.run_layers, UnfusedStep.decode  # type: ignore
     try:
         yield
     finally:

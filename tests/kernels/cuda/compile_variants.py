@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernels import build
-from kernels.cuda.variant import Variant, all_variants, device_library
+from kernels.cuda.variant import NAMED_VARIANTS, Variant, all_variants, device_library
 
 CAPABILITIES = ((9, 0), (8, 0), (8, 9))
+# Each named variant for one architecture, in turn.
+NAMED_JOBS = [(variant, CAPABILITIES[i % len(CAPABILITIES)]) for i, variant in enumerate(NAMED_VARIANTS)]
 NO_SPILL_FLAGS = ("-Xptxas", "-warn-spills,-warn-lmem-usage,-Werror")
 NUM_COMPILERS = 2
 

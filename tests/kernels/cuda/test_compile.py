@@ -4,7 +4,7 @@ import pytest
 
 from kernels import build
 from kernels.cuda.variant import BLOCK_SIZES, EIGHT_BIT_ELEMENTS, ELEMENTS, HEAD_DIMS, NAMED_VARIANTS, NVCC
-from tests.kernels.cuda.compile_variants import CAPABILITIES, compile_all
+from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
 
 
 def test_named_variants_have_one_of_each() -> None:
@@ -18,11 +18,7 @@ def test_named_variants_have_one_of_each() -> None:
     }
 
 
-# Each for one architecture, in turn: `make kernels-variants` compiles all for all.
-JOBS = [(variant, CAPABILITIES[i % len(CAPABILITIES)]) for i, variant in enumerate(NAMED_VARIANTS)]
-
-
 @pytest.mark.skipif(build.find_compiler(NVCC) is None, reason="no nvcc")
 def test_named_variants_compile_without_spills() -> None:
-    errors = {name: error for name, error in compile_all(JOBS) if error is not None}
+    errors = {name: error for name, error in compile_all(NAMED_JOBS) if error is not None}
     assert not errors

@@ -10,7 +10,8 @@ from typing import Protocol, cast
 import torch
 import torch.nn.functional as F
 
-from kernels import Angles, HeadNorms, Layer, LayerKV, layers
+from kernels import Angles, HeadNorms, LayerKV
+from kernels.layers import UnfusedStep
 from scheduler.block_manager import BlockManager
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
@@ -104,7 +105,7 @@ class PagedCache:
         return rows.transpose(1, 2).flatten(0, 1)[: self._num_tokens[layer]]
 
 
-class CacheStep:
+class CacheStep(UnfusedStep):
     """A `kernels.AttentionStep` of one sequence, whose layers are numbers in its cache. For models without windows."""
 
     def __init__(self, spec: ModelSpec, cache: Cache) -> None:
@@ -132,17 +133,6 @@ class CacheStep:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(num_before + 1)
         weights = (scores * self._spec.head_dim**-0.5).masked_fill(hidden, float("-inf")).softmax(dim=-1)
         return (weights @ values.repeat_interleave(group_size, 0)).transpose(0, 1).to(query.dtype)
-
-    def run_layers(
-        self,
-        layers_: Sequence[Layer],
-        kv: Sequence[LayerKV],
-        hidden: torch.Tensor,
-        angles: Angles,
-        rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See AttentionStep."""
-        return layers.run_layers(self, layers_, kv, hidden, angles, rows)
 
 
 def _turned(heads: torch.Tensor, angles: Angles) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Attention {
     int num_rows = 0;
     for (int i = 0; i < num_items; ++i) num_rows += work_.num_queries[items[i]] * group_size_;
     Partition kv = partition(items[0], first_head, position(items[0]));
-    LinesAhead ahead(kv, num_heads, shape_.head_dim);
+    LinesAhead ahead(kv, num_heads, DotTile::share_of_reading(num_rows, shape_.head_dim));
     for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head, kv = kv.next_head()) {
       DotTile tile(num_rows, shape_, scratch);
       for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {

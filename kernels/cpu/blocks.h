@@ -11,6 +11,7 @@ namespace pagoda {
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr int kMaxHeadDim = 256;
 constexpr int kSpan = 128;  // tokens whose scores become weights together
+constexpr int kLine = kAlignment / sizeof(KV);  // elements of a line of the cache
 
 // Dimensions of a key that lie together, token beside token, and tokens of which the values do, dimension beside
 // dimension. Pairs unpack into whole vectors of one dimension or token each, and are what dot products take two of.
@@ -50,6 +51,7 @@ class HeadBlocks {
   }
 
   int block_size() const { return layout_.block_size; }
+  int64_t block_bytes() const { return layout_.bytes(); }
   int offset(int token) const { return token & (layout_.block_size - 1); }
 
   const KV* block(int token) const {

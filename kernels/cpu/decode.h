@@ -62,6 +62,20 @@ class DecodeTile {
  private:
   static constexpr int kPairs = kLanes / kRows / 2;  // of dimensions summed at once: two accumulators per row and pair
 
+  // From the block in use to those whose lines go to the L1 and to the L2 cache meanwhile, in the order of reading: keys
+  // of a chunk, its values, those of the next chunk, of the next KV head.
+  static constexpr int kSoon = 1, kLater = 4;
+
+  struct Ahead {
+    const KV *soon, *later;
+
+    Ahead operator+(int64_t distance) const { return {soon + distance, later + distance}; }
+    void prefetch(int64_t element) const {
+      pagoda::prefetch(soon + element);
+      prefetch_far(later + element);
+    }
+  };
+
   // Values of tokens first to last are added to the sums from dimension d on.
   struct Strip {
     int chunk, first, last, d;
@@ -71,8 +85,11 @@ class DecodeTile {
   void score(const Partition& kv, int chunk, int last) {
     const int block_size = kv.keys.block_size();
     for (int token = chunk; token < last; token += block_size) {
-      const int next = token + kBlocksAhead * block_size;
-      const KV* ahead = next < last ? kv.keys.block(next) : kv.values.block(std::min(chunk + next - last, last - 1));
+      const auto after = [&](int num_blocks) {
+        const int next = token + num_blocks * block_size;
+        return next < last ? kv.keys.block(next) : kv.values.block(std::min(chunk + next - last, last - 1));
+      };
+      const Ahead ahead{after(kSoon), after(kLater)};
       for (int i = 0; i < block_size; i += kLanes) {
         score_tokens(kv.keys, token + i, token - chunk + i, ahead + i * kKeyGroup);
       }
@@ -80,13 +97,12 @@ class DecodeTile {
   }
 
   // Those of a vector of tokens, from `token` on.
-  void score_tokens(const HeadBlocks& keys, int token, int column, const KV* ahead) {
+  void score_tokens(const HeadBlocks& keys, int token, int column, Ahead ahead) {
     const int block_size = keys.block_size();
     const KV* columns = keys.columns(token);
     FloatPair products[kRows] = {};
-    for (int d = 0; d < head_dim_; d += 2, columns += 2 * block_size, ahead += 2 * block_size) {
-      prefetch(ahead);
-      if constexpr (kKeyGroup == 1) prefetch(ahead + block_size);
+    for (int d = 0; d < head_dim_; d += 2, columns += 2 * block_size) {
+      for (int i = 0; i < 2; i += kKeyGroup) ahead.prefetch((d + i) * block_size);
       const FloatPair key = load_key_pair(columns, block_size);
       for (int row = 0; row < kRows; ++row) {
         products[row].first += key.first * query_[row][d];
@@ -148,12 +164,16 @@ class DecodeTile {
     const int block_size = kv.values.block_size(), step = kValueGroup * head_dim_;
     for (int token = strip.first & -kValueGroup; token < strip.last;) {
       const int block_end = std::min(strip.last, (token & -block_size) + block_size);
-      const int next = token + kBlocksAhead * block_size;
-      const KV* ahead = next < strip.last ? kv.values.row(next) : kv.keys.block(std::min(next, kv.end - 1));
+      const auto after = [&](int num_blocks) {
+        const int next = token + num_blocks * block_size;
+        if (next < strip.last) return kv.values.row(next);
+        if (next < kv.end) return kv.keys.block(next);
+        return kv.keys.next_head().block(std::min(kv.begin + next - kv.end, kv.end - 1));
+      };
       const KV* values = kv.values.row(token) + strip.d * kValueGroup;
-      ahead += strip.d * kValueGroup;
-      for (; token < block_end; token += kValueGroup, values += step, ahead += step) {
-        prefetch_elements(ahead, kWidth * kPair * kValueGroup);
+      Ahead ahead = Ahead{after(kSoon), after(kLater)} + strip.d * kValueGroup;
+      for (; token < block_end; token += kValueGroup, values += step, ahead = ahead + step) {
+        for (int i = 0; i < kWidth * kPair * kValueGroup; i += kLine) ahead.prefetch(i);
         const bool is_edge = token < strip.first || token + kValueGroup > strip.last;
         const float* weights = scores_[0] + token - strip.chunk;
         for (int i = 0; i < kWidth; ++i) {
@@ -171,14 +191,6 @@ class DecodeTile {
     for (int row = 0; row < kRows; ++row) {
       for (int i = 0; i < kWidth; ++i) store_pair(sums_[row] + strip.d + i * kPair, sums[row][i]);
     }
-  }
-
-  // From the block in use to the one that is prefetched, in the order of reading: keys of a chunk, its values ...
-  static constexpr int kBlocksAhead = 1;
-
-  static void prefetch_elements(const KV* first, int count) {
-    constexpr int kLine = kAlignment / sizeof(KV);
-    for (int i = 0; i < count; i += kLine) prefetch(first + i);
   }
 
   int head_dim_, padded_dim_;

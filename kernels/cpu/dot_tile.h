@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "blocks.h"
 #include "dots.h"
+#include "lines_ahead.h"
 #include "rows.h"
 #include "scratch.h"
 #include "soft_cap.h"
@@ -29,7 +30,7 @@ struct KeyColumns {
 
   const BFloat16* at(int pair, int i) const { return tiles[i] + pair * stride; }
   void prefetch(int, int) const {
-    if (ahead) ahead->advance(kTilePairs);
+    if (ahead) ahead->advance(kTilePairs * kAlignment);
   }
 };
 
@@ -38,12 +39,16 @@ struct ValueColumns {
   const BFloat16* const* tiles;
   LinesAhead* ahead;
   int64_t stride;
-  int dimension;
+  int dimension, last_pair;
   static constexpr bool is_passing = false;
 
   const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * dimension + i * kLine; }
-  void prefetch(int, int) const {
-    if (ahead) ahead->advance(kTokenTile / 2);
+  // And into the L1 cache what is read two tiles of tokens later, for its lines lie apart.
+  void prefetch(int pair, int i) const {
+    if (!ahead) return;
+    ahead->advance(kTokenTile / 2 * kAlignment);
+    const BFloat16* soon = at(std::min(pair + kTokenTile, last_pair), i);
+    for (int line = 0; line < kTokenTile / 2; ++line) pagoda::prefetch(soon + line * stride);
   }
 };
 
@@ -86,12 +91,18 @@ class DotTile {
         const SpanPart seen = seen_by(row, part);
         if (seen.first >= seen.last) continue;
         score(row, seen, 2 * kv.keys.block_size(), lines_ahead);
-        weigh(row, seen);
+        weigh(row, seen, lines_ahead);
         if (lines_ahead) tiles_.hide_values(part, head_dim_);
         add_values<kTileSums>(row, seen, 0, lines_ahead);
         lines_ahead = nullptr;  // the other rows find in the cache what was read for these
       }
     }
+  }
+
+  // See LinesAhead.
+  static float share_of_reading(int num_rows, int head_dim) {
+    const float bytes = 2.0f * head_dim * sizeof(BFloat16);
+    return bytes / (bytes + kWorkPerWeight * std::min(num_rows, kTileHeight));
   }
 
   // The attention output of a row over the partition alone.
@@ -107,6 +118,9 @@ class DotTile {
   }
 
  private:
+  // Bytes that are read in the time that one weight takes.
+  static constexpr int kWorkPerWeight = 16;
+
   using Scores = DotProduct<1, kTileSums, Steps::kWholeAndHalf, KeyColumns>;
 
   struct Row {
@@ -141,7 +155,7 @@ class DotTile {
   }
 
   // weights_[row][column], and what was summed before shrinks accordingly.
-  void weigh(int row, SpanPart seen) {
+  void weigh(int row, SpanPart seen, LinesAhead* ahead) {
     const int begin = seen.first_tile() * kTokenTile, end = seen.end_tile() * kTokenTile;
     for (int i = row; i < end_row(row); ++i) {
       float* scores = scores_ + (i - row) * kSpan;
@@ -153,6 +167,7 @@ class DotTile {
       BFloat16* weights = weights_ + (i - row) * kSpan;
       const float factor = kHasSoftCap ? 1.0f : factor_;
       const float decay = rows_[i].state.weigh(scores + begin, end - begin, factor, weights + begin);
+      if (ahead) ahead->advance(kWorkPerWeight * (end - begin));
       float* sums = sums_ + i * head_dim_;
       if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
     }
@@ -164,7 +179,7 @@ class DotTile {
     const int first = seen.first_tile(), num_pairs = (seen.end_tile() - first) * kTokenTile / 2;
     const LeftRows left{weights_ + first * kTokenTile, kSpan, end_row(row) - row};
     for (; dimension + kColumns * kTileColumns <= head_dim_; dimension += kColumns * kTileColumns) {
-      const ValueColumns columns{tiles_.values + first, ahead, 2 * head_dim_, dimension};
+      const ValueColumns columns{tiles_.values + first, ahead, 2 * head_dim_, dimension, num_pairs - 1};
       const SumRows sums{sums_ + row * head_dim_ + dimension, head_dim_, false};
       DotProduct<1, kColumns, Steps::kHalf, ValueColumns>(left, columns, sums).run(num_pairs);
     }

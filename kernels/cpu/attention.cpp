@@ -6,6 +6,7 @@
 
 #include "decode.h"
 #include "dot_tile.h"
+#include "few_rows.h"
 #include "prefill.h"
 #include "team.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 constexpr int kFewMerges = 32;  // are not worth waking other threads
 constexpr int kUnitsPerThread = 8;
+constexpr int kFewRows = kHasTiles ? 4 : 8;  // are attended to by vectors
 constexpr bool kHasDotTiles = kHasDots && std::is_same_v<Element, BFloat16> && std::is_same_v<KV, BFloat16>;
 
 class Attention {
@@ -37,6 +39,14 @@ class Attention {
   }
 
  private:
+  // Items that share their KV, and some KV heads.
+  struct Cluster {
+    const int32_t* items;
+    int num_items;
+    int num_rows;  // of each head
+    int first_head, num_heads;
+  };
+
   // KV heads that a thread does one after the other: all, where there are enough clusters for all threads to end
   // together. What it reads next is then known while it still computes.
   int heads_per_unit() const {
@@ -68,19 +78,38 @@ class Attention {
 
   // Rows are (item, query token, head of the group).
   void attend_by_dots(const int32_t* items, int num_items, int first_head, int num_heads) const {
-    thread_local Scratch scratch;
     int num_rows = 0;
     for (int i = 0; i < num_items; ++i) num_rows += work_.num_queries[items[i]] * group_size_;
-    Partition kv = partition(items[0], first_head, position(items[0]));
-    LinesAhead ahead(kv, num_heads, DotTile::share_of_reading(num_rows, shape_.head_dim));
+    const Cluster cluster{items, num_items, num_rows, first_head, num_heads};
+    [[maybe_unused]] const SmallIsZero small_is_zero;
+    if (num_rows <= kFewRows) return attend_few<1>(cluster);
+    thread_local Scratch scratch;
+    LinesAhead ahead(partition(cluster), num_heads, DotTile::share_of_reading(num_rows, shape_.head_dim));
+    for_heads(cluster, [&] { return DotTile(num_rows, shape_, scratch); },
+              [&](DotTile& tile, const Partition& kv) { tile.attend(kv, ahead); });
+  }
+
+  template <int kRows>
+  void attend_few(const Cluster& cluster) const {
+    if constexpr (kRows < kFewRows) {
+      if (cluster.num_rows > kRows) return attend_few<2 * kRows>(cluster);
+    }
+    for_heads(cluster, [&] { return FewRowsTile<kRows>(cluster.num_rows, shape_); },
+              [](FewRowsTile<kRows>& tile, const Partition& kv) { tile.attend(kv); });
+  }
+
+  template <class MakeTile, class Attend>
+  void for_heads(const Cluster& cluster, MakeTile make_tile, Attend attend) const {
+    const auto& [items, num_items, num_rows, first_head, num_heads] = cluster;
+    Partition kv = partition(cluster);
     for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head, kv = kv.next_head()) {
-      DotTile tile(num_rows, shape_, scratch);
+      auto tile = make_tile();
       for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {
         const int at = position(item) + token;
         const int first_visible = work_.sliding_window ? at - work_.sliding_window + 1 : 0;
         tile.set_row(row, query(work_.query_starts[item] + token) + head * shape_.head_dim, first_visible, at + 1);
       });
-      tile.attend(kv, ahead);
+      attend(tile, kv);
       for_rows(items, num_items, kv_head, [&](int row, int item, int token, int head) {
         if (work_.partials[item] < 0) {
           tile.write(row, output(work_.query_starts[item] + token) + head * shape_.head_dim);
@@ -167,6 +196,10 @@ class Attention {
       store_scaled(sums, 1.0f / norm, output(work_.query_starts[first_item] + token) + head * shape_.head_dim,
                    shape_.head_dim);
     }
+  }
+
+  Partition partition(const Cluster& cluster) const {
+    return partition(cluster.items[0], cluster.first_head, position(cluster.items[0]));
   }
 
   Partition partition(int item, int kv_head, int first_position) const {

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "blocks.h"
+#include "lines_ahead.h"
 #include "rows.h"
 #include "simd.h"
 #include "soft_cap.h"
@@ -65,16 +66,6 @@ class DecodeTile {
   // From the block in use to those whose lines go to the L1 and to the L2 cache meanwhile, in the order of reading: keys
   // of a chunk, its values, those of the next chunk, of the next KV head.
   static constexpr int kSoon = 1, kLater = 4;
-
-  struct Ahead {
-    const KV *soon, *later;
-
-    Ahead operator+(int64_t distance) const { return {soon + distance, later + distance}; }
-    void prefetch(int64_t element) const {
-      pagoda::prefetch(soon + element);
-      prefetch_far(later + element);
-    }
-  };
 
   // Values of tokens first to last are added to the sums from dimension d on.
   struct Strip {

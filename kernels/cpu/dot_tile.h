@@ -16,8 +16,8 @@
 #include "rows.h"
 #include "scratch.h"
 #include "soft_cap.h"
-#include "softmax.h"
 #include "spans.h"
+#include "visible_row.h"
 
 namespace pagoda {
 
@@ -71,7 +71,7 @@ class DotTile {
     weights_ = reinterpret_cast<BFloat16*>(take(kTileHeight * kSpan / 2));
     sums_ = take(padded_rows * head_dim_);
     query_ = reinterpret_cast<BFloat16*>(take(padded_rows * head_dim_ / 2));
-    rows_ = reinterpret_cast<Row*>(take(padded_rows * sizeof(Row) / sizeof(float)));
+    rows_ = reinterpret_cast<VisibleRow*>(take(padded_rows * sizeof(VisibleRow) / sizeof(float)));
     std::fill(sums_, sums_ + padded_rows * head_dim_, 0.0f);
   }
 
@@ -88,7 +88,7 @@ class DotTile {
       tiles_.find(kv, part);
       LinesAhead* lines_ahead = &ahead;
       for (int row = 0; row < num_rows_; row += height_) {
-        const SpanPart seen = seen_by(row, part);
+        const SpanPart seen = seen_by(rows_ + row, end_row(row) - row, part);
         if (seen.first >= seen.last) continue;
         score(row, seen, 2 * kv.keys.block_size(), lines_ahead);
         weigh(row, seen, lines_ahead);
@@ -123,23 +123,8 @@ class DotTile {
 
   using Scores = DotProduct<1, kTileSums, Steps::kWholeAndHalf, KeyColumns>;
 
-  struct Row {
-    RowState state;
-    int first_visible, visible_end;
-  };
-
   // The rows of a tile of them.
   int end_row(int row) const { return std::min(row + height_, num_rows_); }
-
-  // What of `part` some row of a tile sees.
-  SpanPart seen_by(int row, SpanPart part) const {
-    SpanPart seen{part.start, part.last, part.first};
-    for (int i = row; i < end_row(row); ++i) {
-      seen.first = std::min(seen.first, rows_[i].first_visible);
-      seen.last = std::max(seen.last, rows_[i].visible_end);
-    }
-    return {part.start, std::max(seen.first, part.first), std::min(seen.last, part.last)};
-  }
 
   // scores_[row][column of the span], unscaled; those of hidden tokens are anything.
   void score(int row, SpanPart seen, int64_t key_stride, LinesAhead* ahead) {
@@ -156,18 +141,10 @@ class DotTile {
 
   // weights_[row][column], and what was summed before shrinks accordingly.
   void weigh(int row, SpanPart seen, LinesAhead* ahead) {
-    const int begin = seen.first_tile() * kTokenTile, end = seen.end_tile() * kTokenTile;
     for (int i = row; i < end_row(row); ++i) {
-      float* scores = scores_ + (i - row) * kSpan;
-      const int visible_end = std::clamp(std::min(rows_[i].visible_end, seen.last) - seen.start, begin, end);
-      const int first_visible = std::clamp(std::max(rows_[i].first_visible, seen.first) - seen.start, begin, visible_end);
-      if constexpr (kHasSoftCap) soft_cap_.apply(scores + begin, end - begin, factor_);
-      std::fill(scores + begin, scores + first_visible, kHidden);
-      std::fill(scores + visible_end, scores + end, kHidden);
-      BFloat16* weights = weights_ + (i - row) * kSpan;
-      const float factor = kHasSoftCap ? 1.0f : factor_;
-      const float decay = rows_[i].state.weigh(scores + begin, end - begin, factor, weights + begin);
-      if (ahead) ahead->advance(kWorkPerWeight * (end - begin));
+      const int at = (i - row) * kSpan;
+      const float decay = rows_[i].weigh(scores_ + at, seen, factor_, soft_cap_, weights_ + at);
+      if (ahead) ahead->advance(kWorkPerWeight * (seen.end_tile() - seen.first_tile()) * kTokenTile);
       float* sums = sums_ + i * head_dim_;
       if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
     }
@@ -191,7 +168,7 @@ class DotTile {
   const SoftCap soft_cap_;
   float *scores_, *sums_;
   BFloat16 *weights_, *query_;
-  Row* rows_;
+  VisibleRow* rows_;
   SpanTiles tiles_;
 };
 

@@ -8,6 +8,17 @@
 
 namespace pagoda {
 
+// Places in blocks that are read some time after the one in use: their lines go to the L1 and to the L2 cache meanwhile.
+struct Ahead {
+  const KV *soon, *later;
+
+  Ahead operator+(int64_t distance) const { return {soon + distance, later + distance}; }
+  void prefetch(int64_t element) const {
+    pagoda::prefetch(soon + element);
+    prefetch_far(later + element);
+  }
+};
+
 // What some KV heads one after the other read of a partition, in the order of reading: keys of a span, its values, those
 // of the next span.
 //

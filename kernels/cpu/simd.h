@@ -175,6 +175,7 @@ inline Floats rounded_up(Floats x) {
 }
 
 // x: rounded to bfloat16.
+inline void store_rounded(float* to, Floats x) { store(to, x); }
 inline void store_rounded(BFloat16* to, Floats x) {
   const Halves halves = __builtin_convertvector(reinterpret_cast<Words>(x) >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);

@@ -32,8 +32,9 @@ struct RowState {
     return decay;
   }
 
-  // The same to weights in bfloat16, which are summed as they are rounded; of scores times `factor`, a positive number.
-  float weigh(const float* scores, int columns, float factor, BFloat16* weights) {
+  // The same to weights rounded to bfloat16, which are summed as they are; of scores times `factor`, a positive number.
+  template <class Weight>
+  float weigh(const float* scores, int columns, float factor, Weight* weights) {
     Floats top = load(scores);
     for (int i = kLanes; i < columns; i += kLanes) top = max(load(scores + i), top);
     const float highest = std::max(largest(top) * factor, maximum);

@@ -101,7 +101,20 @@ class Tiles {
   }
 };
 
+// Where sums are made by vectors, too: as long as it lives, what is too small for a normal number is 0, as it is to tiles.
+class SmallIsZero {
+ public:
+  SmallIsZero() { _mm_setcsr(before_ | kDenormalsAreZero | kFlushToZero); }
+  ~SmallIsZero() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x0040, kFlushToZero = 0x8000;
+  const unsigned before_ = _mm_getcsr();
+};
+
 #else
+
+struct SmallIsZero {};
 
 class Tiles {
  public:

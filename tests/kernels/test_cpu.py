@@ -186,6 +186,24 @@ def test_a_shared_prefix_changes_nothing(
 
 
 @used_targets
+@pytest.mark.parametrize("size", [1e-36, 1e-38])
+def test_values_near_zero_are_the_same_to_few_rows_and_to_many(target: Target, size: float) -> None:
+    """Bit for bit: units for bfloat16 take what is no normal number for 0, so vectors must."""
+    step = Step(Case(2, 2, 64, 16, 0, [(PARTITION_LEN, 1)] * 3, 0, torch.bfloat16))
+    for seq in range(3):
+        step.tables[seq][:-1] = step.tables[0][:-1]
+        step.keys[seq][:PARTITION_LEN] = step.keys[0][:PARTITION_LEN]
+        step.values[seq] *= size
+        step.values[seq][:PARTITION_LEN] = step.values[0][:PARTITION_LEN]
+    kernels = CpuKernels(step.case.shape, target)
+    together = step.run(kernels)
+    for seq in range(3):
+        alone = Step(dataclasses.replace(step.case, lens=step.case.lens[:1]))
+        place(step, seq, alone, 0)
+        assert torch.equal(alone.run(kernels)[0], together[seq])
+
+
+@used_targets
 @settings(max_examples=15, deadline=None)
 @given(case=cases, dtypes=any_dtypes, data=st.data())
 def test_a_chunked_prompt_is_the_same_prompt(

@@ -1,0 +1,191 @@
+// Attention of few rows over one partition of their KV, all bfloat16: what DotTile computes, bit by bit, by vectors.
+//
+// Memory-bound, so what counts is in which order KV is asked for: one block after the other, line by line, each with one
+// line of a later block. Tiles take sixteen lines at once and wait for all of them.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "attention.h"
+#include "blocks.h"
+#include "dots.h"
+#include "lines_ahead.h"
+#include "rows.h"
+#include "soft_cap.h"
+#include "spans.h"
+#include "visible_row.h"
+
+namespace pagoda {
+
+// Sums of products of pairs as tiles make them: in steps, of even and of odd elements apart.
+struct TileSum {
+  using Left = float;
+  static constexpr int kRegisters = 3;
+  Floats total = {};
+  FloatPair step = {};
+
+  void add(const Left* left, Words right) {
+    const FloatPair x = unpack(right);
+    step.first += x.first * left[0];
+    step.second += x.second * left[1];
+  }
+  void end_step() {
+    total += step.first + step.second;
+    step = FloatPair{};
+  }
+};
+
+// As dot products make them.
+struct DotSum {
+  using Left = BFloat16;
+  static constexpr int kRegisters = 1;
+  Floats total = {};
+
+  void add(const Left* left, Words right) {
+    uint32_t pair;
+    std::memcpy(&pair, left, sizeof pair);
+    total = add_dot(total, pair - Words{}, right);
+  }
+  void end_step() {}
+};
+
+using PairSum = std::conditional_t<kHasTiles, TileSum, DotSum>;
+
+// kRows: num_rows at least; what the others are is for nobody to read.
+template <int kRows>
+class FewRowsTile {
+ public:
+  FewRowsTile(int num_rows, const Shape& shape)
+      : num_rows_(num_rows), head_dim_(shape.head_dim), factor_(shape.scale * kLog2E), soft_cap_(shape.soft_cap) {
+    for (int row = 0; row < kRows; ++row) {
+      std::fill(query_[row], query_[row] + head_dim_, PairSum::Left{});
+      std::fill(sums_[row], sums_[row] + head_dim_, 0.0f);
+      if (row >= num_rows) std::fill(weights_[row], weights_[row] + kSpan, PairSum::Left{});
+    }
+  }
+
+  // See DotTile.
+  void set_row(int row, const Element* query, int first_visible, int visible_end) {
+    for_vectors(head_dim_, [&](int d, int) { store(query_[row] + d, load(query + d)); });
+    rows_[row] = {RowState{}, first_visible, visible_end};
+  }
+
+  void attend(const Partition& kv) {
+    for (int start = kv.begin / kSpan * kSpan; start < kv.end; start += kSpan) {
+      const SpanPart part{start, std::max(start, kv.begin), std::min(start + kSpan, kv.end)};
+      const SpanPart seen = seen_by(rows_, num_rows_, part);
+      if (seen.first >= seen.last) continue;
+      tiles_.find(kv, seen);
+      score(kv, seen);
+      for (int row = 0; row < num_rows_; ++row) {
+        decay_[row] = rows_[row].weigh(scores_[row], seen, factor_, soft_cap_, weights_[row]);
+      }
+      tiles_.hide_values(seen, head_dim_);
+      add_values<kWidth>(kv, seen, 0);
+    }
+  }
+
+  void write(int row, Element* output) const {
+    store_scaled(sums_[row], 1.0f / rows_[row].state.norm, output, head_dim_);
+  }
+
+  void write_partial(int row, float* sums, float* norm) const {
+    std::memcpy(sums, sums_[row], head_dim_ * sizeof(float));
+    norm[0] = rows_[row].state.maximum;
+    norm[1] = rows_[row].state.norm;
+  }
+
+ private:
+  static constexpr int kWidth = std::bit_floor(std::min(8u, 24u / PairSum::kRegisters / kRows));  // vectors of dimensions
+  static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
+
+  // Lines of the tiles that are read some tiles after `tile`, of keys or of values.
+  Ahead ahead(const Partition& kv, SpanPart seen, int tile, bool is_key) const {
+    const auto after = [&](int num_tiles) {
+      int token = seen.token(tile + num_tiles);
+      if (is_key && token < seen.last) return kv.keys.row(token);
+      if (is_key) token = seen.token(seen.first_tile()) + token - seen.token(seen.end_tile());
+      if (token < seen.last) return kv.values.row(token);
+      if (token < kv.end) return kv.keys.row(token);
+      return kv.keys.next_head().row(std::min(kv.begin + token - kv.end, kv.end - 1));
+    };
+    return {after(1), after(4)};
+  }
+
+  void score(const Partition& kv, SpanPart seen) {
+    const int num_pairs = head_dim_ / 2, stride = 2 * kv.keys.block_size();
+    for (int tile = seen.first_tile(); tile < seen.end_tile(); ++tile) {
+      const Ahead lines = ahead(kv, seen, tile, true);
+      const BFloat16* keys = tiles_.keys[tile];
+      PairSum sums[kRows][kTokenTile / kLanes];
+      for (int step = 0; step < num_pairs; step += kTilePairs) {
+        for (int pair = step; pair < std::min(step + kTilePairs, num_pairs); ++pair, keys += stride) {
+          lines.prefetch(pair * kLine);
+          for (int i = 0; i < kTokenTile / kLanes; ++i) {
+            const Words words = load_words(keys + i * kWords);
+            for (int row = 0; row < kRows; ++row) sums[row][i].add(query_[row] + 2 * pair, words);
+          }
+        }
+        for (auto& row : sums) {
+          for (PairSum& sum : row) sum.end_step();
+        }
+      }
+      for (int row = 0; row < kRows; ++row) {
+        for (int i = 0; i < kTokenTile / kLanes; ++i) {
+          store(scores_[row] + tile * kTokenTile + i * kLanes, sums[row][i].total);
+        }
+      }
+    }
+  }
+
+  template <int kWidth>
+  void add_values(const Partition& kv, SpanPart seen, int dimension) {
+    for (; dimension + kWidth * kLanes <= head_dim_; dimension += kWidth * kLanes) add_strip<kWidth>(kv, seen, dimension);
+    if constexpr (kWidth > 1) add_values<kWidth / 2>(kv, seen, dimension);
+  }
+
+  template <int kWidth>
+  void add_strip(const Partition& kv, SpanPart seen, int dimension) {
+    PairSum sums[kRows][kWidth];
+    for (int row = 0; row < kRows; ++row) {
+      for (int i = 0; i < kWidth; ++i) sums[row][i].total = load(sums_[row] + dimension + i * kLanes) * decay_[row];
+    }
+    for (int tile = seen.first_tile(); tile < seen.end_tile(); ++tile) {
+      Ahead lines = ahead(kv, seen, tile, false) + 2 * dimension;
+      const BFloat16* values = tiles_.values[tile] + 2 * dimension;
+      for (int token = tile * kTokenTile; token < (tile + 1) * kTokenTile; token += 2) {
+        for (int i = 0; i < kWidth * kWords; i += kLine) lines.prefetch(i);
+        for (int i = 0; i < kWidth; ++i) {
+          const Words words = load_words(values + i * kWords);
+          for (int row = 0; row < kRows; ++row) sums[row][i].add(weights_[row] + token, words);
+        }
+        values += 2 * head_dim_;
+        lines = lines + 2 * head_dim_;
+      }
+      for (auto& row : sums) {
+        for (PairSum& sum : row) sum.end_step();
+      }
+    }
+    for (int row = 0; row < kRows; ++row) {
+      for (int i = 0; i < kWidth; ++i) store(sums_[row] + dimension + i * kLanes, sums[row][i].total);
+    }
+  }
+
+  static Words load_words(const BFloat16* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return words;
+  }
+
+  const int num_rows_, head_dim_;
+  const float factor_;  // of scores, to base 2
+  const SoftCap soft_cap_;
+  alignas(kAlignment) PairSum::Left query_[kRows][kMaxHeadDim], weights_[kRows][kSpan];
+  alignas(kAlignment) float sums_[kRows][kMaxHeadDim], scores_[kRows][kSpan];
+  VisibleRow rows_[kRows];
+  float decay_[kRows] = {};
+  SpanTiles tiles_;
+};
+
+}  // namespace pagoda

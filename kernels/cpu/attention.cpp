@@ -58,11 +58,14 @@ class Attention {
     return count;
   }
 
+  template <bool has_dot_tiles = kHasDotTiles>  // else none is compiled
   void do_cluster(int cluster, int first_head, int num_heads) const {
     const int32_t* items = work_.order + work_.cluster_starts[cluster];
     const int num_items = work_.cluster_starts[cluster + 1] - work_.cluster_starts[cluster];
-    if constexpr (kHasDotTiles) {
-      if (shape_.head_dim % kTokenTile == 0) return attend_by_dots(items, num_items, first_head, num_heads);
+    if constexpr (has_dot_tiles) {
+      if (shape_.head_dim % kTokenTile == 0) {
+        return attend_by_dots<DotTile>({items, num_items, rows_of(items, num_items), first_head, num_heads});
+      }
     }
     // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
     const int seq = work_.seqs[items[0]];
@@ -77,16 +80,20 @@ class Attention {
   }
 
   // Rows are (item, query token, head of the group).
-  void attend_by_dots(const int32_t* items, int num_items, int first_head, int num_heads) const {
+  int rows_of(const int32_t* items, int num_items) const {
     int num_rows = 0;
     for (int i = 0; i < num_items; ++i) num_rows += work_.num_queries[items[i]] * group_size_;
-    const Cluster cluster{items, num_items, num_rows, first_head, num_heads};
+    return num_rows;
+  }
+
+  template <class Tile>
+  void attend_by_dots(const Cluster& cluster) const {
     [[maybe_unused]] const SmallIsZero small_is_zero;
-    if (num_rows <= kFewRows) return attend_few<1>(cluster);
+    if (cluster.num_rows <= kFewRows) return attend_few<1>(cluster);
     thread_local Scratch scratch;
-    LinesAhead ahead(partition(cluster), num_heads, DotTile::share_of_reading(num_rows, shape_.head_dim));
-    for_heads(cluster, [&] { return DotTile(num_rows, shape_, scratch); },
-              [&](DotTile& tile, const Partition& kv) { tile.attend(kv, ahead); });
+    LinesAhead ahead(partition(cluster), cluster.num_heads, Tile::share_of_reading(cluster.num_rows, shape_.head_dim));
+    for_heads(cluster, [&] { return Tile(cluster.num_rows, shape_, scratch); },
+              [&](Tile& tile, const Partition& kv) { tile.attend(kv, ahead); });
   }
 
   template <int kRows>

@@ -1,5 +1,5 @@
-// The inner loop of every product of bfloat16 by bfloat16, on CPUs that have units for it: by tiles (AMX), or by dot
-// products of pairs (AVX512-BF16).
+// The inner loop of products of bfloat16 by bfloat16, on CPUs that have units for it: by tiles (AMX), or by dot products
+// of pairs (AVX512-BF16). Few rows are multiplied by vectors instead, to the same sums: see pair_sums.h.
 //
 // Each sum is made in the order of the depth, in the same steps whatever the shape of the product around it: a row
 // depends on no other row, and not on how many there are.

@@ -5,52 +5,17 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 
 #include "attention.h"
 #include "blocks.h"
-#include "dots.h"
 #include "lines_ahead.h"
+#include "pair_sums.h"
 #include "rows.h"
 #include "soft_cap.h"
 #include "spans.h"
 #include "visible_row.h"
 
 namespace pagoda {
-
-// Sums of products of pairs as tiles make them: in steps, of even and of odd elements apart.
-struct TileSum {
-  using Left = float;
-  static constexpr int kRegisters = 3;
-  Floats total = {};
-  FloatPair step = {};
-
-  void add(const Left* left, Words right) {
-    const FloatPair x = unpack(right);
-    step.first += x.first * left[0];
-    step.second += x.second * left[1];
-  }
-  void end_step() {
-    total += step.first + step.second;
-    step = FloatPair{};
-  }
-};
-
-// As dot products make them.
-struct DotSum {
-  using Left = BFloat16;
-  static constexpr int kRegisters = 1;
-  Floats total = {};
-
-  void add(const Left* left, Words right) {
-    uint32_t pair;
-    std::memcpy(&pair, left, sizeof pair);
-    total = add_dot(total, pair - Words{}, right);
-  }
-  void end_step() {}
-};
-
-using PairSum = std::conditional_t<kHasTiles, TileSum, DotSum>;
 
 // kRows: num_rows at least; what the others are is for nobody to read.
 template <int kRows>
@@ -59,9 +24,9 @@ class FewRowsTile {
   FewRowsTile(int num_rows, const Shape& shape)
       : num_rows_(num_rows), head_dim_(shape.head_dim), factor_(shape.scale * kLog2E), soft_cap_(shape.soft_cap) {
     for (int row = 0; row < kRows; ++row) {
-      std::fill(query_[row], query_[row] + head_dim_, PairSum::Left{});
+      std::fill(query_[row], query_[row] + head_dim_, PairSum::Stored{});
       std::fill(sums_[row], sums_[row] + head_dim_, 0.0f);
-      if (row >= num_rows) std::fill(weights_[row], weights_[row] + kSpan, PairSum::Left{});
+      if (row >= num_rows) std::fill(weights_[row], weights_[row] + kSpan, PairSum::Stored{});
     }
   }
 
@@ -97,7 +62,9 @@ class FewRowsTile {
   }
 
  private:
-  static constexpr int kWidth = std::bit_floor(std::min(8u, 24u / PairSum::kRegisters / kRows));  // vectors of dimensions
+  // Vectors of dimensions summed at once, in registers.
+  static constexpr int kMost = 24 / PairSum::kRegisters / kRows;
+  static constexpr int kWidth = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
 
   // Lines of the tiles that are read some tiles after `tile`, of keys or of values.
@@ -124,7 +91,7 @@ class FewRowsTile {
           lines.prefetch(pair * kLine);
           for (int i = 0; i < kTokenTile / kLanes; ++i) {
             const Words words = load_words(keys + i * kWords);
-            for (int row = 0; row < kRows; ++row) sums[row][i].add(query_[row] + 2 * pair, words);
+            for (int row = 0; row < kRows; ++row) sums[row][i].add(PairSum::left(query_[row] + 2 * pair), words);
           }
         }
         for (auto& row : sums) {
@@ -158,7 +125,7 @@ class FewRowsTile {
         for (int i = 0; i < kWidth * kWords; i += kLine) lines.prefetch(i);
         for (int i = 0; i < kWidth; ++i) {
           const Words words = load_words(values + i * kWords);
-          for (int row = 0; row < kRows; ++row) sums[row][i].add(weights_[row] + token, words);
+          for (int row = 0; row < kRows; ++row) sums[row][i].add(PairSum::left(weights_[row] + token), words);
         }
         values += 2 * head_dim_;
         lines = lines + 2 * head_dim_;
@@ -172,16 +139,10 @@ class FewRowsTile {
     }
   }
 
-  static Words load_words(const BFloat16* from) {
-    Words words;
-    std::memcpy(&words, from, sizeof words);
-    return words;
-  }
-
   const int num_rows_, head_dim_;
   const float factor_;  // of scores, to base 2
   const SoftCap soft_cap_;
-  alignas(kAlignment) PairSum::Left query_[kRows][kMaxHeadDim], weights_[kRows][kSpan];
+  alignas(kAlignment) PairSum::Stored query_[kRows][kMaxHeadDim], weights_[kRows][kSpan];
   alignas(kAlignment) float sums_[kRows][kMaxHeadDim], scores_[kRows][kSpan];
   VisibleRow rows_[kRows];
   float decay_[kRows] = {};

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "dot_panels.h"
 #include "likeliest.h"
 #include "panels.h"
 #include "rows.h"

@@ -1,4 +1,4 @@
-// A matrix that is packed in panels of columns, times some rows: in float32, or in bfloat16 where there are units for it.
+// A matrix that is packed in panels of columns, times some rows: in float32 here, in bfloat16 in dot_panels.h.
 //
 // Both have the same face: what a row becomes before it is multiplied (Prepared), how columns are packed, and multiply().
 // Few rows are multiplied with many columns at once, for that needs more streams of weights and more independent sums;
@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "dots.h"
 #include "matmul.h"
 #include "simd.h"
 
@@ -72,87 +71,6 @@ class FloatPanels {
   }
 
   const Element* weight_;
-  int64_t depth_, row_stride_;
-};
-
-class DotPanels {
- public:
-  using Prepared = BFloat16;
-  static constexpr int kColumns = kTileColumns;
-  static constexpr int kGroup = 2;
-  static constexpr int kDepthStep = 2 * kTilePairs;
-  static constexpr int kMaxUnit = 8;
-
-  DotPanels(const void* weight, int64_t depth, int64_t row_stride)
-      : weight_(static_cast<const BFloat16*>(weight)), depth_(depth), row_stride_(row_stride) {}
-
-  // As above. A whole number of tiles of rows can be read.
-  template <class Write>
-  void multiply(const BFloat16* rows, int num_rows, int panel, int end_panel, const Write& write) const {
-    const Job<Write> job{rows, num_rows, write};
-    if constexpr (kHasTiles) {
-      DotProduct<1, 1, Steps::kWhole, Columns>::set_up(num_rows);
-      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panel, end_panel);
-      return multiply_rows<2, 2>(job, panel, end_panel);
-    }
-    if (num_rows <= 4) return multiply_rows<1, 4>(job, panel, end_panel);
-    if (num_rows <= 8) return multiply_rows<1, 2>(job, panel, end_panel);
-    multiply_rows<1, 1>(job, panel, end_panel);
-  }
-
- private:
-  template <class Write>
-  struct Job {
-    const BFloat16* rows;
-    int num_rows;
-    const Write& write;
-  };
-
-  // The right side of a product: panels one after the other.
-  struct Columns {
-    const BFloat16* first;
-    int64_t panel_stride;
-    int num_panels;
-    bool is_read_first;  // what comes next is then still to be fetched from memory
-    static constexpr int64_t stride = 2 * kColumns;
-    static constexpr bool is_passing = true;  // the rows stay
-
-    const BFloat16* at(int pair, int i) const { return first + i * panel_stride + pair * stride; }
-    void prefetch(int pair, int i) const {
-      if (!is_read_first) return;
-      const BFloat16* ahead = at(pair, i) + kBytesAhead / sizeof(BFloat16);
-      if (ahead >= first + (i + 1) * panel_stride) ahead += (num_panels - 1) * panel_stride;  // of the panels after these
-      for (int line = 0; line < kTilePairs; ++line) prefetch_far(ahead + line * stride);
-    }
-  };
-
-  // Some rows after the others, which stay in the L1 cache while all panels pass.
-  template <int kRowTiles, int kPanels, class Write>
-  void multiply_rows(const Job<Write>& job, int panel, int end_panel) const {
-    int row = 0;
-    for (; row + (kRowTiles - 1) * kTileHeight < job.num_rows; row += kRowTiles * kTileHeight) {
-      multiply_panels<kRowTiles, kPanels>(job, row, panel, end_panel);
-    }
-    for (; row < job.num_rows; row += kTileHeight) multiply_panels<1, kPanels>(job, row, panel, end_panel);
-  }
-
-  template <int kRowTiles, int kPanels, class Write>
-  void multiply_panels(const Job<Write>& job, int row, int panel, int end_panel) const {
-    for (; panel + kPanels <= end_panel; panel += kPanels) multiply_tiles<kRowTiles, kPanels>(job, row, panel);
-    if constexpr (kPanels > 1) multiply_panels<kRowTiles, kPanels / 2>(job, row, panel, end_panel);
-  }
-
-  template <int kRowTiles, int kPanels, class Write>
-  void multiply_tiles(const Job<Write>& job, int row, int panel) const {
-    alignas(kAlignment) float sums[kRowTiles * kTileHeight][kPanels * kColumns];
-    const int end_row = std::min(row + kRowTiles * kTileHeight, job.num_rows);
-    const LeftRows left{job.rows + row * row_stride_, row_stride_, end_row - row};
-    const Columns columns{weight_ + panel * depth_ * kColumns, depth_ * kColumns, kPanels, row == 0};
-    DotProduct<kRowTiles, kPanels, Steps::kWhole, Columns>(left, columns, {sums[0], kPanels * kColumns, true}).run(depth_ / 2);
-    job.write(SumBlock{sums[0], kPanels * kColumns, row, end_row, panel * kColumns, kPanels * kColumns});
-  }
-
-  const BFloat16* weight_;
   int64_t depth_, row_stride_;
 };
 

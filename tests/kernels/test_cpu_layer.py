@@ -16,7 +16,7 @@ from kernels.cpu import CpuKernels
 from kernels.cpu.linear import NORMED
 from kernels.cpu.targets import AMX, AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
-from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets
+from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets, used_targets
 from tests.kernels.guarded import guarded
 from tests.kernels.products import EPSILON, Product, check_choices, check_gate, check_what_is_not_finite, greedy_cases
 
@@ -67,6 +67,20 @@ def test_a_row_is_the_same_alone_and_in_any_batch(
     some = slice(start, start + data.draw(st.sampled_from([1, 1, 2, 5, 13])))
     kernels = multiplying(dtype, target)
     for whole, part in zip(product.found(kernels, True), product.found(kernels, True, some), strict=True):
+        assert torch.equal(whole[some], part)
+
+
+@used_targets
+@pytest.mark.parametrize("size", [1e-36, 1e-38])
+@pytest.mark.parametrize("num_some", [1, 4, 8])
+def test_weights_near_zero_are_the_same_to_few_rows_and_to_many(target: Target, size: float, num_some: int) -> None:
+    """Bit for bit: units for bfloat16 take what is no normal number for 0, so vectors must."""
+    product = Product(20, 96, 40, torch.bfloat16, seed=0)
+    for tensor in (product.weight, product.gate_up, product.total):
+        tensor *= size
+    kernels = multiplying(torch.bfloat16, target)
+    some = slice(3, 3 + num_some)
+    for whole, part in zip(product.found(kernels, False), product.found(kernels, False, some), strict=True):
         assert torch.equal(whole[some], part)
 
 

@@ -52,6 +52,8 @@ class _Progress:
     accepted: bool = False
     next_index: list[int] = field(default_factory=list)
     reasons: dict[int, int] = field(default_factory=dict)
+    retold: set[int] = field(default_factory=set)
+    """Choices that had ended when the stream was taken up: it tells so once more."""
 
     def __post_init__(self) -> None:
         self.next_index = self.next_index or [0] * self.num_choices
@@ -60,16 +62,26 @@ class _Progress:
     def ended(self) -> bool:
         return len(self.reasons) == self.num_choices
 
-    def count(self, delta: pb.Delta) -> None:
-        """Takes a delta in; raises StreamError where it does not follow what came before."""
+    def take_up(self) -> None:
+        """A new stream goes on from here."""
+        self.retold = set(self.reasons)
+
+    def count(self, delta: pb.Delta) -> bool:
+        """Takes a delta in; whether it is news. Raises StreamError where it does not follow what came before."""
         choice = delta.choice
-        if choice >= self.num_choices or choice in self.reasons:
-            raise StreamError(f"choice {choice} went on past its end")
+        if choice >= self.num_choices:
+            raise StreamError(f"there is no choice {choice}")
         if delta.index != self.next_index[choice]:
             raise StreamError(f"token {self.next_index[choice]} of choice {choice} was due, {delta.index} came")
+        if choice in self.reasons:
+            if choice not in self.retold or delta.token_ids or delta.finish_reason != self.reasons[choice]:
+                raise StreamError(f"choice {choice} went on past its end")
+            self.retold.remove(choice)
+            return False
         self.next_index[choice] += len(delta.token_ids)
         if delta.finish_reason:
             self.reasons[choice] = delta.finish_reason
+        return True
 
 
 class PagodaClient:
@@ -130,8 +142,7 @@ class PagodaClient:
                     if response.HasField("delta") or not progress.accepted:
                         backoff_s, last_progress = FIRST_BACKOFF_S, time.monotonic()
                     progress.accepted = True
-                    if response.HasField("delta"):
-                        progress.count(response.delta)
+                    if response.HasField("delta") and progress.count(response.delta):
                         yield response.delta
                 if progress.ended:
                     return
@@ -154,6 +165,7 @@ class PagodaClient:
     ) -> "_GenerateCall | _AttachCall":
         if not progress.accepted:
             return self._stub.Generate(request, timeout=timeout_s)
+        progress.take_up()
         attach = pb.AttachRequest(
             request_id=request.request_id, next_index=progress.next_index, stream_interval=request.stream_interval
         )

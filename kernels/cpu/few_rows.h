@@ -47,7 +47,7 @@ class FewRowsTile {
         decay_[row] = rows_[row].weigh(scores_[row], seen, factor_, soft_cap_, weights_[row]);
       }
       tiles_.hide_values(seen, head_dim_);
-      add_values<kWidth>(kv, seen, 0);
+      add_values<kWidest>(kv, seen, 0);
     }
   }
 
@@ -64,7 +64,7 @@ class FewRowsTile {
  private:
   // Vectors of dimensions summed at once, in registers.
   static constexpr int kMost = 24 / PairSum::kRegisters / kRows;
-  static constexpr int kWidth = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+  static constexpr int kWidest = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
 
   // Lines of the tiles that are read some tiles after `tile`, of keys or of values.
@@ -80,6 +80,7 @@ class FewRowsTile {
     return {after(1), after(4)};
   }
 
+  // scores_[row][column of the span], unscaled.
   void score(const Partition& kv, SpanPart seen) {
     const int num_pairs = head_dim_ / 2, stride = 2 * kv.keys.block_size();
     for (int tile = seen.first_tile(); tile < seen.end_tile(); ++tile) {
@@ -106,6 +107,7 @@ class FewRowsTile {
     }
   }
 
+  // sums_ += weights_ * values, kWidth vectors of dimensions at a time as long as there are so many, then half as many.
   template <int kWidth>
   void add_values(const Partition& kv, SpanPart seen, int dimension) {
     for (; dimension + kWidth * kLanes <= head_dim_; dimension += kWidth * kLanes) add_strip<kWidth>(kv, seen, dimension);

@@ -103,3 +103,27 @@ async def test_through_a_kill(checkpoint: Path, expected: Outputs, kill: str, nu
         stack.hurt(kill)
         assert await reading == expected
         await stack.idle()
+
+
+@pytest.mark.parametrize("kill", ["scheduler", "redis"])
+async def test_a_choice_that_had_ended_ends_once(checkpoint: Path, expected: Outputs, kill: str) -> None:
+    """A client that comes back says how many tokens it has, not whether that was all: it is told of the end again."""
+    prompt, n = REQUESTS[-1]
+    alone = expected[-1]
+    short, last_id = next((i, own[0]) for i, own in enumerate(alone) if sum(own[0] in other for other in alone) == 1)
+    request = sampled(prompt, n)
+    request.sampling.max_tokens = 4 * NUM_TOKENS
+    request.sampling.stop_token_ids.append(last_id)
+    found: dict[int, list[int]] = {i: [] for i in range(n)}
+    ended: list[int] = []
+    async with running(Stack(checkpoint, 2, STEADY, ("--num-blocks", "200"))) as stack, stack.client() as client:
+        async for delta in client.generate(request):
+            found[delta.choice] += delta.token_ids
+            if delta.finish_reason:
+                ended.append(delta.choice)
+                if delta.choice == short:
+                    stack.hurt(kill)
+    assert ended[0] == short
+    assert sorted(ended) == list(range(n))
+    assert found[short] == [last_id]
+    assert all(found[i][:NUM_TOKENS] == alone[i] for i in range(n) if i != short)

@@ -629,7 +629,9 @@ class AttachRequest(_message.Message):
     """As in GenerateRequest."""
     @_builtins.property
     def next_index(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Per choice, the output index of the first token wanted: as many as the client has received. Missing: 0."""
+        """Per choice, the output index of the first token wanted: as many as the client has received. Missing: 0. A choice that
+        ends there is told of by its last delta, without tokens, also where the client has received that before.
+        """
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ namespace {
 
 constexpr int kFewMerges = 32;  // are not worth waking other threads
 constexpr int kUnitsPerThread = 8;
-constexpr int kFewRows = kHasTiles ? 4 : 8;  // are attended to by vectors
 constexpr bool kHasDotTiles = kHasDots && std::is_same_v<Element, BFloat16> && std::is_same_v<KV, BFloat16>;
 
 class Attention {

@@ -63,10 +63,6 @@ class DecodeTile {
  private:
   static constexpr int kPairs = kLanes / kRows / 2;  // of dimensions summed at once: two accumulators per row and pair
 
-  // From the block in use to those whose lines go to the L1 and to the L2 cache meanwhile, in the order of reading: keys
-  // of a chunk, its values, those of the next chunk, of the next KV head.
-  static constexpr int kSoon = 1, kLater = 4;
-
   // Values of tokens first to last are added to the sums from dimension d on.
   struct Strip {
     int chunk, first, last, d;
@@ -80,7 +76,7 @@ class DecodeTile {
         const int next = token + num_blocks * block_size;
         return next < last ? kv.keys.block(next) : kv.values.block(std::min(chunk + next - last, last - 1));
       };
-      const Ahead ahead{after(kSoon), after(kLater)};
+      const Ahead ahead{after(Ahead::kSoon), after(Ahead::kLater)};
       for (int i = 0; i < block_size; i += kLanes) {
         score_tokens(kv.keys, token + i, token - chunk + i, ahead + i * kKeyGroup);
       }
@@ -162,7 +158,7 @@ class DecodeTile {
         return kv.keys.next_head().block(std::min(kv.begin + next - kv.end, kv.end - 1));
       };
       const KV* values = kv.values.row(token) + strip.d * kValueGroup;
-      Ahead ahead = Ahead{after(kSoon), after(kLater)} + strip.d * kValueGroup;
+      Ahead ahead = Ahead{after(Ahead::kSoon), after(Ahead::kLater)} + strip.d * kValueGroup;
       for (; token < block_end; token += kValueGroup, values += step, ahead = ahead + step) {
         for (int i = 0; i < kWidth * kPair * kValueGroup; i += kLine) ahead.prefetch(i);
         const bool is_edge = token < strip.first || token + kValueGroup > strip.last;

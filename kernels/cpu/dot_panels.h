@@ -67,7 +67,6 @@ class DotPanels {
     }
   };
 
-  static constexpr int kFewRows = kHasTiles ? 4 : 8;
   static constexpr int kVectors = kColumns / kLanes;
 
   // By vectors, line by line: a tile takes sixteen lines at once, and waits for all of them.
@@ -76,8 +75,7 @@ class DotPanels {
     if constexpr (kRows > 1) {
       if (job.num_rows < kRows) return multiply_few<kRows - 1>(job, panel, end_panel);
     }
-    constexpr int kMost = 24 / PairSum::kRegisters / kVectors / kRows;  // whose sums fit into registers
-    multiply_few<kRows, kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1>(job, panel, end_panel);
+    multiply_few<kRows, sums_at_once(kRows * kVectors, 4)>(job, panel, end_panel);
   }
 
   template <int kRows, int kPanels, class Write>

@@ -106,15 +106,11 @@ class DotTile {
   }
 
   // The attention output of a row over the partition alone.
-  void write(int row, Element* output) const {
-    store_scaled(sums_ + row * head_dim_, 1.0f / rows_[row].state.norm, output, head_dim_);
-  }
+  void write(int row, Element* output) const { rows_[row].write(sums_ + row * head_dim_, output, head_dim_); }
 
   // What a merge needs of a row. sums: [head_dim]; norm: [2].
   void write_partial(int row, float* sums, float* norm) const {
-    std::memcpy(sums, sums_ + row * head_dim_, head_dim_ * sizeof(float));
-    norm[0] = rows_[row].state.maximum;
-    norm[1] = rows_[row].state.norm;
+    rows_[row].write_partial(sums_ + row * head_dim_, sums, norm, head_dim_);
   }
 
  private:

@@ -141,9 +141,7 @@ class DotProduct {
     Words right[kColumns][kVectors];
     for (int i = 0; i < kColumns; ++i) std::memcpy(right[i], columns[i] + offset, sizeof right[i]);
     for (int r = 0; r < kRows; ++r) {
-      uint32_t pair;
-      std::memcpy(&pair, left + r * left_.stride, sizeof pair);
-      const Words x = pair - Words{};
+      const Words x = broadcast_words(left + r * left_.stride);
       for (int i = 0; i < kColumns * kVectors; ++i) {
         sums[r][i] = add_dot(sums[r][i], x, right[i / kVectors][i % kVectors]);
       }

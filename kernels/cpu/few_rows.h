@@ -51,20 +51,14 @@ class FewRowsTile {
     }
   }
 
-  void write(int row, Element* output) const {
-    store_scaled(sums_[row], 1.0f / rows_[row].state.norm, output, head_dim_);
-  }
+  void write(int row, Element* output) const { rows_[row].write(sums_[row], output, head_dim_); }
 
   void write_partial(int row, float* sums, float* norm) const {
-    std::memcpy(sums, sums_[row], head_dim_ * sizeof(float));
-    norm[0] = rows_[row].state.maximum;
-    norm[1] = rows_[row].state.norm;
+    rows_[row].write_partial(sums_[row], sums, norm, head_dim_);
   }
 
  private:
-  // Vectors of dimensions summed at once, in registers.
-  static constexpr int kMost = 24 / PairSum::kRegisters / kRows;
-  static constexpr int kWidest = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+  static constexpr int kWidest = sums_at_once(kRows, 8);  // vectors of dimensions
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
 
   // Lines of the tiles that are read some tiles after `tile`, of keys or of values.
@@ -77,7 +71,7 @@ class FewRowsTile {
       if (token < kv.end) return kv.keys.row(token);
       return kv.keys.next_head().row(std::min(kv.begin + token - kv.end, kv.end - 1));
     };
-    return {after(1), after(4)};
+    return {after(Ahead::kSoon), after(Ahead::kLater)};
   }
 
   // scores_[row][column of the span], unscaled.

@@ -19,7 +19,7 @@ namespace pagoda {
 namespace {
 
 constexpr int kMaxRows = 480;             // prepared at a time
-constexpr int kFewRows = 8;               // are not worth waking other threads to prepare them
+constexpr int kFewPrepared = 8;           // rows are not worth waking other threads for
 constexpr int kMaxParts = 64;             // that outputs are chosen from, each by one thread
 constexpr int kMaxUnitBytes = 512 << 10;  // of one thread's unit of work: weights that stay in the L2 cache for all tiles
 
@@ -57,7 +57,7 @@ class Product {
       if (is_ready_) {
         rows = static_cast<const Prepared*>(call_.input) + first * row_stride_;
       } else {
-        for_many(call_.num_threads, num_rows, kFewRows, [=, this](int64_t row) {
+        for_many(call_.num_threads, num_rows, kFewPrepared, [=, this](int64_t row) {
           prepare(first + row, room + row * row_stride_);
         });
       }

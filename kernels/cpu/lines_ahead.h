@@ -8,8 +8,10 @@
 
 namespace pagoda {
 
-// Places in blocks that are read some time after the one in use: their lines go to the L1 and to the L2 cache meanwhile.
+// Places in blocks that are read some time after the one in use, in the order of reading: keys of a span, its values, those
+// of the next span, of the next KV head. Their lines go to the L1 and to the L2 cache meanwhile.
 struct Ahead {
+  static constexpr int kSoon = 1, kLater = 4;  // blocks after the one in use
   const KV *soon, *later;
 
   Ahead operator+(int64_t distance) const { return {soon + distance, later + distance}; }
@@ -30,15 +32,15 @@ class LinesAhead {
   LinesAhead(const Partition& kv, int num_kv_heads, float share_of_reading)
       : kv_(kv), num_heads_left_(num_kv_heads), share_(share_of_reading) {
     next_head();
-    ask(kBytesAhead);
+    ask(kLead);
   }
 
   // num_bytes: that are read now, or could be in the time that other work takes.
   void advance(int num_bytes) { ask(num_bytes * share_); }
 
  private:
-  static constexpr int kBytesAhead = 24 << 10;
-  static constexpr int kStep = 8 * kAlignment;  // bytes; a block's end may be overstepped
+  static constexpr int kLead = 24 << 10;          // bytes
+  static constexpr int kStep = 8 * kAlignment;  // likewise; a block's end may be overstepped
 
   void ask(float num_bytes) {
     due_ += num_bytes;

@@ -1,26 +1,14 @@
 // Sums of products of pairs of bfloat16 in vectors, each made as dots.h makes those of the same CPU: bit by bit the same.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "dots.h"
 #include "simd.h"
 
 namespace pagoda {
-
-inline Words load_words(const BFloat16* from) {
-  Words words;
-  std::memcpy(&words, from, sizeof words);
-  return words;
-}
-
-// The pair at `from`, in every lane.
-inline Words broadcast_pair(const BFloat16* from) {
-  uint32_t pair;
-  std::memcpy(&pair, from, sizeof pair);
-  return pair - Words{};
-}
 
 // As tiles do: in steps, of even and of odd elements apart.
 struct TileSum {
@@ -31,7 +19,7 @@ struct TileSum {
   FloatPair step = {};
 
   static Left left(const float* pair) { return {broadcast(pair[0]), broadcast(pair[1])}; }
-  static Left left(const BFloat16* pair) { return unpack(broadcast_pair(pair)); }
+  static Left left(const BFloat16* pair) { return unpack(broadcast_words(pair)); }
 
   void add(const Left& left, Words right) {
     const FloatPair x = unpack(right);
@@ -51,11 +39,19 @@ struct DotSum {
   static constexpr int kRegisters = 1;
   Floats total = {};
 
-  static Left left(const BFloat16* pair) { return broadcast_pair(pair); }
+  static Left left(const BFloat16* pair) { return broadcast_words(pair); }
   void add(Left left, Words right) { total = add_dot(total, left, right); }
   void end_step() {}
 };
 
 using PairSum = std::conditional_t<kHasTiles, TileSum, DotSum>;
+
+constexpr int kFewRows = kHasTiles ? 4 : 8;  // that vectors take less time for
+
+// Vectors of sums of each of so many rows that fit into registers: a power of two, `most` at most.
+constexpr int sums_at_once(int num_rows, int most) {
+  constexpr int kSums = 24 / PairSum::kRegisters;
+  return std::clamp<int>(std::bit_floor(static_cast<unsigned>(kSums / num_rows)), 1, most);
+}
 
 }  // namespace pagoda

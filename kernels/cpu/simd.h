@@ -243,10 +243,19 @@ inline FloatPair unpack(Words bfloat16s) {
   return {reinterpret_cast<Floats>(bfloat16s << 16), reinterpret_cast<Floats>(bfloat16s & 0xffff0000)};
 }
 
-inline FloatPair load_pair(const BFloat16* from) {
+inline Words load_words(const BFloat16* from) {
   Words words;
   std::memcpy(&words, from, sizeof words);
-  return unpack(words);
+  return words;
+}
+
+inline FloatPair load_pair(const BFloat16* from) { return unpack(load_words(from)); }
+
+// The two bfloat16s at `from`, in every lane.
+inline Words broadcast_words(const BFloat16* from) {
+  uint32_t both;
+  std::memcpy(&both, from, sizeof both);
+  return both - Words{};
 }
 
 // sums + a * b over the two bfloat16s of each word.

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
+#include "rows.h"
 #include "soft_cap.h"
 #include "softmax.h"
 #include "spans.h"
@@ -24,6 +26,17 @@ struct VisibleRow {
     std::fill(scores + begin, scores + first, kHidden);
     std::fill(scores + last, scores + end, kHidden);
     return state.weigh(scores + begin, end - begin, kHasSoftCap ? 1.0f : factor, weights + begin);
+  }
+
+  // sums: [head_dim], what was summed up.
+  void write(const float* sums, Element* output, int head_dim) const {
+    store_scaled(sums, 1.0f / state.norm, output, head_dim);
+  }
+
+  void write_partial(const float* sums, float* to, float* norm, int head_dim) const {
+    std::memcpy(to, sums, head_dim * sizeof(float));
+    norm[0] = state.maximum;
+    norm[1] = state.norm;
   }
 };
 

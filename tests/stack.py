@@ -140,6 +140,12 @@ class Stack:
         finally:
             self.kill(name, signal.SIGCONT)
 
+    async def contended(self, name: str, num_requests: int) -> None:
+        """Stops one worker until so many requests, started but not sent yet, are live: a fast one would serve the first
+        before the last is there, and never run short of blocks."""
+        with self.stopped(name):
+            await self.until(lambda s: s.num_live_requests >= num_requests)
+
     def log(self, name: str) -> str:
         """What one process has printed, over all its lives."""
         return (self.directory / f"{name}.log").read_text("utf-8", "replace")

@@ -44,6 +44,12 @@ class Case:
     pool: str
     kill: str
 
+    @property
+    def preempts(self) -> bool:
+        """Whether someone must be: smaller chunks hold admission back, and two workers, or one that starts again, may be
+        done with some before it is tight."""
+        return self.pool != "ample" and self.chunk >= 16 and self.workers == 1 and self.kill in ("none", "redis")
+
     def __str__(self) -> str:
         hits = "hits" if self.hits else "cold"
         return f"{self.family}-{self.chunk}-{hits}-{self.workers}w-{self.pool}-{self.kill}"
@@ -110,6 +116,8 @@ async def check_case(case: Case, model: Path) -> None:
             await asyncio.gather(*(collect(client, greedy(p, 1)) for p in prompts))
         received = Received()
         reading = asyncio.gather(*(collect(client, request, received) for request in requests))
+        if case.preempts:
+            await stack.contended("worker-0", len(requests))
         await received.at_least(len(prompts) * NUM_TOKENS // 4)
         assert not reading.done()
         stack.hurt(case.kill)
@@ -121,8 +129,7 @@ async def check_case(case: Case, model: Path) -> None:
     assert not (num_hits and not case.hits)
     if case.pool == "ample":
         assert num_hits or not case.hits
-    elif case.kill in ("none", "redis") and case.chunk >= 16 and case.workers == 1:
-        # Smaller chunks hold admission back, and two workers may be done with half of them each before it is tight.
+    if case.preempts:
         assert sum(w.num_preemptions for w in status.workers) > 0
     num_swapped_in = sum(worker.num_blocks_swapped_in for worker in status.workers)
     assert not (num_swapped_in and case.pool != "swapped")

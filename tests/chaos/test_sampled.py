@@ -60,7 +60,10 @@ async def test_in_a_batch(
     flags = ("--num-blocks", str(num_blocks), "--max-num-batched-tokens", str(chunk))
     stack = Stack(checkpoint, num_workers, ("--overcommit", "8"), flags)
     async with running(stack), stack.client() as client:
-        assert await outputs(client) == expected
+        reading = asyncio.create_task(outputs(client))
+        if chunk == 16:
+            await stack.contended("worker-0", len(expected))
+        assert await reading == expected
         if chunk == 16:
             assert (await stack.idle()).workers[0].num_preemptions > 0
 

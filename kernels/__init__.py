@@ -171,6 +171,23 @@ class Model:
     lm_head: Linear
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows of logits to sample from, one entry each, on the host.
+
+    rows: [num_draws] int64. temperatures: float32, positive. top_k: int64, 0 for all. top_p, min_p: float32. uniforms:
+    float64 in [0, 1), where in the distribution, ids in their order, the choice lies; for several steps [num_steps,
+    num_draws].
+    """
+
+    rows: NDArray[np.int64]
+    temperatures: NDArray[np.float32]
+    top_k: NDArray[np.int64]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    uniforms: NDArray[np.float64]
+
+
 class AttentionStep(Protocol):
     """The work lists of one step, used by all its layers."""
 
@@ -205,30 +222,20 @@ class AttentionStep(Protocol):
         """
 
     def decode(
-        self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int
+        self,
+        model: Model,
+        kv: Sequence[LayerKV],
+        input_ids: NDArray[np.int64],
+        num_steps: int,
+        draws: Draws | None,
     ) -> torch.Tensor | None:
-        """This step, of one token per sequence, and those behind it, each of the likeliest tokens of the one before.
+        """This step, of one token per sequence, and those behind it, each of the tokens that the one before chose: at
+        random for the sequences that `draws` has rows of, the likeliest for the others.
 
         input_ids: [num_seqs]. As many steps as are done, of num_steps: [done, 2, num_seqs] int64, as `Kernels.greedy`
         says; nothing finite follows what is not. Block tables must have the blocks for all. None where these kernels
         run one step at a time, or nothing is done.
         """
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """Rows of logits to sample from, one entry each, on the host.
-
-    rows: [num_draws] int64. temperatures: float32, positive. top_k: int64, 0 for all. top_p, min_p: float32. uniforms:
-    float64 in [0, 1), where in the distribution, ids in their order, the choice lies.
-    """
-
-    rows: NDArray[np.int64]
-    temperatures: NDArray[np.float32]
-    top_k: NDArray[np.int64]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    uniforms: NDArray[np.float64]
 
 
 class Kernels(Protocol):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionStep, Layer, LayerKV, Model
+from kernels import Angles, AttentionStep, Draws, Layer, LayerKV, Model
 
 
 class UnfusedStep(AttentionStep):
@@ -36,5 +36,12 @@ class UnfusedStep(AttentionStep):
             layer.down.add(layer.gate_up.of_normed(hidden, layer.post_norm), hidden)
         return hidden
 
-    def decode(self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int) -> None:
+    def decode(
+        self,
+        model: Model,
+        kv: Sequence[LayerKV],
+        input_ids: NDArray[np.int64],
+        num_steps: int,
+        draws: Draws | None,
+    ) -> None:
         """See `kernels.AttentionStep.decode`: one step at a time."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, AttentionStep, Kernels
+from kernels import AttentionMetadata, AttentionStep, Draws, Kernels
 from kernels.upload import upload
 from worker.feed import feed
 from worker.kv_pool import KVPool
@@ -23,7 +23,7 @@ class Forward(Protocol):
         last: as in `worker.feed`. The next call may overwrite what this one returns.
         """
 
-    def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
+    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`. inputs: of the first step, nothing of which is fed."""
 
 
@@ -45,10 +45,10 @@ class EagerForward:
         rows = None if inputs.samples_all else self._upload(inputs.logit_rows)
         return self._decoder.hidden(input_ids, positions, attention, self._pool.layers, rows)
 
-    def decode(self, inputs: StepInputs, num_steps: int) -> torch.Tensor | None:
+    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> torch.Tensor | None:
         """See Forward."""
         attention = self._prepare(inputs)
-        choices = self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps)
+        choices = self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps, draws)
         if choices is None:
             self._undone = inputs, attention
         return choices

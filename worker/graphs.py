@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata
+from kernels import AttentionMetadata, Draws
 from kernels.cuda.attention import CudaKernels
 from kernels.cuda.library import KernelError
 from kernels.upload import staged, upload
@@ -157,7 +157,7 @@ class GraphForward:
             self._buckets.insert(0, (num_seqs, bucket))
         log.info("recorded %d sizes of decode steps in %.2f s", len(self._buckets), time.perf_counter() - start)
 
-    def decode(self, inputs: StepInputs, num_steps: int) -> None:
+    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> None:
         """See Forward: a graph for each step."""
 
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from worker.forward import Forward
 from worker.kv_pool import KVPool
 from worker.models.decoder import Decoder
 from worker.runner import RunningStep
-from worker.sampler import Choices, choose, is_greedy, to_sampled
+from worker.sampler import Choices, choose, draws_of, is_plain, to_sampled
 from worker.step import Sampled, SampledSteps, StepInputs, null_inputs
 from worker.wire import Plan
 
@@ -44,15 +44,15 @@ class ModelRunner:
         return DeferredStep(lambda: to_sampled(self._enqueue(inputs)))
 
     def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredStep | None":
-        """See Runner. On a CPU, of sequences that only ask for the likeliest token."""
-        is_plain = len(inputs.input_ids) and inputs.samples_all and not inputs.is_fed and is_greedy(inputs.sampled)
-        if self._is_on_gpu or not is_plain:
+        """See Runner. On a CPU, of sequences that ask for tokens and nothing else."""
+        is_decode = len(inputs.input_ids) and inputs.samples_all and not inputs.is_fed
+        if self._is_on_gpu or not is_decode or not is_plain(inputs.sampled):
             return None
         return DeferredStep(lambda: self._decode(inputs, num_steps))
 
     @torch.inference_mode()
     def _decode(self, inputs: StepInputs, num_steps: int) -> Sampled | SampledSteps:
-        choices = self._forward.decode(inputs, num_steps)
+        choices = self._forward.decode(inputs, num_steps, draws_of(inputs.sampled, num_steps))
         if choices is None:
             return to_sampled(self._enqueue(inputs))
         self._last = choices[-1]

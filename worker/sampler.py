@@ -44,10 +44,26 @@ class Choices:
         return replace(self, tokens=_to_host(self.tokens), likeliest=likeliest, logprobs=logprobs)
 
 
-def is_greedy(rows: SampledRows) -> bool:
-    """Whether all of them want the likeliest token, whatever it is, and nothing else."""
-    asks_more = rows.forbidden or rows.num_candidates is not None or rows.reports_logprobs is not None
-    return not asks_more and bool((rows.temperatures < MIN_TEMPERATURE).all())
+def is_plain(rows: SampledRows) -> bool:
+    """Whether all of them want a token, any that the model makes, and nothing else."""
+    return not rows.forbidden and rows.num_candidates is None and rows.reports_logprobs is None
+
+
+def draws_of(rows: SampledRows, num_steps: int = 1) -> Draws | None:
+    """What is random in this step and those behind it, each an output further; None where all is greedy."""
+    random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
+    if not len(random):
+        return None
+    output_indexes = rows.output_indexes[random] + np.arange(num_steps)[:, None]
+    drawn = uniforms(rows.seeds[random], output_indexes)
+    return Draws(
+        rows=random,
+        temperatures=rows.temperatures[random],
+        top_k=rows.top_k[random],
+        top_p=rows.top_p[random],
+        min_p=rows.min_p[random],
+        uniforms=drawn if num_steps > 1 else drawn[0],
+    )
 
 
 def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices:
@@ -58,8 +74,8 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
     tokens = kernels.greedy(logits)
     choices = Choices(tokens) if rows.num_candidates is None else _with_candidates(tokens, logits, rows.num_candidates)
     reporting = None if rows.reports_logprobs is None else np.flatnonzero(rows.reports_logprobs)
-    random = np.flatnonzero(rows.temperatures >= MIN_TEMPERATURE)
-    if reporting is None and not rows.forbidden and not len(random):
+    draws = draws_of(rows)
+    if reporting is None and not rows.forbidden and draws is None:
         return choices
     # Taken now: what is forbidden below is none of the model's own.
     distribution = None if reporting is None else logits[upload(reporting, logits.device)].log_softmax(dim=-1)
@@ -71,16 +87,8 @@ def choose(logits: torch.Tensor, rows: SampledRows, kernels: Kernels) -> Choices
         logits[early, never] = float("-inf")
         early = upload(np.unique(pairs[:, 0]), logits.device)
         token_ids[early] = logits[early].argmax(dim=-1)
-    if len(random):
-        draws = Draws(
-            rows=random,
-            temperatures=rows.temperatures[random],
-            top_k=rows.top_k[random],
-            top_p=rows.top_p[random],
-            min_p=rows.min_p[random],
-            uniforms=uniforms(rows.seeds[random], rows.output_indexes[random]),
-        )
-        token_ids[upload(random, logits.device)] = kernels.sample(logits, draws)
+    if draws is not None:
+        token_ids[upload(draws.rows, logits.device)] = kernels.sample(logits, draws)
     if reporting is None or distribution is None:
         return choices
     # The id of a row that is not finite may be any: none is looked up out of range.

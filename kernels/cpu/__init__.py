@@ -13,7 +13,8 @@ import torch
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
 from kernels.build import best_library
 from kernels.clusters import ClusterKeeper
-from kernels.cpu.binding import NativeLibrary, SampleCall, c_shape
+from kernels.cpu.binding import NativeLibrary, c_shape
+from kernels.cpu.draws import PreparedDraws
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from kernels.cpu.stack import LayerStack
 from kernels.cpu.step import CpuStep
@@ -96,20 +97,9 @@ class CpuKernels:
         """See `kernels.Kernels.sample`."""
         assert logits.is_contiguous()
         assert logits.dtype == torch.float32
-        token_ids = torch.empty(len(draws.rows), dtype=torch.int64)
-        given = (draws.rows, draws.temperatures, draws.top_k, draws.top_p, draws.min_p, draws.uniforms)
-        columns = [np.ascontiguousarray(column) for column in given]
-        self.native.sample(
-            SampleCall(
-                logits.data_ptr(),
-                *(column.ctypes.data for column in columns),
-                token_ids.data_ptr(),
-                len(token_ids),
-                logits.shape[1],
-                torch.get_num_threads(),
-            )
-        )
-        return token_ids
+        prepared = PreparedDraws(logits, draws)
+        self.native.sample(prepared.call)
+        return prepared.token_ids
 
     def copy_blocks(self, pool: torch.Tensor, copies: Sequence[BlockCopy]) -> None:
         """See `kernels.Kernels.copy_blocks`."""

@@ -105,6 +105,17 @@ class LayersCall(ctypes.Structure):
     )
 
 
+class SampleCall(ctypes.Structure):
+    """See `sample.h`."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "rows", "temperatures", "top_k", "top_p", "min_p", "uniforms")),
+        ("token_ids", c_void_p),
+        *((name, c_int64) for name in ("num_draws", "vocab_size")),
+        ("num_threads", c_int32),
+    )
+
+
 class StepsCall(ctypes.Structure):
     """See `steps.h`."""
 
@@ -114,21 +125,12 @@ class StepsCall(ctypes.Structure):
         *((name, c_void_p) for name in ("block_tables", "embedding", "all_cos", "all_sin")),
         ("lm_head", POINTER(LinearWeight)),
         *((name, c_void_p) for name in ("norm", "choices")),
+        ("sample", POINTER(SampleCall)),
+        ("logits", c_void_p),
         ("table_stride", c_int64),
         ("num_items", c_int32),
         ("num_steps", c_int32),
         ("norm_epsilon", c_float),
-    )
-
-
-class SampleCall(ctypes.Structure):
-    """See `sample.cpp`."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("logits", "rows", "temperatures", "top_k", "top_p", "min_p", "uniforms")),
-        ("token_ids", c_void_p),
-        *((name, c_int64) for name in ("num_draws", "vocab_size")),
-        ("num_threads", c_int32),
     )
 
 

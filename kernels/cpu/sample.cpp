@@ -9,25 +9,11 @@
 
 #include "blocks.h"
 #include "rows.h"
+#include "sample.h"
 #include "simd.h"
 #include "team.h"
 
 namespace pagoda {
-
-struct SampleCall {
-  const float* logits;    // [num_rows, vocab_size]
-  const int64_t* rows;    // [num_draws], as all that follow
-  const float* temperatures;
-  const int64_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const double* uniforms;
-  int64_t* token_ids;
-  int64_t num_draws;
-  int64_t vocab_size;
-  int32_t num_threads;
-};
-
 namespace {
 
 constexpr int kChunkTokens = 256;

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import Angles, AttentionMetadata, HeadNorms, Layer, LayerKV, Model
+from kernels import Angles, AttentionMetadata, Draws, HeadNorms, Layer, LayerKV, Model
 from kernels.cpu.binding import Call, RotateCall, StepsCall, WindowWork, Work
+from kernels.cpu.draws import PreparedDraws
 from kernels.cpu.stack import Outputs, packed
 from kernels.work_list import make_work_list, num_steps_alike
 
@@ -80,7 +81,12 @@ class CpuStep:
         return hidden if outputs is None else outputs.hidden
 
     def decode(
-        self, model: Model, kv: Sequence[LayerKV], input_ids: NDArray[np.int64], num_steps: int
+        self,
+        model: Model,
+        kv: Sequence[LayerKV],
+        input_ids: NDArray[np.int64],
+        num_steps: int,
+        draws: Draws | None,
     ) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`. One native call, up to where some sequence's work is cut anew."""
         metadata, stack = self._metadata, self._kernels.stack(model.layers, kv)
@@ -99,6 +105,8 @@ class CpuStep:
         layers = stack.room_for_steps(len(input_ids), [work.of_window() for work in works])
         choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
         choices[0, 0] = torch.from_numpy(input_ids)
+        logits = torch.empty((len(input_ids) if draws else 0, vocab_size))
+        sample = PreparedDraws(logits, draws) if draws else None
         self._native.run_steps(
             StepsCall(
                 layers=ctypes.pointer(layers),
@@ -115,6 +123,8 @@ class CpuStep:
                 lm_head=ctypes.pointer(packed(model.lm_head).structure),
                 norm=model.norm.weight.data_ptr(),
                 choices=choices.data_ptr(),
+                sample=ctypes.pointer(sample.call) if sample else None,
+                logits=logits.data_ptr(),
                 table_stride=metadata.block_tables.stride(0),
                 num_items=works[0].num_items,
                 num_steps=num_steps,

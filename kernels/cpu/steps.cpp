@@ -4,8 +4,10 @@
 #include "rows.h"
 
 extern "C" {
+void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size, int32_t num_threads);
 void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
 void pagoda_run_layers(const pagoda::LayersCall* call);
+void pagoda_sample(const pagoda::SampleCall* call);
 }
 
 namespace pagoda {
@@ -26,7 +28,7 @@ class Steps {
       const int64_t* before = call_.choices + step * 2 * num_tokens_;
       for (int64_t i = 0; i < num_tokens_; ++i) enter(i, before[i] * before[num_tokens_ + i]);
       pagoda_run_layers(&layers_);
-      choose(before + num_tokens_, call_.choices + (step + 1) * 2 * num_tokens_);
+      choose(step, before + num_tokens_, call_.choices + (step + 1) * 2 * num_tokens_);
     }
   }
 
@@ -51,12 +53,31 @@ class Steps {
   }
 
   // What follows from a choice that means nothing means nothing.
-  void choose(const int64_t* were_finite, int64_t* choices) const {
-    const LinearCall call{layers_.hidden, call_.norm,  choices,            hidden_size_, num_tokens_,
-                          num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kChoose,
+  void choose(int step, const int64_t* were_finite, int64_t* choices) const {
+    if (call_.sample) {
+      project(call_.logits, kWriteFloat);
+      pagoda_greedy(call_.logits, choices, num_tokens_, call_.lm_head->num_outputs, layers_.num_threads);
+      choose_at_random(step, choices);
+    } else {
+      project(choices, kChoose);
+    }
+    for (int64_t i = 0; i < num_tokens_; ++i) choices[num_tokens_ + i] &= were_finite[i];
+  }
+
+  // Of the step's last hidden states, what the vocabulary's product makes.
+  void project(void* output, Output kind) const {
+    const int64_t stride = kind == kChoose ? num_tokens_ : call_.lm_head->num_outputs;
+    const LinearCall call{layers_.hidden, call_.norm,  output,             hidden_size_, stride,
+                          num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kind,
                           layers_.num_threads};
     pagoda_linear(call_.lm_head, &call);
-    for (int64_t i = 0; i < num_tokens_; ++i) choices[num_tokens_ + i] &= were_finite[i];
+  }
+
+  void choose_at_random(int step, int64_t* choices) const {
+    SampleCall sample = *call_.sample;
+    sample.uniforms += step * sample.num_draws;
+    pagoda_sample(&sample);
+    for (int64_t i = 0; i < sample.num_draws; ++i) choices[sample.rows[i]] = sample.token_ids[i];
   }
 
   const StepsCall& call_;

@@ -2,10 +2,11 @@
 #pragma once
 
 #include "layers.h"
+#include "sample.h"
 
 namespace pagoda {
 
-// Decodes of the same sequences, one step after the other, each of which takes the likeliest token.
+// Decodes of the same sequences, one step after the other. Each takes the likeliest token, or one at random.
 //
 // The first step's work list serves them all: sequence i has its own last item, which grows with it, and no more items
 // than at first.
@@ -24,6 +25,8 @@ struct StepsCall {
   const Linear* lm_head;
   const void* norm;  // before it, [hidden_size]
   int64_t* choices;  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given
+  const SampleCall* sample;  // who takes one at random; its uniforms are [num_steps, num_draws]; null where nobody does
+  float* logits;             // what `sample` has, to be filled for each step
   int64_t table_stride;
   int32_t num_items;
   int32_t num_steps;

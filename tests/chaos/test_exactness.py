@@ -46,8 +46,8 @@ class Case:
 
     @property
     def preempts(self) -> bool:
-        """Whether someone must be: smaller chunks hold admission back, and two workers, or one that starts again, may be
-        done with some before it is tight."""
+        """Whether someone must be preempted: smaller chunks hold admission back, and two workers, or one that starts
+        again, may be done with some before it is tight."""
         return self.pool != "ample" and self.chunk >= 16 and self.workers == 1 and self.kill in ("none", "redis")
 
     def __str__(self) -> str:

@@ -1,6 +1,7 @@
 """Decode steps that a CPU's kernels run at once: the same, bit by bit, as one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,16 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def plans(num_steps: int, **sampler: object) -> list[pb.StepPlan]:
-    """Prompts first, then NUM_STEPS decodes of all, so many in each plan."""
+Sampler = Mapping[str, object]
+GREEDY: Sampler = {}
+WARM: Sampler = {"temperature": 0.8, "seed": 5}
+ALL_FILTERS: Sampler = {"temperature": 1.7, "seed": 2**63, "top_k": 90, "top_p": 0.95, "min_p": 0.01}
+
+
+def plans(num_steps: int, *samplers: Sampler) -> list[pb.StepPlan]:
+    """Prompts first, then NUM_STEPS decodes of all, so many in each plan. samplers: of the sequences, in turn."""
     planner = PlannerAhead(16, NUM_BLOCKS)
-    for seq_id, length in enumerate(PROMPT_LENS):
+    for seq_id, (length, sampler) in enumerate(zip(PROMPT_LENS, cycle(samplers or (GREEDY,)), strict=False)):
         planner.add(seq_id, [2 + (7 * seq_id + 3 * i) % NUM_PROMPT_IDS for i in range(length)], **sampler)
     prompts = planner.plan(dict(enumerate(PROMPT_LENS)))
     return [prompts, *(planner.plan(dict.fromkeys(range(4), 1), num_steps) for _ in range(NUM_STEPS // num_steps))]
@@ -75,9 +82,9 @@ class OneByOne:
         """Never."""
 
 
-def alone(assembly: Assembly, **sampler: object) -> list[StepOutput]:
+def alone(assembly: Assembly, *samplers: Sampler) -> list[StepOutput]:
     """A plan for each step, none of which the kernels run by themselves."""
-    return play(plans(1, **sampler), assembly, OneByOne(assembly.runner)).outputs
+    return play(plans(1, *samplers), assembly, OneByOne(assembly.runner)).outputs
 
 
 def tokens(outputs: list[StepOutput]) -> dict[int, list[int]]:
@@ -107,6 +114,17 @@ def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_onc
     assert outputs[-1].first_output_indexes.tolist() == [7] * 4
 
 
+@pytest.mark.parametrize("samplers", [(WARM,), (ALL_FILTERS,), (GREEDY, WARM, ALL_FILTERS)])
+def test_what_is_random_is_drawn_as_in_one_step_after_the_other(
+    assembly: Assembly, at_once: list[int], samplers: tuple[Sampler, ...]
+) -> None:
+    expected = tokens(alone(assembly, *samplers))
+    assert expected != tokens(alone(assembly))
+    outputs = play(plans(6, *samplers), assembly, assembly.runner).outputs
+    assert at_once == [1, 5, 6]
+    assert tokens(outputs) == expected
+
+
 def test_with_a_window_it_is_one_step_at_once(tmp_path: Path, at_once: list[int]) -> None:
     """What the window leaves out grows from step to step. This model has layers with and without one."""
     assembly = start(make_checkpoint("qwen2", tmp_path / "qwen2"))
@@ -115,16 +133,17 @@ def test_with_a_window_it_is_one_step_at_once(tmp_path: Path, at_once: list[int]
     assert at_once == [1] * NUM_STEPS
 
 
-def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[int]) -> None:
-    sound = tokens(alone(assembly))
+@pytest.mark.parametrize("sampler", [GREEDY, WARM])
+def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[int], sampler: Sampler) -> None:
+    sound = tokens(alone(assembly, sampler))
     others = sound[0] + sound[1] + sound[3]
     fatal = next(token for token in sound[2][3:-2] if token not in others and token >= 2 + NUM_PROMPT_IDS)
     embedding = assembly.runner._runner._decoder._embedding  # type: ignore[attr-defined]
     before = embedding[fatal].clone()
     embedding[fatal] = float("nan")
     try:
-        expected = alone(assembly)
-        outputs = play(plans(6), assembly, assembly.runner).outputs
+        expected = alone(assembly, sampler)
+        outputs = play(plans(6, sampler), assembly, assembly.runner).outputs
     finally:
         embedding[fatal] = before
     assert max(at_once) > 1
@@ -135,15 +154,10 @@ def test_who_fails_does_so_in_the_same_step(assembly: Assembly, at_once: list[in
     assert [last[i] for i in (0, 1, 3)] == [last_expected[i] for i in (0, 1, 3)]
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [{"temperature": 0.8, "seed": 5}, {"reports_logprobs": True}, {"min_tokens": 9, "end_token_ids": range(4)}],
-)
-def test_who_asks_for_more_is_run_step_by_step(
-    assembly: Assembly, at_once: list[int], sampler: dict[str, object]
-) -> None:
-    expected = alone(assembly, **sampler)
-    outputs = play(plans(6, **sampler), assembly, assembly.runner).outputs
+@pytest.mark.parametrize("sampler", [{"reports_logprobs": True}, {"min_tokens": 9, "end_token_ids": range(4)}])
+def test_who_asks_for_more_is_run_step_by_step(assembly: Assembly, at_once: list[int], sampler: Sampler) -> None:
+    expected = alone(assembly, sampler)
+    outputs = play(plans(6, sampler), assembly, assembly.runner).outputs
     assert tokens(outputs) == tokens(expected)
     assert max(at_once, default=0) <= (6 if "min_tokens" in sampler else 0)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionStep, HeadNorms, Kernels, Layer, LayerKV, Model, Norm
+from kernels import AttentionStep, Draws, HeadNorms, Kernels, Layer, LayerKV, Model, Norm
 from worker.models.rope import Rope
 from worker.models.spec import ModelSpec
 
@@ -86,10 +86,15 @@ class Decoder:
         return attention.run_layers(self._layers, kv, hidden, self._rope.angles(positions), rows)
 
     def decode(
-        self, input_ids: NDArray[np.int64], attention: AttentionStep, kv: Sequence[LayerKV], num_steps: int
+        self,
+        input_ids: NDArray[np.int64],
+        attention: AttentionStep,
+        kv: Sequence[LayerKV],
+        num_steps: int,
+        draws: Draws | None,
     ) -> torch.Tensor | None:
         """See `kernels.AttentionStep.decode`."""
-        return attention.decode(self._model, kv, input_ids, num_steps)
+        return attention.decode(self._model, kv, input_ids, num_steps, draws)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states [num_rows, hidden_size]: [num_rows, vocab_size] float32."""

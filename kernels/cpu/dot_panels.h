@@ -38,6 +38,9 @@ class DotPanels {
   }
 
  private:
+  // From the weights in use to those that are prefetched, in steps of the depth; with few rows, which are done sooner.
+  static constexpr int kStepsAhead = kHasTiles ? 1 : 2, kFewStepsAhead = 2;
+
   template <class Write>
   struct Job {
     const BFloat16* rows;
@@ -55,15 +58,15 @@ class DotPanels {
     static constexpr bool is_passing = true;  // the rows stay
 
     const BFloat16* at(int pair, int i) const { return first + i * panel_stride + pair * stride; }
-    // What is read some time after the lines of panel i from `pair` on: there, or in the panels after these.
-    const BFloat16* ahead(int pair, int i) const {
-      const BFloat16* ahead = at(pair, i) + kBytesAhead / sizeof(BFloat16);
+    // What is read `steps` after the lines of panel i from `pair` on: there, or in the panels after these.
+    const BFloat16* ahead(int pair, int i, int steps) const {
+      const BFloat16* ahead = at(pair + steps * kTilePairs, i);
       return ahead < first + (i + 1) * panel_stride ? ahead : ahead + (num_panels - 1) * panel_stride;
     }
     void prefetch(int pair, int i) const {
       if (!is_read_first) return;
-      const BFloat16* lines = ahead(pair, i);
-      for (int line = 0; line < kTilePairs; ++line) prefetch_far(lines + line * stride);
+      const BFloat16* lines = ahead(pair, i, kStepsAhead);
+      for (int line = 0; line < kTilePairs; ++line) pagoda::prefetch(lines + line * stride);
     }
   };
 
@@ -98,10 +101,10 @@ class DotPanels {
   void add_step(PairSum (&sums)[kRows][kSums], const BFloat16* rows, const Columns& columns, int pair) const {
     constexpr int kPanels = kSums / kVectors;
     const BFloat16* ahead[kPanels];
-    for (int i = 0; i < kPanels; ++i) ahead[i] = columns.ahead(pair, i);
+    for (int i = 0; i < kPanels; ++i) ahead[i] = columns.ahead(pair, i, kFewStepsAhead);
     for (int line = 0; line < kTilePairs; ++line) {
       for (int i = 0; i < kPanels; ++i) {
-        prefetch_far(ahead[i] + line * Columns::stride);
+        prefetch(ahead[i] + line * Columns::stride);
         for (int v = 0; v < kVectors; ++v) {
           const Words words = load_words(columns.at(pair + line, i) + 2 * v * kLanes);
           for (int row = 0; row < kRows; ++row) {

@@ -375,7 +375,15 @@ inline Floats exp2_rough(Floats x) {
 #endif
 }
 
-inline void prefetch(const void* address) { __builtin_prefetch(address); }
-inline void prefetch_far(const void* address) { __builtin_prefetch(address, 0, 2); }  // to the L2 cache
+// Without the empty statement, which is never optimized, GCC takes who prefetches and does nothing else for a function
+// without effects, and drops the calls.
+inline void prefetch(const void* address) {
+  __builtin_prefetch(address);
+  asm volatile("");
+}
+inline void prefetch_far(const void* address) {  // to the L2 cache
+  __builtin_prefetch(address, 0, 2);
+  asm volatile("");
+}
 
 }  // namespace pagoda

@@ -7,10 +7,11 @@ MODEL  ?= deploy/demo/model
 PROMPT ?= def read_lines(path):
 PROFILE ?= cpu
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+SANITIZED := long_sequences or captured or copies or products
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap bench-load bench-streams bench-overload bench-peers soak plots kernels bench-kernels kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap bench-load bench-streams bench-overload bench-peers soak plots kernels bench-kernels bench-cuda test-gpu kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +64,7 @@ kernels: setup ## Compile the CPU kernels ahead, for every instruction set
 	@$(BIN)/python -m kernels.cpu
 
 bench-kernels: setup ## CPU kernels against a streaming read of memory and against torch
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m kernels.bench $(if $(JSON),--json $(JSON))
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m kernels.cpu.bench $(if $(JSON),--json $(JSON))
 
 bench-step: setup ## Gap between steps, scheduler CPU, Redis and gRPC time, with timed steps
 	@$(BIN)/python -m tests.load.bench_step
@@ -100,6 +101,14 @@ soak: setup ## 500 streams on the demo model for ten minutes, some cancelled, so
 
 plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON=...)
 	@$(BIN)/python -m tests.load.memory.plots $(or $(JSON),docs/results/memory-sapphire-rapids.json)
+
+bench-cuda: setup ## CUDA kernels against a copy of memory, FlashInfer where it is installed, and torch (needs a GPU)
+	@$(BIN)/python -m kernels.cuda.bench $(if $(JSON),--json $(JSON))
+
+test-gpu: setup ## Tests that need a GPU; those with large tensors once more under compute-sanitizer, where there is one
+	@$(BIN)/python -m pytest -m gpu
+	@for tool in $$(command -v compute-sanitizer >/dev/null && echo memcheck racecheck); do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k '$(SANITIZED)' || exit 1; done
 
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants

@@ -310,7 +310,7 @@ def decode_cases(megabytes: int) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kernels.cpu.bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=256, help="of KV per decode case; far above the caches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,6 +1,7 @@
 """What `kernels.cuda.bench` measures: cases, and their KV in as many layers as are far more than the caches hold."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,6 +104,16 @@ class Layers:
             raise ArithmeticError(f"{name} is off by {error:.1e} in {self.case.name}")
         return run
 
+    def usable(self, peers: dict[str, Run]) -> dict[str, Run]:
+        """Those of `peers` that run here, and are right; the others are named on stderr."""
+        found = {}
+        for name, run in peers.items():
+            try:
+                found[name] = self.check(name, run)
+            except (ArithmeticError, RuntimeError) as error:
+                sys.stderr.write(f"without {name}: {error}\n")
+        return found
+
     def attend(self) -> Run:
         """By our kernels."""
         step = self.kernels.prepare(self.metadata)
@@ -112,7 +123,7 @@ class Layers:
         """The same by FlashInfer, each way that it has."""
         planes = [(self._plain(layer.keys), self._plain(layer.values)) for layer in self.layers]
         found = flashinfer_candidates(self.case.shape, self.metadata, self.query, planes)
-        return {name: self.check(name, run) for name, run in found.items()}
+        return self.usable(found)
 
     def torch_prefills(self) -> dict[str, Run]:
         """The same by torch, over KV that lies as it wants: of equal lengths, contiguous, heads repeated."""
@@ -136,7 +147,7 @@ class Layers:
         backends = {"torch FlashAttention": SDPBackend.FLASH_ATTENTION, "torch cuDNN": SDPBackend.CUDNN_ATTENTION}
         if self.query.device.type == "cpu":
             backends = {"torch": SDPBackend.MATH}
-        return {name: self.check(name, functools.partial(attend, backend)) for name, backend in backends.items()}
+        return self.usable({name: functools.partial(attend, backend) for name, backend in backends.items()})
 
     def _plain(self, plane: torch.Tensor) -> torch.Tensor:
         """[num_blocks, num_kv_heads, BLOCK_SIZE, head_dim], in place."""

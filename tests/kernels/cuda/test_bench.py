@@ -77,13 +77,22 @@ def test_a_shared_prefix_is_in_all_tables(bench: Bench) -> None:
     assert len(set(tables[:, 4].tolist())) == 3
 
 
-def test_who_is_wrong_is_not_timed(bench: Bench) -> None:
+def test_who_is_wrong_or_does_not_run_is_not_timed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     layers = bench.layers(SMALL)
     right = layers.attend()()
-    layers.check("same", lambda: right)
-    for wrong in (torch.zeros_like(right), right.roll(1, 0), right * float("nan")):
-        with pytest.raises(ArithmeticError, match=r"other is off by .* in small"):
-            layers.check("other", lambda wrong=wrong: wrong)
+    wrong = {"zero": torch.zeros_like(right), "shifted": right.roll(1, 0), "nan": right * float("nan")}
+    for name, found in wrong.items():
+        with pytest.raises(ArithmeticError, match=rf"{name} is off by .* in small"):
+            layers.check(name, lambda found=found: found)
+
+    def missing() -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+    assert list(layers.usable({"same": lambda: right, "other": lambda: wrong["zero"], "missing": missing})) == ["same"]
+    assert capsys.readouterr().err.splitlines() == [
+        "without other: other is off by 1.0e+00 in small",
+        "without missing: no kernel",
+    ]
 
 
 @pytest.mark.parametrize(("lens", "query_len"), [((5, 9), 1), ((8, 8), 8), ((9, 20), 3)])

@@ -2,7 +2,7 @@
 
 Every round measures all candidates of a case one after the other; what is printed and kept are medians over rounds, so
 that a busy moment of the machine hits all alike. Decode is judged by the bytes of KV per second, prefill by time,
-matrix products by operations per second, and with one row by the bytes of weights per second.
+matrix products by operations per second, and of few rows by the bytes of weights per second.
 """
 
 import argparse

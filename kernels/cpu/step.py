@@ -105,7 +105,8 @@ class CpuStep:
         layers = stack.room_for_steps(len(input_ids), [work.of_window() for work in works])
         choices = torch.ones((1 + num_steps, 2, len(input_ids)), dtype=torch.int64)
         choices[0, 0] = torch.from_numpy(input_ids)
-        logits = torch.empty((len(input_ids) if draws else 0, vocab_size))
+        lm_head = packed(model.lm_head)
+        logits = torch.empty((len(input_ids) if draws else 0, lm_head.num_outputs))
         sample = PreparedDraws(logits, draws) if draws else None
         self._native.run_steps(
             StepsCall(
@@ -120,7 +121,7 @@ class CpuStep:
                 embedding=model.embedding.data_ptr(),
                 all_cos=model.cos.data_ptr(),
                 all_sin=model.sin.data_ptr(),
-                lm_head=ctypes.pointer(packed(model.lm_head).structure),
+                lm_head=ctypes.pointer(lm_head.structure),
                 norm=model.norm.weight.data_ptr(),
                 choices=choices.data_ptr(),
                 sample=ctypes.pointer(sample.call) if sample else None,

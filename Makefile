@@ -105,7 +105,7 @@ plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON
 bench-cuda: setup ## CUDA kernels against a copy of memory, FlashInfer where it is installed, and torch (needs a GPU)
 	@$(BIN)/python -m kernels.cuda.bench $(if $(JSON),--json $(JSON))
 
-test-gpu: setup ## Tests that need a GPU; those with large tensors once more under compute-sanitizer, where there is one
+test-gpu: setup ## Tests that need a GPU, some of them again under compute-sanitizer, where there is one
 	@$(BIN)/python -m pytest -m gpu
 	@for tool in $$(command -v compute-sanitizer >/dev/null && echo memcheck racecheck); do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -m gpu -k '$(SANITIZED)' || exit 1; done

@@ -7,17 +7,17 @@ of all candidates of a case, one after the other; what is printed and kept are m
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from kernels.bench_report import begin, report, row, times_of
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.bench_layers import Case, Layers, Run
 from kernels.cuda.select import cuda_backend
@@ -87,8 +87,7 @@ class Bench:
         candidates = {str(kv_dtype): self.layers(replace(case, kv_dtype=kv_dtype)) for kv_dtype in dtypes}
         found = self.medians({name: layers.attend() for name, layers in candidates.items()})
         times = {name: found[name] / layers.num_layers for name, layers in candidates.items()}
-        ratios = {name: seconds / times[str(case.dtype)] for name, seconds in times.items()}
-        listed = ", ".join(f"{name.removeprefix('torch.')} {ratio:.2f} x" for name, ratio in ratios.items())
+        ratios, listed = times_of(str(case.dtype), times)
         report(f"{label(case)} {listed} the time")
         return {**row(case), "seconds": times, "times_own": ratios}
 
@@ -142,15 +141,6 @@ def label(case: Case) -> str:
     return f"{case.name:28} {case.group_size * case.num_kv_heads:2}/{case.num_kv_heads} heads of {case.head_dim}:"
 
 
-def row(case: Case) -> dict[str, object]:
-    return {**asdict(case), "dtype": str(case.dtype), "kv_dtype": str(case.kv_dtype or case.dtype)}
-
-
-def report(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def hardware(device: torch.device) -> dict[str, object]:
     """Of a GPU."""
     properties = torch.cuda.get_device_properties(device)
@@ -193,11 +183,7 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device())
     bench = Bench(device, cuda_backend(device), GraphClock(), int(flags.gigabytes * 1e9), flags.rounds)
-    results: dict[str, object] = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(device),
-    }
-    report(json.dumps(results["hardware"]))
+    results = begin(hardware(device))
     for name, measure, cases in (
         ("decode", bench.decode, (*EVEN, *SKEWED, *SINGLE)),
         ("8_bit", bench.eight_bit, EVEN),

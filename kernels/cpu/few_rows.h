@@ -47,7 +47,7 @@ class FewRowsTile {
         decay_[row] = rows_[row].weigh(scores_[row], seen, factor_, soft_cap_, weights_[row]);
       }
       tiles_.hide_values(seen, head_dim_);
-      add_values<kWidest>(kv, seen, 0);
+      add_values(kv, seen);
     }
   }
 
@@ -101,37 +101,45 @@ class FewRowsTile {
     }
   }
 
-  // sums_ += weights_ * values, kWidth vectors of dimensions at a time as long as there are so many, then half as many.
+  // sums_ += weights_ * values, after what was summed before has shrunk.
+  void add_values(const Partition& kv, SpanPart seen) {
+    for (int row = 0; row < num_rows_; ++row) {
+      float* const sums = sums_[row];
+      const float decay = decay_[row];
+      if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
+    }
+    for (int tile = seen.first_tile(); tile < seen.end_tile(); ++tile) {
+      add_strips<kWidest>(tile, ahead(kv, seen, tile, false), 0);
+    }
+  }
+
+  // Of one tile, kWidth vectors of dimensions at a time as long as there are so many, then half as many.
   template <int kWidth>
-  void add_values(const Partition& kv, SpanPart seen, int dimension) {
-    for (; dimension + kWidth * kLanes <= head_dim_; dimension += kWidth * kLanes) add_strip<kWidth>(kv, seen, dimension);
-    if constexpr (kWidth > 1) add_values<kWidth / 2>(kv, seen, dimension);
+  void add_strips(int tile, const Ahead& lines, int dimension) {
+    for (; dimension + kWidth * kLanes <= head_dim_; dimension += kWidth * kLanes) {
+      add_strip<kWidth>(tile, lines + 2 * dimension, dimension);
+    }
+    if constexpr (kWidth > 1) add_strips<kWidth / 2>(tile, lines, dimension);
   }
 
   template <int kWidth>
-  void add_strip(const Partition& kv, SpanPart seen, int dimension) {
+  void add_strip(int tile, Ahead lines, int dimension) {
     PairSum sums[kRows][kWidth];
     for (int row = 0; row < kRows; ++row) {
-      for (int i = 0; i < kWidth; ++i) sums[row][i].total = load(sums_[row] + dimension + i * kLanes) * decay_[row];
+      for (int i = 0; i < kWidth; ++i) sums[row][i].resume(sums_[row] + dimension + i * kLanes);
     }
-    for (int tile = seen.first_tile(); tile < seen.end_tile(); ++tile) {
-      Ahead lines = ahead(kv, seen, tile, false) + 2 * dimension;
-      const BFloat16* values = tiles_.values[tile] + 2 * dimension;
-      for (int token = tile * kTokenTile; token < (tile + 1) * kTokenTile; token += 2) {
-        for (int i = 0; i < kWidth * kWords; i += kLine) lines.prefetch(i);
-        for (int i = 0; i < kWidth; ++i) {
-          const Words words = load_words(values + i * kWords);
-          for (int row = 0; row < kRows; ++row) sums[row][i].add(PairSum::left(weights_[row] + token), words);
-        }
-        values += 2 * head_dim_;
-        lines = lines + 2 * head_dim_;
+    const BFloat16* values = tiles_.values[tile] + 2 * dimension;
+    for (int token = tile * kTokenTile; token < (tile + 1) * kTokenTile; token += 2) {
+      for (int i = 0; i < kWidth * kWords; i += kLine) lines.prefetch(i);
+      for (int i = 0; i < kWidth; ++i) {
+        const Words words = load_words(values + i * kWords);
+        for (int row = 0; row < kRows; ++row) sums[row][i].add(PairSum::left(weights_[row] + token), words);
       }
-      for (auto& row : sums) {
-        for (PairSum& sum : row) sum.end_step();
-      }
+      values += 2 * head_dim_;
+      lines = lines + 2 * head_dim_;
     }
     for (int row = 0; row < kRows; ++row) {
-      for (int i = 0; i < kWidth; ++i) store(sums_[row] + dimension + i * kLanes, sums[row][i].total);
+      for (int i = 0; i < kWidth; ++i) sums[row][i].end_in(sums_[row] + dimension + i * kLanes);
     }
   }
 

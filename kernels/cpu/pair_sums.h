@@ -30,6 +30,10 @@ struct TileSum {
     total += step.first + step.second;
     step = FloatPair{};
   }
+
+  // Sums of one step, whose total is in memory meanwhile.
+  void resume(const float*) {}
+  void end_in(float* total) const { store(total, load(total) + (step.first + step.second)); }
 };
 
 // As dot products do: pair after pair.
@@ -42,6 +46,9 @@ struct DotSum {
   static Left left(const BFloat16* pair) { return broadcast_words(pair); }
   void add(Left left, Words right) { total = add_dot(total, left, right); }
   void end_step() {}
+
+  void resume(const float* sums) { total = load(sums); }
+  void end_in(float* sums) const { store(sums, total); }
 };
 
 using PairSum = std::conditional_t<kHasTiles, TileSum, DotSum>;

@@ -33,7 +33,7 @@ def make_clusters(
     """
     costs = items.costs
     sharing = np.flatnonzero(is_sharing)
-    first_blocks = block_tables[items.seqs[sharing], items.kv_starts[sharing] // block_size]
+    first_blocks = _first_blocks(items, block_tables, block_size)[sharing]
     if len(set(first_blocks.tolist())) == len(sharing):  # mostly
         return Clusters(_int32(np.argsort(-costs, kind="stable")), np.arange(len(costs) + 1, dtype=np.int32))
 
@@ -57,20 +57,23 @@ class ClusterKeeper:
     def __init__(self, block_size: int, max_items: int) -> None:
         self._block_size = block_size
         self._max_items = max_items
-        self._kept: _Kept | None = None
+        self._kept: _Kept | _Alone | None = None
 
     def of(self, items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32]) -> Clusters:
-        """As `make_clusters`; while the same is shared, `order` may be that of an earlier step's costs."""
+        """As `make_clusters`; while the same is shared, or nothing, `order` may be that of an earlier step's costs."""
         if self._kept is not None and self._kept.serves(items, is_sharing, block_tables):
             return self._kept.clusters
         clusters = make_clusters(items, is_sharing, block_tables, self._block_size, self._max_items)
         self._kept = None
         sizes = np.diff(clusters.starts)
         shared = clusters.order[np.repeat(sizes, sizes) > 1]
-        if len(shared):  # that all are alone is found as soon as it is looked up
+        if len(shared):
             ends = items.kv_ends[shared]
             num_blocks = -(-int(ends.max()) // self._block_size)
             self._kept = _Kept(clusters, items, is_sharing, shared, ends, block_tables[:, :num_blocks].copy())
+        elif is_sharing.all():  # decodes, which grow slowly: the costliest ones stay so
+            first_blocks = _first_blocks(items, block_tables, self._block_size)
+            self._kept = _Alone(clusters, self._block_size, first_blocks)
         return clusters
 
 
@@ -97,6 +100,29 @@ class _Kept:
             and np.array_equal(items.kv_ends[self.shared], self.shared_ends)
             and np.array_equal(block_tables[:, : self.blocks.shape[1]], self.blocks)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """Clusters of one item each, whose first blocks were all different."""
+
+    clusters: Clusters
+    block_size: int
+    first_blocks: NDArray[np.int32]
+
+    def serves(self, items: WorkList, is_sharing: NDArray[np.bool_], block_tables: NDArray[np.int32]) -> bool:
+        """Whether the first blocks, and that all may share, have stayed."""
+        return (
+            len(is_sharing) == len(self.first_blocks)
+            and bool(is_sharing.all())
+            and np.array_equal(_first_blocks(items, block_tables, self.block_size), self.first_blocks)
+        )
+
+
+def _first_blocks(items: WorkList, block_tables: NDArray[np.int32], block_size: int) -> NDArray[np.int32]:
+    """[num_items], the first that each reads."""
+    blocks: NDArray[np.int32] = block_tables[items.seqs, items.kv_starts // block_size]
+    return blocks
 
 
 def _first_alike(

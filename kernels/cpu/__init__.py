@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV
+from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV, Model
 from kernels.build import best_library
 from kernels.clusters import ClusterKeeper
 from kernels.cpu.binding import NativeLibrary, c_shape
+from kernels.cpu.decoding import Decoding
 from kernels.cpu.draws import PreparedDraws
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
 from kernels.cpu.stack import LayerStack
@@ -52,6 +53,7 @@ class CpuKernels:
             *(self.native.key_group, self.native.value_group),
         )
         self._stack: LayerStack | None = None
+        self._decoding: Decoding | None = None
         # By sliding window.
         self.cluster_keepers = defaultdict[int, ClusterKeeper](
             lambda: ClusterKeeper(shape.block_size, MAX_CLUSTER_ITEMS)
@@ -74,6 +76,12 @@ class CpuKernels:
         if self._stack is None or not self._stack.is_of(layers, kv):
             self._stack = LayerStack(self.c_shape, layers, kv)
         return self._stack
+
+    def decoding(self, model: Model, kv: Sequence[LayerKV]) -> Decoding:
+        """Decodes of a model, laid out when it is first met."""
+        if self._decoding is None or not self._decoding.is_of(model, kv):
+            self._decoding = Decoding(self, model, kv)
+        return self._decoding
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """See `kernels.Kernels.linear`."""

@@ -38,6 +38,7 @@ class LayerStack:
         )
         self._room: list[torch.Tensor] = []
         self._inputs: list[torch.Tensor] = []  # of a step, where the C++ makes them
+        self._input_addresses: list[int] = []
         self._num_tokens = 0  # that there is room for
 
     def is_of(self, layers: Sequence[Layer], kv: Sequence[LayerKV]) -> bool:
@@ -56,13 +57,11 @@ class LayerStack:
 
         The next step's is the same structure, filled anew.
         """
-        call, num_tokens = self._call, hidden.shape[0]
+        num_tokens = hidden.shape[0]
         if num_tokens > self._num_tokens:
             self._make_room(num_tokens, hidden.dtype)
-        self._c_windows[:] = works
-        call.hidden, call.num_tokens, call.num_threads = hidden.data_ptr(), num_tokens, torch.get_num_threads()
-        call.cos, call.sin, call.slot_mapping = angles.cos.data_ptr(), angles.sin.data_ptr(), slot_mapping.data_ptr()
-        call.output_rows, call.output, call.num_outputs = None, hidden.data_ptr(), num_tokens
+        inputs = (hidden, angles.cos, angles.sin, slot_mapping)
+        call = self._filled(num_tokens, [x.data_ptr() for x in inputs], works)
         if outputs is not None:
             call.output_rows, call.output = outputs.rows.data_ptr(), outputs.hidden.data_ptr()
             call.num_outputs = len(outputs.rows)
@@ -70,14 +69,27 @@ class LayerStack:
 
     def room_for_steps(self, num_tokens: int, works: list[binding.WindowWork]) -> binding.LayersCall:
         """As `call`, of some steps, whose inputs the C++ makes."""
-        first = self._layers[0]
         if not self._inputs or num_tokens > len(self._inputs[0]):
+            first = self._layers[0]
             dtype, half = first.input_norm.weight.dtype, self._call.shape.contents.head_dim // 2
             hidden = torch.empty((num_tokens, packed(first.qkv).num_inputs), dtype=dtype)
             cos, sin = torch.empty((2, num_tokens, 1, half), dtype=dtype)
             self._inputs = [hidden, cos, sin, torch.empty(num_tokens, dtype=torch.int64)]
-        hidden, cos, sin, slot_mapping = self._inputs
-        return self.call(hidden[:num_tokens], Angles(cos, sin), slot_mapping, works)
+            self._input_addresses = [x.data_ptr() for x in self._inputs]
+        if num_tokens > self._num_tokens:
+            self._make_room(num_tokens, self._inputs[0].dtype)
+        return self._filled(num_tokens, self._input_addresses, works)
+
+    def _filled(
+        self, num_tokens: int, input_addresses: list[int], works: list[binding.WindowWork]
+    ) -> binding.LayersCall:
+        """All tokens' outputs take the place of their inputs."""
+        call = self._call
+        self._c_windows[:] = works
+        call.hidden, call.cos, call.sin, call.slot_mapping = input_addresses
+        call.num_tokens, call.num_threads = num_tokens, torch.get_num_threads()
+        call.output_rows, call.output, call.num_outputs = None, call.hidden, num_tokens
+        return call
 
     def _make_room(self, num_tokens: int, dtype: torch.dtype) -> None:
         """It stays: a large step would find its pages one by one, each time."""

@@ -9,6 +9,7 @@ import torch
 from pagoda.v1 import worker_pb2 as pb
 
 from kernels.cpu import CpuStep
+from kernels.cpu.work import DecodesWork
 from tests.checkpoints import MAX_MODEL_LEN, make_checkpoint
 from tests.unit.queued_steps import PlannerAhead, play
 from worker.assemble import Assembly, assemble
@@ -112,6 +113,19 @@ def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_onc
     assert [output.num_steps for output in outputs] == [1, 6, 6]
     assert outputs[-1].num_computed_tokens.tolist() == [length + NUM_STEPS for length in PROMPT_LENS]
     assert outputs[-1].first_output_indexes.tolist() == [7] * 4
+
+
+def test_work_is_made_anew_where_it_is_cut_anew(assembly: Assembly, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, made = tokens(alone(assembly)), []
+    make = DecodesWork.__init__
+
+    def noted(self: DecodesWork, *arguments: object) -> None:
+        make(self, *arguments)  # type: ignore[arg-type]
+        made.append(self)
+
+    monkeypatch.setattr(DecodesWork, "__init__", noted)
+    assert tokens(play(plans(1), assembly, assembly.runner).outputs) == expected
+    assert len(made) == 3  # at first, and where a sequence outgrows its partition
 
 
 @pytest.mark.parametrize("samplers", [(WARM,), (ALL_FILTERS,), (GREEDY, WARM, ALL_FILTERS)])

@@ -228,7 +228,7 @@ class AttentionStep(Protocol):
         input_ids: NDArray[np.int64],
         num_steps: int,
         draws: Draws | None,
-    ) -> torch.Tensor | None:
+    ) -> NDArray[np.int64] | None:
         """This step, of one token per sequence, and those behind it, each of the tokens that the one before chose: at
         random for the sequences that `draws` has rows of, the likeliest for the others.
 

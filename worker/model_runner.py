@@ -19,6 +19,8 @@ from worker.wire import Plan
 
 # A prompt long enough to tell what a token takes.
 LONG_STEP_S = 0.05
+# Of a step that has no choices.
+NOTHING = torch.zeros((2, 0), dtype=torch.int64)
 
 
 class ModelRunner:
@@ -30,7 +32,7 @@ class ModelRunner:
         self._pool = pool
         self._forward = forward
         self._is_on_gpu = pool.blocks.device.type != "cpu"
-        self._last = torch.zeros((2, 0), dtype=torch.int64)  # the last step's choices, which feed the next
+        self._last = NOTHING  # the last step's choices, which feed the next
 
     def prepare(self, plan: Plan) -> None:
         """Copy the plan's blocks."""
@@ -55,16 +57,16 @@ class ModelRunner:
         choices = self._forward.decode(inputs, num_steps, draws_of(inputs.sampled, num_steps))
         if choices is None:
             return to_sampled(self._enqueue(inputs))
-        self._last = choices[-1]
-        token_ids, is_finite = choices.numpy().swapaxes(0, 1)
+        self._last = NOTHING  # these steps are committed before others are built: none is fed with theirs
+        token_ids, is_finite = choices.swapaxes(0, 1)
         return SampledSteps(token_ids, is_finite.astype(np.bool_))
 
     @torch.inference_mode()
     def _enqueue(self, inputs: StepInputs) -> Choices:
         """The step's choices; on a GPU they are still being computed."""
         if not len(inputs.input_ids):
-            self._last = torch.zeros((2, 0), dtype=torch.int64)
-            return Choices(self._last)
+            self._last = NOTHING
+            return Choices(NOTHING)
         device, last = self._pool.blocks.device, self._last
         hidden = self._forward.hidden(inputs, last)
         if len(hidden) > len(inputs.logit_rows):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,7 +137,7 @@ class Sampled:
         return bool(self.is_finite.all())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SampledSteps:
     """Of steps that ran one after the other, one token of each sequence: its token, and whether its logits were finite.
 
@@ -149,7 +150,7 @@ class SampledSteps:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def num_tokens(self) -> NDArray[np.int64]:
         """[num_seqs]: tokens that mean something."""
         found: NDArray[np.int64] = self.is_finite.sum(axis=0)

@@ -13,7 +13,7 @@ import torch
 from kernels import AttentionMetadata, AttentionShape, BlockCopy, Draws, Layer, LayerKV, Model
 from kernels.build import best_library
 from kernels.clusters import ClusterKeeper
-from kernels.cpu.binding import NativeLibrary, c_shape
+from kernels.cpu.binding import NativeLibrary, address, c_shape
 from kernels.cpu.decoding import Decoding
 from kernels.cpu.draws import PreparedDraws
 from kernels.cpu.linear import PackedGatedLinear, PackedLinear
@@ -117,7 +117,7 @@ class CpuKernels:
             pool.data_ptr(),
             pool.shape[0],
             pool.shape[2],
-            rows.ctypes.data,
+            address(rows),
             len(rows),
             torch.get_num_threads(),
         )

@@ -6,8 +6,17 @@ Owns the structures that mirror `attention.h`. They hold bare addresses: who fil
 import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from kernels import AttentionShape
+
+
+def address(array: NDArray[Any]) -> int:
+    """Of its first element; `array.ctypes` would tell it by way of objects."""
+    found: int = array.__array_interface__["data"][0]
+    return found
 
 
 class Shape(ctypes.Structure):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import AttentionMetadata, Draws, LayerKV, Model
-from kernels.cpu.binding import StepsCall
+from kernels.cpu.binding import StepsCall, address
 from kernels.cpu.draws import PreparedDraws
 from kernels.cpu.stack import packed
 from kernels.cpu.work import DecodesWork, PreparedWork
@@ -43,7 +43,7 @@ class Decoding:
 
     def run(
         self, metadata: AttentionMetadata, input_ids: NDArray[np.int64], num_steps: int, draws: Draws | None
-    ) -> torch.Tensor | None:
+    ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`. Up to where some sequence's work is cut anew."""
         num_steps = min(num_steps, 1 + len(self._model.cos) - metadata.max_context_len)
         if num_steps < 1 or not 0 <= input_ids.min() <= input_ids.max() < len(self._model.embedding):
@@ -55,7 +55,7 @@ class Decoding:
         choices = np.ones((1 + num_steps, 2, len(input_ids)), np.int64)
         choices[0, 0] = input_ids
         self._run(metadata, works, choices, draws)
-        return torch.from_numpy(choices[1:])
+        return choices[1:]
 
     def _run(
         self,
@@ -72,7 +72,7 @@ class Decoding:
         call.kv_ends, call.item_seqs, call.num_items = work.kv_ends, work.seqs, works[0].num_items
         call.context_lens = work.context_lens
         call.block_tables, call.table_stride = work.block_tables, work.table_stride
-        call.choices, call.num_steps = choices.ctypes.data, len(choices) - 1
+        call.choices, call.num_steps = address(choices), len(choices) - 1
         call.sample = call.logits = None
         if draws is not None:
             logits = torch.empty((num_tokens, self._num_outputs))

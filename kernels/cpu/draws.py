@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from kernels import Draws
-from kernels.cpu.binding import SampleCall
+from kernels.cpu.binding import SampleCall, address
 
 
 class PreparedDraws:
@@ -17,7 +17,7 @@ class PreparedDraws:
         self._logits = logits
         self.call = SampleCall(
             logits.data_ptr(),
-            *(column.ctypes.data for column in self._columns),
+            *(address(column) for column in self._columns),
             self.token_ids.data_ptr(),
             len(self.token_ids),
             logits.shape[1],

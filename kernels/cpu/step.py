@@ -82,7 +82,7 @@ class CpuStep:
         input_ids: NDArray[np.int64],
         num_steps: int,
         draws: Draws | None,
-    ) -> torch.Tensor | None:
+    ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`."""
         return self._kernels.decoding(model, kv).run(self._metadata, input_ids, num_steps, draws)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kernels import AttentionMetadata
 from kernels.clusters import Clusters
-from kernels.cpu.binding import Call, WindowWork, Work
+from kernels.cpu.binding import Call, WindowWork, Work, address
 from kernels.work_list import make_work_list, num_steps_alike
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ class PreparedWork:
         self.work = Work(
             num_merges=len(items.merge_items),
             sliding_window=sliding_window,
-            seqs=items.seqs.ctypes.data,
-            query_starts=items.query_starts.ctypes.data,
-            num_queries=items.num_queries.ctypes.data,
-            kv_starts=items.kv_starts.ctypes.data,
-            kv_ends=items.kv_ends.ctypes.data,
-            partials=items.partials.ctypes.data,
-            merge_items=items.merge_items.ctypes.data,
-            merge_counts=items.merge_counts.ctypes.data,
+            seqs=address(items.seqs),
+            query_starts=address(items.query_starts),
+            num_queries=address(items.num_queries),
+            kv_starts=address(items.kv_starts),
+            kv_ends=address(items.kv_ends),
+            partials=address(items.partials),
+            merge_items=address(items.merge_items),
+            merge_counts=address(items.merge_counts),
         )
         self._clusters: Clusters | None = None
         self._read(metadata)
@@ -62,7 +62,7 @@ class PreparedWork:
         if clusters is not self._clusters:
             self._clusters = clusters
             work.num_clusters = len(clusters.starts) - 1
-            work.cluster_starts, work.order = clusters.starts.ctypes.data, clusters.order.ctypes.data
+            work.cluster_starts, work.order = address(clusters.starts), address(clusters.order)
         work.num_threads = torch.get_num_threads()
         work.block_tables, work.table_stride = metadata.block_tables.data_ptr(), metadata.block_tables.stride(0)
         work.context_lens, work.cu_seqlens_q = metadata.context_lens.data_ptr(), metadata.cu_seqlens_q.data_ptr()

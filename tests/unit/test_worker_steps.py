@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pagoda.v1 import worker_pb2 as pb
 
 from kernels.cpu import CpuStep
@@ -49,7 +51,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     decode = CpuStep.decode
 
-    def noted(*arguments: object) -> torch.Tensor | None:
+    def noted(*arguments: object) -> NDArray[np.int64] | None:
         choices = decode(*arguments)  # type: ignore[arg-type]
         found.append(0 if choices is None else len(choices))
         return choices

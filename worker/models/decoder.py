@@ -92,7 +92,7 @@ class Decoder:
         kv: Sequence[LayerKV],
         num_steps: int,
         draws: Draws | None,
-    ) -> torch.Tensor | None:
+    ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`."""
         return attention.decode(self._model, kv, input_ids, num_steps, draws)
 

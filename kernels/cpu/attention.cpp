@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kFewMerges = 32;  // are not worth waking other threads
 constexpr int kUnitsPerThread = 8;
-constexpr bool kHasDotTiles = kHasDots && std::is_same_v<Element, BFloat16> && std::is_same_v<KV, BFloat16>;
+constexpr bool kHasDotTiles =
+    kHasDots && std::is_same_v<Element, BFloat16> && (std::is_same_v<KV, BFloat16> || kIsScaled);
 
 class Attention {
  public:
@@ -61,14 +62,15 @@ class Attention {
   void do_cluster(int cluster, int first_head, int num_heads) const {
     const int32_t* items = work_.order + work_.cluster_starts[cluster];
     const int num_items = work_.cluster_starts[cluster + 1] - work_.cluster_starts[cluster];
-    if constexpr (has_dot_tiles) {
-      if (shape_.head_dim % kTokenTile == 0) {
-        return attend_by_dots<DotTile>({items, num_items, rows_of(items, num_items), first_head, num_heads});
-      }
-    }
     // By the sequence's query tokens, not the item's: a prompt's last tile is summed like its others.
     const int seq = work_.seqs[items[0]];
     const bool is_prompt = work_.cu_seqlens_q[seq + 1] - work_.cu_seqlens_q[seq] > 1;
+    if constexpr (has_dot_tiles) {
+      const bool is_worth_unpacking = is_prompt || group_size_ > kMaxRows;  // not by rows: those are of a batch
+      if (shape_.head_dim % kTokenTile == 0 && (!kIsScaled || is_worth_unpacking)) {
+        return attend_by_dots<DotTile>({items, num_items, rows_of(items, num_items), first_head, num_heads});
+      }
+    }
     for (int kv_head = first_head; kv_head < first_head + num_heads; ++kv_head) {
       if (is_prompt) {
         for (int i = 0; i < num_items; ++i) prefill(items[i], kv_head);
@@ -88,7 +90,9 @@ class Attention {
   template <class Tile>
   void attend_by_dots(const Cluster& cluster) const {
     [[maybe_unused]] const SmallIsZero small_is_zero;
-    if (cluster.num_rows <= kFewRows) return attend_few<1>(cluster);
+    if constexpr (!kIsScaled) {
+      if (cluster.num_rows <= kFewRows) return attend_few<1>(cluster);
+    }
     thread_local Scratch scratch;
     LinesAhead ahead(partition(cluster), cluster.num_heads, Tile::share_of_reading(cluster.num_rows, shape_.head_dim));
     for_heads(cluster, [&] { return Tile(cluster.num_rows, shape_, scratch); },

@@ -1,7 +1,8 @@
-// Attention of rows over one partition of their KV, all bfloat16, by the products of dots.h. A row is one query head of
-// one token: of a prompt, of a decode, or of several decodes that share the partition.
+// Attention of bfloat16 rows over one partition of their KV by the products of dots.h. A row is one query head of one
+// token: of a prompt, of a decode, or of several decodes that share the partition.
 //
-// KV is multiplied where it lies, keys in pairs of dimensions, values in pairs of tokens. It is walked in spans whose
+// KV of bfloat16 is multiplied where it lies, keys in pairs of dimensions, values in pairs of tokens; such of 8 bits is
+// unpacked (scaled_span.h). It is walked in spans whose
 // borders are multiples of kSpan from the sequence's first token, and what a row sees of a span is summed in the same
 // steps whoever else sees some of it. Weights are rounded to bfloat16; their norm is the sum of what they become.
 #pragma once
@@ -14,6 +15,7 @@
 #include "dots.h"
 #include "lines_ahead.h"
 #include "rows.h"
+#include "scaled_span.h"
 #include "scratch.h"
 #include "soft_cap.h"
 #include "spans.h"
@@ -42,7 +44,7 @@ struct ValueColumns {
   int dimension, last_pair;
   static constexpr bool is_passing = false;
 
-  const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * dimension + i * kLine; }
+  const BFloat16* at(int pair, int i) const { return tiles[2 * pair / kTokenTile] + 2 * (dimension + i * kTileColumns); }
   // And into the L1 cache what is read two tiles of tokens later, for its lines lie apart.
   void prefetch(int pair, int i) const {
     if (!ahead) return;
@@ -59,14 +61,18 @@ class DotTile {
         height_(std::min(num_rows, kTileHeight)),
         head_dim_(shape.head_dim),
         factor_(shape.scale * kLog2E),
-        soft_cap_(shape.soft_cap) {
+        soft_cap_(shape.soft_cap),
+        scaled_(nullptr, head_dim_) {
     const int padded_rows = (num_rows + height_ - 1) / height_ * height_;
-    float* memory = scratch.floats(padded_rows * (head_dim_ * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2);
+    const int num_unpacked = kIsScaled ? ScaledSpan::num_floats(head_dim_) : 0;
+    float* memory =
+        scratch.floats(padded_rows * (head_dim_ * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2 + num_unpacked);
     const auto take = [&memory](int count) {
       float* taken = memory;
       memory += count;
       return taken;
     };
+    scaled_ = ScaledSpan(take(num_unpacked), head_dim_);
     scores_ = take(kTileHeight * kSpan);
     weights_ = reinterpret_cast<BFloat16*>(take(kTileHeight * kSpan / 2));
     sums_ = take(padded_rows * head_dim_);
@@ -85,12 +91,12 @@ class DotTile {
     Scores::set_up(num_rows_);
     for (int start = kv.begin / kSpan * kSpan; start < kv.end; start += kSpan) {
       const SpanPart part{start, std::max(start, kv.begin), std::min(start + kSpan, kv.end)};
-      tiles_.find(kv, part);
+      find(kv, part);
       LinesAhead* lines_ahead = &ahead;
       for (int row = 0; row < num_rows_; row += height_) {
         const SpanPart seen = seen_by(rows_ + row, end_row(row) - row, part);
         if (seen.first >= seen.last) continue;
-        score(row, seen, 2 * kv.keys.block_size(), lines_ahead);
+        score(row, seen, kIsScaled ? 2 * kTokenTile : 2 * kv.keys.block_size(), lines_ahead);
         weigh(row, seen, lines_ahead);
         if (lines_ahead) tiles_.hide_values(part, head_dim_);
         add_values<kTileSums>(row, seen, 0, lines_ahead);
@@ -101,8 +107,8 @@ class DotTile {
 
   // See LinesAhead.
   static float share_of_reading(int num_rows, int head_dim) {
-    const float bytes = 2.0f * head_dim * sizeof(BFloat16);
-    return bytes / (bytes + kWorkPerWeight * std::min(num_rows, kTileHeight));
+    const float bytes = 2.0f * head_dim * sizeof(BFloat16), share = 1.0f * sizeof(KV) / sizeof(BFloat16);
+    return share * bytes / (bytes + kWorkPerWeight * std::min(num_rows, kTileHeight));
   }
 
   // The attention output of a row over the partition alone.
@@ -122,6 +128,14 @@ class DotTile {
   // The rows of a tile of them.
   int end_row(int row) const { return std::min(row + height_, num_rows_); }
 
+  void find(const Partition& kv, SpanPart part) {
+    if constexpr (kIsScaled) {
+      scaled_.unpack(kv, part, tiles_);
+    } else {
+      tiles_.find(kv, part);
+    }
+  }
+
   // scores_[row][column of the span], unscaled; those of hidden tokens are anything.
   void score(int row, SpanPart seen, int64_t key_stride, LinesAhead* ahead) {
     const LeftRows left{query_ + row * head_dim_, head_dim_, end_row(row) - row};
@@ -139,10 +153,19 @@ class DotTile {
   void weigh(int row, SpanPart seen, LinesAhead* ahead) {
     for (int i = row; i < end_row(row); ++i) {
       const int at = (i - row) * kSpan;
-      const float decay = rows_[i].weigh(scores_ + at, seen, factor_, soft_cap_, weights_ + at);
+      const float decay = weigh_row(rows_[i], scores_ + at, weights_ + at, seen);
       if (ahead) ahead->advance(kWorkPerWeight * (seen.end_tile() - seen.first_tile()) * kTokenTile);
       float* sums = sums_ + i * head_dim_;
       if (decay != 1.0f) for_vectors(head_dim_, [=](int d, int) { store(sums + d, load(sums + d) * decay); });
+    }
+  }
+
+  float weigh_row(VisibleRow& row, float* scores, BFloat16* weights, SpanPart seen) {
+    if constexpr (kIsScaled) {
+      scaled_.scale_scores(scores, seen);
+      return row.weigh(scores, seen, factor_, soft_cap_, weights, scaled_.round());
+    } else {
+      return row.weigh(scores, seen, factor_, soft_cap_, weights);
     }
   }
 
@@ -166,6 +189,7 @@ class DotTile {
   BFloat16 *weights_, *query_;
   VisibleRow* rows_;
   SpanTiles tiles_;
+  ScaledSpan scaled_;
 };
 
 }  // namespace pagoda

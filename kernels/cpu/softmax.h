@@ -8,6 +8,18 @@
 
 namespace pagoda {
 
+// Weights as bfloat16 holds them.
+struct Rounded {
+  Rounded from(int) const { return *this; }
+
+  template <class Weight>
+  Floats store(Weight* to, Floats weight, int) const {
+    const Floats rounded = rounded_up(weight);
+    store_rounded(to, rounded);
+    return rounded;
+  }
+};
+
 // A row of attention as far as it is summed up: the highest score (base 2), the sum of the weights.
 struct RowState {
   float maximum = kHidden;
@@ -32,18 +44,17 @@ struct RowState {
     return decay;
   }
 
-  // The same to weights rounded to bfloat16, which are summed as they are; of scores times `factor`, a positive number.
-  template <class Weight>
-  float weigh(const float* scores, int columns, float factor, Weight* weights) {
+  // The same of scores times `factor`, a positive number, to weights as round.store(weights, weight, column) leaves and
+  // returns them.
+  template <class Weight, class Round>
+  float weigh(const float* scores, int columns, float factor, Weight* weights, const Round& round) {
     Floats top = load(scores);
     for (int i = kLanes; i < columns; i += kLanes) top = max(load(scores + i), top);
     const float highest = std::max(largest(top) * factor, maximum);
     const float shift = highest == kHidden ? 0.0f : highest;
     Floats total = {};
     for (int i = 0; i < columns; i += kLanes) {
-      const Floats rounded = rounded_up(exp2_rough(load(scores + i) * factor - shift));
-      store_rounded(weights + i, rounded);
-      total += rounded;
+      total += round.store(weights + i, exp2_rough(load(scores + i) * factor - shift), i);
     }
     const float decay = maximum == highest ? 1.0f : exp2(broadcast(maximum - shift))[0];
     norm = norm * decay + sum(total);

@@ -1,4 +1,4 @@
-// A span of a sequence's KV, all bfloat16, as tiles of tokens: where they lie.
+// A span of a sequence's KV as tiles of tokens of bfloat16: where they lie.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,13 @@ struct SpanPart {
   int token(int tile) const { return start + tile * kTokenTile; }
 };
 
-// KV is bfloat16 wherever this is run.
+// Of KV that is bfloat16.
 inline const BFloat16* pairs(const KV* elements) { return reinterpret_cast<const BFloat16*>(elements); }
 
 // Where the keys and values of a span's tiles lie. Of values with hidden tokens there is a copy, with zeros for those.
 class SpanTiles {
  public:
-  // head_dim / 2 lines, `stride` elements apart.
+  // head_dim / 2 lines, some stride apart.
   const BFloat16* keys[kSpanTiles];
   const BFloat16* values[kSpanTiles];  // head_dim / 2 lines, one after the other
 

@@ -17,15 +17,15 @@ struct VisibleRow {
 
   // Turns the scores of what some row sees of a span into weights; scores of what is hidden from this one are anything.
   // scores, weights: [kSpan]. factor: of scores, to base 2. Returns by how much what was summed before shrinks.
-  template <class Weight>
-  float weigh(float* scores, SpanPart seen, float factor, const SoftCap& soft_cap, Weight* weights) {
+  template <class Weight, class Round = Rounded>
+  float weigh(float* scores, SpanPart seen, float factor, const SoftCap& soft_cap, Weight* weights, Round round = {}) {
     const int begin = seen.first_tile() * kTokenTile, end = seen.end_tile() * kTokenTile;
     const int last = std::clamp(std::min(visible_end, seen.last) - seen.start, begin, end);
     const int first = std::clamp(std::max(first_visible, seen.first) - seen.start, begin, last);
     if constexpr (kHasSoftCap) soft_cap.apply(scores + begin, end - begin, factor);
     std::fill(scores + begin, scores + first, kHidden);
     std::fill(scores + last, scores + end, kHidden);
-    return state.weigh(scores + begin, end - begin, kHasSoftCap ? 1.0f : factor, weights + begin);
+    return state.weigh(scores + begin, end - begin, kHasSoftCap ? 1.0f : factor, weights + begin, round.from(begin));
   }
 
   // sums: [head_dim], what was summed up.

@@ -44,4 +44,6 @@ def rounds_rows(target: Target, dtype: torch.dtype) -> bool:
 
 def fitting_dtype(target: Target, dtype: torch.dtype) -> torch.dtype:
     """Of activations and of the pool: what this target is tried with instead of `dtype`."""
-    return torch.bfloat16 if target in BFLOAT16_ALONE else dtype
+    if target not in BFLOAT16_ALONE or (target == TILES and dtype == torch.int8):
+        return dtype
+    return torch.bfloat16

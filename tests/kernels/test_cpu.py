@@ -20,6 +20,7 @@ from kernels.reference import ReferenceKernels
 from tests.kernels.cases import Case, Step, relative_error, write_plain
 from tests.kernels.cpu_targets import (
     BFLOAT16_ALONE,
+    DOTS,
     DTYPES,
     TILES,
     USED,
@@ -62,6 +63,8 @@ def of_dtypes(case: Case, dtypes: tuple[torch.dtype, torch.dtype], target: Targe
     [
         *((target, dtypes) for target in runnable_targets() for dtypes in DTYPES if target not in BFLOAT16_ALONE),
         *((target, (torch.bfloat16, torch.bfloat16)) for target in BFLOAT16_ALONE),
+        (TILES, (torch.bfloat16, torch.int8)),
+        pytest.param(DOTS, (torch.bfloat16, torch.int8), marks=pytest.mark.slow),
     ],
     ids=lambda value: value.name if isinstance(value, Target) else str(value),
 )
@@ -222,10 +225,10 @@ def test_a_chunked_prompt_is_the_same_prompt(
 
 @pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")
 @settings(max_examples=15, deadline=None)
-@given(case=cases)
-def test_tiles_do_what_is_written_out(case: Case) -> None:
+@given(case=cases, kv_dtype=st.sampled_from([torch.bfloat16, torch.int8]))
+def test_tiles_do_what_is_written_out(case: Case, kv_dtype: torch.dtype) -> None:
     """Bit for bit: what is tested where there are none is what runs where there are."""
-    case = of_dtypes(longer(case), (torch.bfloat16, torch.bfloat16))
+    case = of_dtypes(longer(case), (torch.bfloat16, kv_dtype))
     assert torch.equal(Step(case).run(CpuKernels(case.shape, AMX)), Step(case).run(CpuKernels(case.shape, TILES)))
 
 

@@ -56,9 +56,12 @@ class CudaGraphRecorder:
     def record(self, run: Callable[[], torch.Tensor]) -> Recording:
         """See Recorder."""
         run()  # compiles, uploads and allocates what must not be a part of the graph
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            output = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory):
+                output = run()
+        finally:
+            torch.cuda.set_stream(stream)  # where the capture could not be ended, torch leaves its own
         return Recording(graph.replay, output)
 
 
@@ -142,13 +145,17 @@ class GraphForward:
 
     @torch.inference_mode()
     def record(self, decoder: Decoder, kernels: CudaKernels, pool: KVPool, recorder: Recorder) -> None:
-        """All buckets, the largest first: the others fit into its memory. The first that fails ends it."""
+        """All buckets, the largest first: the others fit into its memory. The first that fails ends it, but for want of
+        memory, which the next may not need."""
         start = time.perf_counter()
         buffers = DecodeBuffers(self._limits, pool.blocks.device)
         for num_seqs in reversed(bucket_sizes(self._limits.max_num_seqs)):
             try:
                 bucket = DecodeBucket(num_seqs, buffers, kernels, self._limits.max_model_len)
                 bucket.record(decoder, pool, recorder)
+            except torch.OutOfMemoryError as error:
+                log.warning("no graph of decode steps of %d sequences, which are slower so: %s", num_seqs, error)
+                continue
             except (RuntimeError, KernelError) as error:
                 log.warning(
                     "no graph of decode steps of %d sequences or fewer, which are slower so: %s", num_seqs, error

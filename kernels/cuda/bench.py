@@ -10,9 +10,10 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -22,6 +23,10 @@ from kernels.cuda.attention import Backend, CudaKernels, Tuning
 from kernels.cuda.bench_layers import Case, Layers, Run
 from kernels.cuda.select import cuda_backend
 from kernels.cuda.variant import EIGHT_BIT_ELEMENTS
+
+# Of a GPU, some 0.1 ms.
+BUSY_CYCLES = 200_000
+NOBODY: Mapping[str, Run] = MappingProxyType({})
 
 
 class Clock(Protocol):
@@ -44,6 +49,8 @@ class GraphClock:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
         def seconds() -> float:
+            # The start is noted when the graph is in the queue behind it.
+            torch.cuda._sleep(BUSY_CYCLES)  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
@@ -67,9 +74,8 @@ class Bench:
         """GB/s of KV beside those of a copy, which reads half of its bytes and writes half."""
         layers = self.layers(case)
         source, target = torch.ones((2, self.num_bytes // 2), dtype=torch.uint8, device=self.device)
-        found = self.medians(
-            {"copy": lambda: target.copy_(source), "pagoda": layers.attend(), **layers.peers()},
-        )
+        ours = {"copy": lambda: target.copy_(source), "pagoda": layers.attend()}
+        found = self.medians(ours, layers.peers())
         num_bytes = layers.kv_bytes * layers.num_layers
         speeds = {name: (self.num_bytes if name == "copy" else num_bytes) / s / 1e9 for name, s in found.items()}
         share = speeds["pagoda"] / speeds["copy"]
@@ -116,8 +122,8 @@ class Bench:
         """TFLOP/s of prompts, in one layer: what they read is little beside what they compute."""
         layers = Layers(case, self.kernels(case), num_bytes=0)
         is_whole = {case.query_len} == set(case.context_lens)  # torch's causal mask fits no other
-        candidates = {"pagoda": layers.attend(), **layers.peers(), **(layers.torch_prefills() if is_whole else {})}
-        found = self.medians(candidates)
+        peers = {**layers.peers(), **(layers.torch_prefills() if is_whole else {})}
+        found = self.medians({"pagoda": layers.attend()}, peers)
         speeds = {name: case.flop * layers.num_layers / seconds / 1e12 for name, seconds in found.items()}
         report(f"{label(case)} {', '.join(f'{name} {speed:.0f}' for name, speed in speeds.items())} TFLOP/s")
         return {**row(case), "TFLOP/s": speeds}
@@ -130,9 +136,14 @@ class Bench:
         """Those that a worker would have."""
         return CudaKernels(self.device, case.shape, self.backend, Tuning())
 
-    def medians(self, candidates: dict[str, Run]) -> dict[str, float]:
-        """Seconds of each, after a round that is not counted."""
+    def medians(self, candidates: Mapping[str, Run], peers: Mapping[str, Run] = NOBODY) -> dict[str, float]:
+        """Seconds of each, after a round that is not counted; of peers, of those whose graph can be recorded."""
         timed = {name: self.clock.record(run) for name, run in candidates.items()}
+        for name, run in peers.items():
+            try:
+                timed[name] = self.clock.record(run)
+            except RuntimeError as error:
+                sys.stderr.write(f"without {name}: {error}\n")
         rounds = [{name: seconds() for name, seconds in timed.items()} for _ in range(self.rounds + 1)][1:]
         return {name: statistics.median(times[name] for times in rounds) for name in timed}
 
@@ -192,9 +203,12 @@ def main() -> int:
         ("prefill", bench.prefill, PROMPTS),
     ):
         report(name)
-        results[name] = [measure(case) for case in cases]
-        if flags.json:
-            flags.json.write_text(json.dumps(results, indent=1) + "\n")
+        rows: list[object] = []
+        results[name] = rows
+        for case in cases:
+            rows.append(measure(case))
+            if flags.json:  # what was found is kept, whatever comes next
+                flags.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -28,7 +28,7 @@ constexpr int kDecodeThreads = kDecodeWarps * kWarpThreads;
 using DecodeRing = TileRing<kTileTokens, kDecodeStages, kWarpThreads>;
 constexpr int kDecodeRingBytes = kDecodeWarps * DecodeRing::kBytes;
 constexpr int kDecodeSharedBytes = kDecodeRingBytes + kDecodeQueryBytes + kDecodeFlagBytes;
-constexpr int kWarpSums = kTileRows * kHeadDim;
+constexpr int kWarpSums = kTileRows * kSumStride;
 constexpr int kWarpStats = kTileRows * 2;
 static_assert(kDecodeWarps * (kWarpSums + kWarpStats) * sizeof(float) <= kDecodeRingBytes);
 static_assert(kDecodeSharedBytes <= kMaxSharedBytes);
@@ -94,7 +94,7 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
 
 // What the block's warps have summed of one row.
 __device__ __forceinline__ Parts warp_parts(const DecodeShared& shared, int row) {
-  return {shared.sums(0) + row * kHeadDim, shared.stats(0) + row * 2, kDecodeWarps, kWarpSums, kWarpStats};
+  return {shared.sums(0) + row * kSumStride, shared.stats(0) + row * 2, kDecodeWarps, kWarpSums, kWarpStats};
 }
 
 // What the parts of a row's token have summed of it.
@@ -105,31 +105,40 @@ __device__ __forceinline__ Parts token_parts(const AttentionArgs& args, const Cl
           static_cast<int64_t>(args.num_heads) * kHeadDim, static_cast<int64_t>(args.num_heads) * 2};
 }
 
-// Calls visit(row, dim) for all elements of the cluster's rows, spread over the block's threads.
+// Calls visit(row, dim) for each kMergeWidth dimensions of the cluster's rows, spread over the block's threads.
 template <typename Visit>
-__device__ __forceinline__ void for_each_element(const ClusterRows& rows, Visit visit) {
-  for (int i = threadIdx.x; i < rows.num_rows * kHeadDim; i += kDecodeThreads) visit(i / kHeadDim, i % kHeadDim);
+__device__ __forceinline__ void for_each_strip(const ClusterRows& rows, Visit visit) {
+  constexpr int kStrips = kHeadDim / kMergeWidth;
+  for (int i = threadIdx.x; i < rows.num_rows * kStrips; i += kDecodeThreads) {
+    visit(i / kStrips, i % kStrips * kMergeWidth);
+  }
 }
 
 __device__ __forceinline__ void write_out(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,
                                           const Merged& merged) {
   const int64_t head = rows.head_index(rows.query(row), row);
-  static_cast<Element*>(args.out)[head * kHeadDim + dim] = from_float<Element>(merged.sum / merged.total);
+  struct alignas(kMergeWidth * sizeof(Element)) Strip {
+    Element elements[kMergeWidth];
+  } strip;
+#pragma unroll
+  for (int i = 0; i < kMergeWidth; ++i) strip.elements[i] = from_float<Element>(merged.sums[i] / merged.total);
+  *reinterpret_cast<Strip*>(static_cast<Element*>(args.out) + head * kHeadDim + dim) = strip;
 }
 
 __device__ __forceinline__ void write_partial(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,
                                               const Merged& merged) {
   const DecodeItem& item = rows.item(row);
   const int64_t head = rows.head_index(item.first_partial + item.part, row);
-  args.partial_sums[head * kHeadDim + dim] = merged.sum;
+  *reinterpret_cast<float4*>(args.partial_sums + head * kHeadDim + dim) = merged.strip();
   if (dim == 0) {
     args.partial_stats[head * 2] = merged.max;
     args.partial_stats[head * 2 + 1] = merged.total;
   }
 }
 
-// Notes of each token whether this block is the last to have written a part of it; then it can read all of them.
-__device__ __forceinline__ void count_arrivals(const AttentionArgs& args, const DecodeShared& shared,
+// Notes of each token whether this block is the last to have written a part of it; then it can read all of them. Returns
+// whether it is of any, to all threads alike.
+__device__ __forceinline__ bool count_arrivals(const AttentionArgs& args, const DecodeShared& shared,
                                                const ClusterRows& rows, int kv_head) {
   __threadfence();
   __syncthreads();
@@ -145,7 +154,10 @@ __device__ __forceinline__ void count_arrivals(const AttentionArgs& args, const 
     shared.are_last()[token] = is_last;
   }
   __syncthreads();
-  __threadfence();
+  bool is_any_last = false;
+  for (int i = 0; i < rows.items->cluster_size; ++i) is_any_last |= shared.are_last()[i] != 0;
+  if (is_any_last) __threadfence();  // this fence is dear: it empties the L1 cache
+  return is_any_last;
 }
 
 __device__ __forceinline__ void decode_cluster(const AttentionArgs& args, const DecodeItem* items, int kv_head) {
@@ -159,7 +171,7 @@ __device__ __forceinline__ void decode_cluster(const AttentionArgs& args, const 
   __syncthreads();  // no warp needs its ring any more
   store_part(sums, shared.sums(warp), shared.stats(warp));
   __syncthreads();
-  for_each_element(rows, [&](int row, int dim) {
+  for_each_strip(rows, [&](int row, int dim) {
     const Merged merged = merge(warp_parts(shared, row), dim);
     if (rows.item(row).num_parts == 1) {
       write_out(args, rows, row, dim, merged);
@@ -168,8 +180,8 @@ __device__ __forceinline__ void decode_cluster(const AttentionArgs& args, const 
     }
   });
   if (!rows.are_split()) return;
-  count_arrivals(args, shared, rows, kv_head);
-  for_each_element(rows, [&](int row, int dim) {
+  if (!count_arrivals(args, shared, rows, kv_head)) return;
+  for_each_strip(rows, [&](int row, int dim) {
     if (!shared.are_last()[rows.token(row)]) return;
     write_out(args, rows, row, dim, merge(token_parts(args, rows, row), dim));
   });

@@ -33,7 +33,10 @@ static int start_prefill(const AttentionArgs& args) {
 static int open_device(Facts& facts) {
   int device = 0, num_processors = 0, blocks_per_processor = 0;
   const auto set_shared = [](auto kernel, int bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (status != cudaSuccess) return status;
+    // All that there is to shared memory: the driver might leave room for one block where two fit.
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   };
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = set_shared(decode_kernel, kDecodeSharedBytes);
@@ -80,7 +83,9 @@ int pagoda_attend(const AttentionArgs* args) {
 
 int pagoda_rotate(const RotateArgs* args) {
   if (args->num_tokens == 0) return 0;
-  return launch(rotate_kernel, dim3(args->num_tokens), kRotateThreads, 0, args->stream, *args);
+  const int num_heads = args->num_heads + 2 * args->num_kv_heads;
+  const dim3 grid(args->num_tokens, (num_heads + kRotateWarps - 1) / kRotateWarps);
+  return launch(rotate_kernel, grid, kRotateThreads, 0, args->stream, *args);
 }
 
 int pagoda_norm(const NormArgs* args) {

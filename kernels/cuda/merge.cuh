@@ -3,6 +3,10 @@
 
 #include "fragment.cuh"
 
+constexpr int kMergeWidth = 4;  // dimensions that a thread merges together
+// Floats from row to row of a warp's sums: 8 more than there are, so that its rows are written to different banks.
+constexpr int kSumStride = kHeadDim + 8;
+
 // Parts of one head's row: part i's sums [kHeadDim] at sums + i * sums_stride, its max and sum of weights at
 // stats + i * stats_stride.
 struct Parts {
@@ -13,29 +17,35 @@ struct Parts {
 };
 
 struct Merged {
-  float sum, max, total;
+  float sums[kMergeWidth] = {}, max = -INFINITY, total = 0.0f;
+
+  __device__ __forceinline__ float4 strip() const { return {sums[0], sums[1], sums[2], sums[3]}; }
 };
 
-// One dimension of the merged row. A part that saw nothing has max -inf and counts for nothing.
+// Dimensions `dim` on of the merged row. A part that saw nothing has max -inf and counts for nothing.
 __device__ __forceinline__ Merged merge(const Parts& parts, int dim) {
-  Merged merged = {0.0f, -INFINITY, 0.0f};
+  Merged merged;
   for (int i = 0; i < parts.num_parts; ++i) merged.max = fmaxf(merged.max, parts.stats[i * parts.stats_stride]);
   for (int i = 0; i < parts.num_parts; ++i) {
     const float weight = weight_of(parts.stats[i * parts.stats_stride], merged.max);
     merged.total += weight * parts.stats[i * parts.stats_stride + 1];
-    merged.sum += weight * parts.sums[i * parts.sums_stride + dim];
+    const float4 sums = *reinterpret_cast<const float4*>(parts.sums + i * parts.sums_stride + dim);
+    merged.sums[0] += weight * sums.x;
+    merged.sums[1] += weight * sums.y;
+    merged.sums[2] += weight * sums.z;
+    merged.sums[3] += weight * sums.w;
   }
   return merged;
 }
 
-// Writes one warp's rows: sums [kTileRows, kHeadDim], stats [kTileRows, 2].
+// Writes one warp's rows: sums [kTileRows, kSumStride], stats [kTileRows, 2].
 __device__ __forceinline__ void store_part(const RowSums& rows, float* sums, float* stats) {
   const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
   for (int tile = 0; tile < kSumTiles; ++tile) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      sums[lane_row(lane, i / 2) * kHeadDim + lane_dim(lane, tile, i)] = rows.sums[tile][i];
+      sums[lane_row(lane, i / 2) * kSumStride + lane_dim(lane, tile, i)] = rows.sums[tile][i];
     }
   }
   if (lane % 4 == 0) {

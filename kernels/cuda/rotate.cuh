@@ -95,32 +95,32 @@ __device__ __forceinline__ void store_scaled(const HeadPairs& pairs, K* elements
   if (threadIdx.x % kWarpThreads == 0) *reinterpret_cast<float*>(to) = scale;
 }
 
-// Grid: [num_tokens]; each warp takes heads in turn.
+// Grid: [num_tokens, any]; a warp for each head.
 __global__ void __launch_bounds__(kRotateThreads) rotate_kernel(RotateArgs args) {
   const int64_t token = blockIdx.x, slot = args.slot_mapping[token];
   const Element* heads = static_cast<const Element*>(args.heads) + token * args.heads_stride;
   const Element* cos = static_cast<const Element*>(args.cos) + token * kPairs;
   const Element* sin = static_cast<const Element*>(args.sin) + token * kPairs;
   const int num_turned = args.num_heads + args.num_kv_heads;
-  for (int head = threadIdx.x / kWarpThreads; head < num_turned + args.num_kv_heads; head += kRotateWarps) {
-    const bool is_query = head < args.num_heads, is_value = head >= num_turned;
-    HeadPairs pairs(heads + static_cast<int64_t>(head) * kHeadDim);
-    const void* norm = is_query ? args.query_norm : args.key_norm;
-    if (norm && !is_value) pairs.normalize(static_cast<const Element*>(norm), args.norm_epsilon);
-    if (!is_value) pairs.rotate(cos, sin);
-    if (is_query) {
-      Element* query = static_cast<Element*>(args.query) + (token * args.num_heads + head) * kHeadDim;
-      pairs.store(query, from_float<Element>);
+  const int head = blockIdx.y * kRotateWarps + threadIdx.x / kWarpThreads;
+  if (head >= num_turned + args.num_kv_heads) return;
+  const bool is_query = head < args.num_heads, is_value = head >= num_turned;
+  HeadPairs pairs(heads + static_cast<int64_t>(head) * kHeadDim);
+  const void* norm = is_query ? args.query_norm : args.key_norm;
+  if (norm && !is_value) pairs.normalize(static_cast<const Element*>(norm), args.norm_epsilon);
+  if (!is_value) pairs.rotate(cos, sin);
+  if (is_query) {
+    Element* query = static_cast<Element*>(args.query) + (token * args.num_heads + head) * kHeadDim;
+    pairs.store(query, from_float<Element>);
+  } else {
+    const int kv_head = is_value ? head - num_turned : head - args.num_heads;
+    const int offset = slot % kBlockSize;
+    KV* to = static_cast<KV*>(is_value ? args.values : args.keys) +
+             pool_offset(slot / kBlockSize, offset, args.num_kv_heads, kv_head);
+    if constexpr (kIsScaled) {
+      store_scaled<KV>(pairs, to, offset);
     } else {
-      const int kv_head = is_value ? head - num_turned : head - args.num_heads;
-      const int offset = slot % kBlockSize;
-      KV* to = static_cast<KV*>(is_value ? args.values : args.keys) +
-               pool_offset(slot / kBlockSize, offset, args.num_kv_heads, kv_head);
-      if constexpr (kIsScaled) {
-        store_scaled<KV>(pairs, to, offset);
-      } else {
-        pairs.store(to, from_float<KV>);
-      }
+      pairs.store(to, from_float<KV>);
     }
   }
 }

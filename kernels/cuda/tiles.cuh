@@ -28,6 +28,7 @@ struct TileRing {
   static constexpr int kTileElements = kTokens * kHeadDim;
   static constexpr int kStageElements = stage_bytes(kTokens) / sizeof(KV);
   static constexpr int kBytes = kStages * stage_bytes(kTokens);
+  static constexpr int kTileChunks = kTileTokens * kKVRowChunks;  // of keys, and of values
 
   KV* stages;
   int thread;  // of kThreads
@@ -47,8 +48,10 @@ struct TileRing {
       for (int part = 0; part < kTokens; part += kTileTokens) {
         const bool has_any = first_token + part < visible.end && first_token + part + kTileTokens > visible.begin;
         const int64_t source = has_any ? head.offset(first_token + part) : 0;
-#pragma unroll 4
-        for (int i = thread; i < kTileTokens * kKVRowChunks; i += kThreads) {
+#pragma unroll  // as often as a constant says: the compiler knows nothing of `thread`
+        for (int n = 0; n < (kTileChunks + kThreads - 1) / kThreads; ++n) {
+          const int i = thread + n * kThreads;
+          if (kTileChunks % kThreads != 0 && i >= kTileChunks) break;
           const int token = i / kKVRowChunks, chunk = i % kKVRowChunks;
           const int64_t from = source + token * kHeadDim + chunk * kChunkOf<KV>;
           const int to = tile_offset<KV>(part + token, chunk);

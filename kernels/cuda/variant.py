@@ -25,9 +25,11 @@ BLOCK_SIZES = (16, 32)
 MAX_GROUP_SIZE = 16
 # Tokens and rows are read by chunks of so many bytes, which lie at multiples of it.
 CHUNK_BYTES = 16
-# Shared memory in KiB that one block may take: what a device of this capability has, or what lets it run two.
+# Shared memory in KiB that one block may take: what a device of this capability has, or what lets it run two. Two of
+# heads of 256 have no room everywhere.
 SHARED_KIB = {(8, 6): 99, (8, 9): 99, (12, 0): 99, (12, 1): 99}
 USUAL_SHARED_KIB = 113
+SHARED_KIB_UP_TO_128 = {(8, 0): 81, (8, 7): 81}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +105,22 @@ def is_supported(head_dim: int, block_size: int, group_size: int) -> bool:
     return head_dim % 16 == 0 and head_dim <= max(HEAD_DIMS) and block_size % 16 == 0 and group_size <= MAX_GROUP_SIZE
 
 
+def shared_kib(head_dim: int, capability: tuple[int, int]) -> int:
+    """What a block may take."""
+    if head_dim <= 128 and capability in SHARED_KIB_UP_TO_128:
+        return SHARED_KIB_UP_TO_128[capability]
+    return SHARED_KIB.get(capability, USUAL_SHARED_KIB)
+
+
 def device_library(variant: Variant, capability: tuple[int, int]) -> build.Library:
     """For a GPU of `capability`, as in (9, 0)."""
-    shared_kib = SHARED_KIB.get(capability, USUAL_SHARED_KIB)
     arch = f"sm_{capability[0]}{capability[1]}"
     return build.Library(
         name=f"{variant.name}_{arch}",
         compilers=NVCC,
         flags=(
             *("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}"),
-            f"-DPAGODA_SHARED_KIB={shared_kib}",
+            f"-DPAGODA_SHARED_KIB={shared_kib(variant.head_dim, capability)}",
             *variant.defines,
         ),
         sources=(SOURCE,),

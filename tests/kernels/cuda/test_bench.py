@@ -3,6 +3,8 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,32 @@ def test_who_is_wrong_or_does_not_run_is_not_timed(bench: Bench, capsys: pytest.
         "without other: other is off by 1.0e+00 in small",
         "without missing: no kernel",
     ]
+
+
+def test_who_has_no_graph_is_not_timed(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    class Choosy(HostClock):
+        def record(self, run: Run) -> Callable[[], float]:
+            if run is no_graph:
+                raise RuntimeError("it allocates")
+            return super().record(run)
+
+    def no_graph() -> torch.Tensor:
+        return torch.zeros(1)
+
+    choosy = replace(bench, clock=Choosy())
+    assert list(choosy.medians({"ours": lambda: torch.ones(1)}, {"theirs": no_graph})) == ["ours"]
+    assert capsys.readouterr().err == "without theirs: it allocates\n"
+    with pytest.raises(RuntimeError, match="it allocates"):
+        choosy.medians({"ours": no_graph})
+
+
+def test_a_peer_that_breaks_at_its_import_is_left_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "flashinfer.py").write_text("raise OSError('no compiler')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert bench.layers(SMALL).peers() == {}
+    assert "without flashinfer: OSError('no compiler')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("lens", "query_len"), [((5, 9), 1), ((8, 8), 8), ((9, 20), 3)])

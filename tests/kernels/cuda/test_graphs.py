@@ -30,16 +30,17 @@ class Rerun:
     A launch of a replay must have the arguments of its recording, but for what is passed from launch to launch.
     """
 
-    def __init__(self, fails_at: int | None) -> None:
+    def __init__(self, fails_at: int | None, error: type[RuntimeError] = RuntimeError) -> None:
         self.launched: list[AttentionArgs | RotateArgs] = []
         self.replayed: list[int] = []  # sequences of each
         self._fails_at = fails_at
+        self._error = error
 
     def record(self, run: Callable[[], torch.Tensor]) -> Recording:
         run()
         recorded, output = self._run(run)
         if len(output) == self._fails_at:
-            raise RuntimeError("no memory for a graph")
+            raise self._error("no memory for a graph")
 
         def replay() -> None:
             again, computed = self._run(run)
@@ -60,7 +61,7 @@ class Rerun:
 
 @pytest.fixture
 def recorder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rerun:
-    rerun = Rerun(getattr(request, "param", None))
+    rerun = Rerun(*getattr(request, "param", (None,)))
     monkeypatch.setattr(loading, "select_recorder", lambda device: rerun)
     for name in ("attend", "rotate"):
         launch = getattr(KernelLibrary, name)
@@ -141,11 +142,18 @@ def test_forks_go_on_from_shared_blocks(directory: Path, recorder: Rerun) -> Non
 
 
 @pytest.mark.usefixtures("emulated_worker")
-@pytest.mark.parametrize(("recorder", "replayed"), [(MAX_NUM_SEQS, set()), (2, {4, 8})], indirect=["recorder"])
+@pytest.mark.parametrize(
+    ("recorder", "replayed"),
+    [
+        *(((MAX_NUM_SEQS, RuntimeError), set()), ((2, RuntimeError), {4, 8})),
+        ((MAX_NUM_SEQS, torch.OutOfMemoryError), {1, 2, 4}),
+    ],
+    indirect=["recorder"],
+)
 def test_a_recording_that_fails_ends_nothing(
     directory: Path, recorder: Rerun, replayed: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The next larger one serves; where there is none, steps are eager."""
+    """The next larger one serves; where there is none, steps are eager. Smaller ones may need less memory."""
     worker, planner = start("qwen3", directory, 16, "--max-num-seqs", str(MAX_NUM_SEQS))
     assert generate(worker, planner, 7, random.Random(7)) == reference("qwen3", directory)
     assert set(recorder.replayed) == replayed

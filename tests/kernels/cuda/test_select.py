@@ -75,8 +75,11 @@ def test_else_the_reference_serves_and_the_log_says_why(
 
 
 def test_shared_memory_follows_the_architecture() -> None:
-    variant = Variant(torch.bfloat16, 128, 16)
-    for capability, kib in [((8, 9), SHARED_KIB[8, 9]), ((9, 0), USUAL_SHARED_KIB), ((10, 0), USUAL_SHARED_KIB)]:
-        library = device_library(variant, capability)
+    usual = USUAL_SHARED_KIB
+    for head_dim, capability, kib in [
+        *((128, (8, 9), SHARED_KIB[8, 9]), (128, (9, 0), usual), (128, (10, 0), usual)),
+        *((128, (8, 0), 81), (256, (8, 0), usual)),
+    ]:
+        library = device_library(Variant(torch.bfloat16, head_dim, 16), capability)
         assert f"-DPAGODA_SHARED_KIB={kib}" in library.flags
         assert f"-arch=sm_{capability[0]}{capability[1]}" in library.flags

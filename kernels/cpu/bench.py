@@ -65,7 +65,7 @@ def bench_decode(case: Case, rounds: int) -> dict[str, object]:
 
 
 def bench_8_bit(case: Case, rounds: int) -> dict[str, object]:
-    """Decode over the same tokens as they are, as fp8 and as int8."""
+    """Over the same tokens as they are, as fp8 and as int8."""
     kv_dtypes = (case.dtype, torch.float8_e4m3fn, torch.int8)
     pools = {str(kv_dtype): Pool(replace(case, kv_dtype=kv_dtype)) for kv_dtype in kv_dtypes}
     found = medians({name: pool.attend() for name, pool in pools.items()}, rounds)
@@ -195,6 +195,10 @@ def main() -> None:
     results["decode"] = [bench_decode(case, flags.rounds) for case in cases]
     report("8-bit KV, in decode")
     results["8_bit"] = [bench_8_bit(case, flags.rounds) for case in cases[:5]]
+    report("8-bit KV, in prefill of 1,024 tokens")
+    results["8_bit_prefill"] = [
+        bench_8_bit(Case(torch.bfloat16, 1, 1024, 1024, num_heads, 8, 128), flags.rounds) for num_heads in (8, 32)
+    ]
     report("what the block table costs, in decode")
     results["indirection"] = [bench_indirection(case, flags.rounds) for case in cases[::4]]
     report("prefill of 1,024 tokens, causal")

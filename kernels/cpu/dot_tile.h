@@ -2,9 +2,9 @@
 // token: of a prompt, of a decode, or of several decodes that share the partition.
 //
 // KV of bfloat16 is multiplied where it lies, keys in pairs of dimensions, values in pairs of tokens; such of 8 bits is
-// unpacked (scaled_span.h). It is walked in spans whose
-// borders are multiples of kSpan from the sequence's first token, and what a row sees of a span is summed in the same
-// steps whoever else sees some of it. Weights are rounded to bfloat16; their norm is the sum of what they become.
+// unpacked (scaled_span.h). It is walked in spans whose borders are multiples of kSpan from the sequence's first token,
+// and what a row sees of a span is summed in the same steps whoever else sees some of it. Weights are rounded to
+// bfloat16; their norm is the sum of what they become.
 #pragma once
 
 #include <algorithm>

@@ -8,12 +8,10 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
-import torch
-
 from kernels.build import BuildError, Library, shared_library
 from kernels.cpu.targets import library, runnable_targets
 from kernels.cuda.variant import NAMED_VARIANTS, emulated_library
-from tests.kernels.cpu_targets import BFLOAT16_ALONE, DTYPES, TILES, USED, WRITTEN_OUT, fitting_dtype
+from tests.kernels.cpu_targets import DTYPES, WRITTEN_OUT, fitting_dtype
 from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
 
 LOWEST_PRIORITY = 19
@@ -24,11 +22,6 @@ def libraries() -> Iterator[Library]:
     for target in (*runnable_targets(), *WRITTEN_OUT):
         for dtype, kv_dtype in DTYPES:
             yield library(target, fitting_dtype(target, dtype), fitting_dtype(target, kv_dtype))
-    for target in runnable_targets():
-        if target not in BFLOAT16_ALONE:
-            yield library(target, torch.float32, torch.int8)
-    yield library(USED[0], torch.float32, torch.float32, has_soft_cap=True)
-    yield library(TILES, torch.bfloat16, torch.bfloat16, has_soft_cap=True)
     for variant in NAMED_VARIANTS:
         yield emulated_library(dataclasses.replace(variant, has_window=False))
         yield emulated_library(variant)

@@ -54,16 +54,11 @@ class Decoding:
         num_steps = min(num_steps, num_alike)
         choices = np.ones((1 + num_steps, 2, len(input_ids)), np.int64)
         choices[0, 0] = input_ids
-        self._run(metadata, works, choices, draws)
+        self._run(works, choices, draws)
         return choices[1:]
 
-    def _run(
-        self,
-        metadata: AttentionMetadata,
-        works: list[PreparedWork],
-        choices: NDArray[np.int64],
-        draws: Draws | None,
-    ) -> None:
+    def _run(self, works: list[PreparedWork], choices: NDArray[np.int64], draws: Draws | None) -> None:
+        """choices: as `steps.h` has them, the first given, the others to be filled."""
         call, num_tokens = self._call, choices.shape[2]
         layers = self._stack.room_for_steps(num_tokens, [work.of_window() for work in works])
         call.layers = ctypes.pointer(layers)

@@ -61,8 +61,7 @@ class DotTile {
         height_(std::min(num_rows, kTileHeight)),
         head_dim_(shape.head_dim),
         factor_(shape.scale * kLog2E),
-        soft_cap_(shape.soft_cap),
-        scaled_(nullptr, head_dim_) {
+        soft_cap_(shape.soft_cap) {
     const int padded_rows = (num_rows + height_ - 1) / height_ * height_;
     const int num_unpacked = kIsScaled ? ScaledSpan::num_floats(head_dim_) : 0;
     float* memory =
@@ -107,7 +106,7 @@ class DotTile {
 
   // See LinesAhead.
   static float share_of_reading(int num_rows, int head_dim) {
-    const float bytes = 2.0f * head_dim * sizeof(BFloat16), share = 1.0f * sizeof(KV) / sizeof(BFloat16);
+    const float bytes = 2.0f * head_dim * sizeof(BFloat16), share = float{sizeof(KV)} / sizeof(BFloat16);
     return share * bytes / (bytes + kWorkPerWeight * std::min(num_rows, kTileHeight));
   }
 

@@ -16,6 +16,8 @@ class ScaledSpan {
  public:
   static constexpr int num_floats(int head_dim) { return kSpan * head_dim + 2 * kSpan; }
 
+  ScaledSpan() = default;  // to be assigned before it is used
+
   // memory: num_floats() of them, aligned.
   ScaledSpan(float* memory, int head_dim)
       : head_dim_(head_dim),

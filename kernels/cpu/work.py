@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # kPartialStep of attention.h
 PARTIAL_STEP = 32
+# Of a WorkList, what attention.h's Work points to by the same names.
+ARRAYS = ("seqs", "query_starts", "num_queries", "kv_starts", "kv_ends", "partials", "merge_items", "merge_counts")
 
 
 class PreparedWork:
@@ -38,14 +40,7 @@ class PreparedWork:
         self.work = Work(
             num_merges=len(items.merge_items),
             sliding_window=sliding_window,
-            seqs=address(items.seqs),
-            query_starts=address(items.query_starts),
-            num_queries=address(items.num_queries),
-            kv_starts=address(items.kv_starts),
-            kv_ends=address(items.kv_ends),
-            partials=address(items.partials),
-            merge_items=address(items.merge_items),
-            merge_counts=address(items.merge_counts),
+            **{name: address(getattr(items, name)) for name in ARRAYS},
         )
         self._clusters: Clusters | None = None
         self._read(metadata)

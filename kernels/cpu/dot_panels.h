@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "dots.h"
 #include "pair_sums.h"
@@ -17,34 +18,41 @@ class DotPanels {
   static constexpr int kColumns = kTileColumns;
   static constexpr int kGroup = 2;
   static constexpr int kDepthStep = 2 * kTilePairs;
-  static constexpr int kMaxUnit = 8;
+  // Without tiles the L3 cache is fast enough for units of any size.
+  static constexpr int kMaxUnit = kHasTiles ? 8 : 4;
+  static constexpr int kMaxUnitBytes = kHasTiles ? 512 << 10 : std::numeric_limits<int>::max();
 
   DotPanels(const void* weight, int64_t depth, int64_t row_stride)
       : weight_(static_cast<const BFloat16*>(weight)), depth_(depth), row_stride_(row_stride) {}
 
-  // See FloatPanels. A whole number of tiles of rows can be read.
+  // See FloatPanels. With tiles, a whole number of tiles of rows can be read.
   template <class Write>
-  void multiply(const BFloat16* rows, int num_rows, int panel, int end_panel, const Write& write) const {
-    const Job<Write> job{rows, num_rows, write};
+  void multiply(const BFloat16* rows, int num_rows, PanelRange panels, PanelRange next, const Write& write) const {
     [[maybe_unused]] const SmallIsZero small_is_zero;
-    if (num_rows <= kFewRows) return multiply_few<kFewRows>(job, panel, end_panel);
-    if constexpr (kHasTiles) {
+    const Job<Write> job{rows, 0, num_rows, write};
+    if (num_rows <= kFewRows) {
+      StepsAhead ahead;
+      multiply_some<1, kFewRows>(job, panels, ahead);
+    } else if constexpr (kHasTiles) {
       DotProduct<1, 1, Steps::kWhole, Columns>::set_up(num_rows);
-      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panel, end_panel);
-      return multiply_rows<2, 2>(job, panel, end_panel);
+      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panels.begin, panels.end);
+      multiply_rows<2, 2>(job, panels.begin, panels.end);
     } else {
-      multiply_rows<1, 1>(job, panel, end_panel);
+      multiply_in_turns(job, panels, next);
     }
   }
 
  private:
-  // From the weights in use to those that are prefetched, in steps of the depth; with few rows, which are done sooner.
-  static constexpr int kStepsAhead = kHasTiles ? 1 : 2, kFewStepsAhead = 2;
+  static constexpr int kVectors = kColumns / kLanes;
+  static constexpr int kPanelsAtOnce = 4;  // by vectors, at most
+  static constexpr int kTurnRows = 6;      // likewise; their sums and as many panels fill the registers
+  static constexpr int kLeastTurnRows = 4;  // that more than kFewRows are shared out to
+  static constexpr int kStepsAhead = 2, kTileStepsAhead = 1;  // from the weights in use to those that are prefetched
 
   template <class Write>
   struct Job {
-    const BFloat16* rows;
-    int num_rows;
+    const BFloat16* rows;  // from first_row on
+    int first_row, num_rows;
     const Write& write;
   };
 
@@ -65,46 +73,85 @@ class DotPanels {
     }
     void prefetch(int pair, int i) const {
       if (!is_read_first) return;
-      const BFloat16* lines = ahead(pair, i, kStepsAhead);
+      const BFloat16* lines = ahead(pair, i, kTileStepsAhead);
       for (int line = 0; line < kTilePairs; ++line) pagoda::prefetch(lines + line * stride);
     }
   };
 
-  static constexpr int kVectors = kColumns / kLanes;
+  // What is prefetched while few rows are multiplied: line by line what comes some steps later, there or in the panels
+  // after these.
+  struct StepsAhead {
+    const BFloat16* lines[kPanelsAtOnce];
 
-  // By vectors, line by line: a tile takes sixteen lines at once, and waits for all of them.
-  template <int kRows, class Write>
-  void multiply_few(const Job<Write>& job, int panel, int end_panel) const {
-    if constexpr (kRows > 1) {
-      if (job.num_rows < kRows) return multiply_few<kRows - 1>(job, panel, end_panel);
+    template <int kPanels>
+    void start(const Columns& columns, int pair) {
+      for (int i = 0; i < kPanels; ++i) lines[i] = columns.ahead(pair, i, kStepsAhead);
     }
-    multiply_few<kRows, sums_at_once(kRows * kVectors, 4)>(job, panel, end_panel);
+    void prefetch(int line, int i) const { pagoda::prefetch(lines[i] + line * Columns::stride); }
+  };
+
+  // With more rows, which take their turns over panels in the L2 cache: the panels that come next, in as many lines a
+  // step as will have fetched all of them when the last turn ends.
+  struct PanelsAhead {
+    const BFloat16 *next, *end;
+    int lines_per_step;
+
+    template <int kPanels>
+    void start(const Columns&, int) {
+      for (int i = 0; i < lines_per_step && next < end; ++i, next += Columns::stride) prefetch_far(next);
+    }
+    void prefetch(int, int) const {}
+  };
+
+  const BFloat16* panel_at(int panel) const { return weight_ + panel * depth_ * kColumns; }
+
+  template <class Write>
+  void multiply_in_turns(const Job<Write>& job, PanelRange panels, PanelRange next) const {
+    const int num_turns = (job.num_rows + kTurnRows - 1) / kTurnRows;
+    const int lines_per_step = (kTilePairs * (next.end - next.begin) + num_turns - 1) / num_turns;
+    PanelsAhead ahead{panel_at(next.begin), panel_at(next.end), lines_per_step};
+    for (int turn = 0; turn < num_turns; ++turn) {
+      const int begin = job.num_rows * turn / num_turns, end = job.num_rows * (turn + 1) / num_turns;
+      const Job<Write> some{job.rows + begin * row_stride_, begin, end - begin, job.write};
+      multiply_some<kLeastTurnRows, kTurnRows>(some, panels, ahead);
+    }
   }
 
-  template <int kRows, int kPanels, class Write>
-  void multiply_few(const Job<Write>& job, int panel, int end_panel) const {
-    for (; panel + kPanels <= end_panel; panel += kPanels) {
+  // kLeast to kRows rows by vectors, line by line: a tile takes sixteen lines at once, and waits for all of them.
+  template <int kLeast, int kRows, class Write, class Ahead>
+  void multiply_some(const Job<Write>& job, PanelRange panels, Ahead& ahead) const {
+    if constexpr (kRows > kLeast) {
+      if (job.num_rows < kRows) return multiply_some<kLeast, kRows - 1>(job, panels, ahead);
+    }
+    multiply_vectors<kRows, sums_at_once(kRows * kVectors, kPanelsAtOnce)>(job, panels, ahead);
+  }
+
+  template <int kRows, int kPanels, class Write, class Ahead>
+  void multiply_vectors(const Job<Write>& job, PanelRange panels, Ahead& ahead) const {
+    int panel = panels.begin;
+    for (; panel + kPanels <= panels.end; panel += kPanels) {
       PairSum sums[kRows][kPanels * kVectors];
-      const Columns columns{weight_ + panel * depth_ * kColumns, depth_ * kColumns, kPanels, true};
-      for (int pair = 0; pair < depth_ / 2; pair += kTilePairs) add_step(sums, job.rows + 2 * pair, columns, pair);
+      const Columns columns{panel_at(panel), depth_ * kColumns, kPanels, true};
+      for (int pair = 0; pair < depth_ / 2; pair += kTilePairs) add_step(sums, job.rows + 2 * pair, columns, pair, ahead);
       alignas(kAlignment) float totals[kRows][kPanels * kColumns];
       for (int row = 0; row < kRows; ++row) {
         for (int i = 0; i < kPanels * kVectors; ++i) store(&totals[row][i * kLanes], sums[row][i].total);
       }
-      job.write(SumBlock{totals[0], kPanels * kColumns, 0, kRows, panel * kColumns, kPanels * kColumns});
+      const int end_row = job.first_row + kRows;
+      job.write(SumBlock{totals[0], kPanels * kColumns, job.first_row, end_row, panel * kColumns, kPanels * kColumns});
     }
-    if constexpr (kPanels > 1) multiply_few<kRows, kPanels / 2>(job, panel, end_panel);
+    if constexpr (kPanels > 1) multiply_vectors<kRows, kPanels / 2>(job, {panel, panels.end}, ahead);
   }
 
   // rows: from `pair` on.
-  template <int kRows, int kSums>
-  void add_step(PairSum (&sums)[kRows][kSums], const BFloat16* rows, const Columns& columns, int pair) const {
+  template <int kRows, int kSums, class Ahead>
+  void add_step(PairSum (&sums)[kRows][kSums], const BFloat16* rows, const Columns& columns, int pair,
+                Ahead& ahead) const {
     constexpr int kPanels = kSums / kVectors;
-    const BFloat16* ahead[kPanels];
-    for (int i = 0; i < kPanels; ++i) ahead[i] = columns.ahead(pair, i, kFewStepsAhead);
+    ahead.template start<kPanels>(columns, pair);
     for (int line = 0; line < kTilePairs; ++line) {
       for (int i = 0; i < kPanels; ++i) {
-        prefetch(ahead[i] + line * Columns::stride);
+        ahead.prefetch(line, i);
         for (int v = 0; v < kVectors; ++v) {
           const Words words = load_words(columns.at(pair + line, i) + 2 * v * kLanes);
           for (int row = 0; row < kRows; ++row) {
@@ -139,7 +186,7 @@ class DotPanels {
     alignas(kAlignment) float sums[kRowTiles * kTileHeight][kPanels * kColumns];
     const int end_row = std::min(row + kRowTiles * kTileHeight, job.num_rows);
     const LeftRows left{job.rows + row * row_stride_, row_stride_, end_row - row};
-    const Columns columns{weight_ + panel * depth_ * kColumns, depth_ * kColumns, kPanels, row == 0};
+    const Columns columns{panel_at(panel), depth_ * kColumns, kPanels, row == 0};
     DotProduct<kRowTiles, kPanels, Steps::kWhole, Columns>(left, columns, {sums[0], kPanels * kColumns, true}).run(depth_ / 2);
     job.write(SumBlock{sums[0], kPanels * kColumns, row, end_row, panel * kColumns, kPanels * kColumns});
   }

@@ -21,7 +21,6 @@ namespace {
 constexpr int kMaxRows = 480;             // prepared at a time
 constexpr int kFewPrepared = 8;           // rows are not worth waking other threads for
 constexpr int kMaxParts = 64;             // that outputs are chosen from, each by one thread
-constexpr int kMaxUnitBytes = 512 << 10;  // of one thread's unit of work: weights that stay in the L2 cache for all tiles
 
 using Panels = std::conditional_t<kHasDots && std::is_same_v<Element, BFloat16>, DotPanels, FloatPanels>;
 using Prepared = Panels::Prepared;
@@ -66,16 +65,22 @@ class Product {
         continue;
       }
       for_units(call_.num_threads, num_units_, [=, this](int64_t unit) {
-        multiply(rows, num_rows, unit, [=, this](const SumBlock& block) { finish(block, first); });
+        const int64_t next = unit + call_.num_threads;  // if all take as long
+        multiply(rows, num_rows, unit, next, [=, this](const SumBlock& block) { finish(block, first); });
       });
     }
   }
 
  private:
   template <class Write>
-  void multiply(const Prepared* rows, int num_rows, int64_t unit, const Write& write) const {
-    const int panel = unit * unit_panels_;
-    panels_.multiply(rows, num_rows, panel, std::min(panel + unit_panels_, num_panels_), write);
+  void multiply(const Prepared* rows, int num_rows, int64_t unit, int64_t next, const Write& write) const {
+    panels_.multiply(rows, num_rows, panels_of(unit), panels_of(next), write);
+  }
+
+  // None, past the last.
+  PanelRange panels_of(int64_t unit) const {
+    const int64_t begin = std::min<int64_t>(unit * unit_panels_, num_panels_);
+    return {static_cast<int>(begin), static_cast<int>(std::min<int64_t>(begin + unit_panels_, num_panels_))};
   }
 
   // Outputs are looked at while they pass: nobody writes them down.
@@ -85,7 +90,7 @@ class Product {
     for_units(call_.num_threads, num_parts, [&, this](int64_t part) {
       std::vector<Likeliest> likeliest(num_rows);
       for (int64_t unit = num_units_ * part / num_parts; unit < num_units_ * (part + 1) / num_parts; ++unit) {
-        multiply(rows, num_rows, unit, [&, this](const SumBlock& block) {
+        multiply(rows, num_rows, unit, unit + 1, [&, this](const SumBlock& block) {
           for_sums(block, [&](int row, int column, int count, Floats x) { likeliest[row].take(x, column, count); });
         });
       }
@@ -110,7 +115,7 @@ class Product {
   int panels_per_unit() const {
     int count = Panels::kMaxUnit;
     const auto is_too_large = [&] {
-      return count * depth_ * Panels::kColumns * static_cast<int64_t>(sizeof(Element)) > kMaxUnitBytes ||
+      return count * depth_ * Panels::kColumns * static_cast<int64_t>(sizeof(Element)) > Panels::kMaxUnitBytes ||
              num_panels_ < 4 * count * call_.num_threads;
     };
     while (count > 1 && is_too_large()) count /= 2;

@@ -23,6 +23,10 @@ struct SumBlock {
   int first_column, num_columns;
 };
 
+struct PanelRange {
+  int begin, end;
+};
+
 class FloatPanels {
  public:
   using Prepared = float;
@@ -30,18 +34,20 @@ class FloatPanels {
   static constexpr int kGroup = 1;      // inputs of a column that lie together
   static constexpr int kDepthStep = 1;  // the depth is a multiple of it
   static constexpr int kMaxUnit = 4;    // panels of one thread's unit of work: they share a tile of rows in the L1 cache
+  static constexpr int kMaxUnitBytes = 512 << 10;  // likewise: they stay in the L2 cache for all tiles of rows
 
   // Prepared rows are row_stride apart; a panel has `depth` rows of kColumns.
   FloatPanels(const Element* weight, int64_t depth, int64_t row_stride)
       : weight_(weight), depth_(depth), row_stride_(row_stride) {}
 
-  // Calls write(SumBlock) for each tile of rows and columns: tiles of as equal heights as can be.
+  // Calls write(SumBlock) for each tile of rows and columns: tiles of as equal heights as can be. next: the panels that
+  // this thread is likely to go on with.
   template <class Write>
-  void multiply(const float* rows, int num_rows, int panel, int end_panel, const Write& write) const {
+  void multiply(const float* rows, int num_rows, PanelRange panels, PanelRange, const Write& write) const {
     const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = num_rows * tile / num_tiles, end = num_rows * (tile + 1) / num_tiles;
-      multiply_rows<kTileRows>(rows + begin * row_stride_, begin, end, panel, end_panel, write);
+      multiply_rows<kTileRows>(rows + begin * row_stride_, begin, end, panels.begin, panels.end, write);
     }
   }
 

@@ -110,41 +110,53 @@ class DotProduct {
 
   template <int kRows>
   void run_rows(int row, int num_pairs) const {
-    for (; row + kRows <= left_.count; row += kRows) add_rows<kRows>(row, num_pairs);
+    for (; row + kRows <= left_.count; row += kRows) {
+      if (row == 0) {
+        add_rows<kRows, true>(row, num_pairs);
+      } else {
+        add_rows<kRows, false>(row, num_pairs);
+      }
+    }
     if constexpr (kRows > 1) run_rows<kRows / 2>(row, num_pairs);
   }
 
-  template <int kRows>
-  void add_rows(int row, int num_pairs) const {
+  // A function of its own, for what is around it would take its registers. The first rows prefetch: while that is called,
+  // their sums are in memory.
+  template <int kRows, bool is_first>
+  __attribute__((noinline)) void add_rows(int row, int num_pairs) const {
     float* const to = sums_.first + row * sums_.stride;
-    Floats sums[kRows][kColumns * kVectors] = {};
-    if (!sums_.is_new) {
-      for (int r = 0; r < kRows; ++r) std::memcpy(sums[r], to + r * sums_.stride, sizeof sums[r]);
+    Floats sums[kRows][kColumns * kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kColumns * kVectors; ++i) {
+        sums[r][i] = sums_.is_new ? Floats{} : load(to + r * sums_.stride + i * kLanes);
+      }
     }
     for (int pair = 0; pair < num_pairs; pair += kStepPairs) {
       const BFloat16* columns[kColumns];
       for (int i = 0; i < kColumns; ++i) {
         columns[i] = right_.at(pair, i);
-        if (row == 0) right_.prefetch(pair, i);
+        if constexpr (is_first) right_.prefetch(pair, i);
       }
       const BFloat16* left = left_.first + row * left_.stride + 2 * pair;
       for (int p = 0; p < std::min(kStepPairs, num_pairs - pair); ++p, left += 2) {
         add_pair<kRows>(sums, left, columns, p * right_.stride);
       }
     }
-    for (int r = 0; r < kRows; ++r) std::memcpy(to + r * sums_.stride, sums[r], sizeof sums[r]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kColumns * kVectors; ++i) store(to + r * sums_.stride + i * kLanes, sums[r][i]);
+    }
   }
 
   template <int kRows>
   void add_pair(Floats (&sums)[kRows][kColumns * kVectors], const BFloat16* left, const BFloat16* const* columns,
                 int64_t offset) const {
-    Words right[kColumns][kVectors];
-    for (int i = 0; i < kColumns; ++i) std::memcpy(right[i], columns[i] + offset, sizeof right[i]);
+    Words right[kColumns * kVectors];
+    for (int i = 0; i < kColumns * kVectors; ++i) {
+      right[i] = load_words(columns[i / kVectors] + offset + i % kVectors * 2 * kLanes);
+    }
     for (int r = 0; r < kRows; ++r) {
       const Words x = broadcast_words(left + r * left_.stride);
-      for (int i = 0; i < kColumns * kVectors; ++i) {
-        sums[r][i] = add_dot(sums[r][i], x, right[i / kVectors][i % kVectors]);
-      }
+      for (int i = 0; i < kColumns * kVectors; ++i) sums[r][i] = add_dot(sums[r][i], x, right[i]);
     }
   }
 

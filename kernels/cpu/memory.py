@@ -30,7 +30,7 @@ def empty_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Ten
 def populate(planes: torch.Tensor) -> threading.Thread:
     """Has the system find pages for memory before it is used, by a thread that runs where a core is idle.
 
-    planes: [num_planes, num_bytes], whose contents stay. They are walked side by side, as a pool's blocks come into use.
+    planes: [num_planes, num_bytes], whose contents stay. They are walked side by side, as blocks of a pool are used.
     """
     thread = threading.Thread(target=_populate, args=(planes,), name="pages", daemon=True)
     thread.start()

@@ -80,7 +80,7 @@ async def test_slots_of_a_worker_and_of_requests_move_under_load(model: Path) ->
         assert (await collect(client, timed_request(99, 5)))[0] == timed_tokens(99, 5)
 
 
-@pytest.mark.parametrize("name", ["scheduler", "worker-0"])
+@pytest.mark.parametrize("name", ["scheduler", pytest.param("worker-0", marks=pytest.mark.slow)])
 async def test_a_process_dies_while_its_slot_is_between_two_nodes(model: Path, name: str) -> None:
     async with clustered(model) as (stack, cluster), stack.client() as client:
         load = Load(client, NUM_REQUESTS, NUM_TOKENS)
@@ -99,7 +99,7 @@ async def test_a_process_dies_while_its_slot_is_between_two_nodes(model: Path, n
         await stack.idle()
 
 
-@pytest.mark.parametrize("dead", range(3))
+@pytest.mark.parametrize("dead", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 async def test_a_node_is_killed_and_comes_back(model: Path, dead: int) -> None:
     """The one that the URL names, one with a worker, one with records alone."""
     async with clustered(model, *DURABLE) as (stack, cluster), stack.client() as client:

@@ -8,10 +8,12 @@ import dataclasses
 import os
 from collections.abc import Iterator
 
+import torch
+
 from kernels.build import BuildError, Library, shared_library
-from kernels.cpu.targets import library, runnable_targets
+from kernels.cpu.targets import AMX, library, runnable_targets
 from kernels.cuda.variant import NAMED_VARIANTS, emulated_library
-from tests.kernels.cpu_targets import DTYPES, WRITTEN_OUT, fitting_dtype
+from tests.kernels.cpu_targets import DTYPES, TILES, USED, WRITTEN_OUT, fitting_dtype
 from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
 
 LOWEST_PRIORITY = 19
@@ -27,13 +29,26 @@ def libraries() -> Iterator[Library]:
         yield emulated_library(variant)
 
 
+def single_libraries() -> Iterator[Library]:
+    """Each of one test alone."""
+    yield library(USED[0], torch.float32, torch.float32, has_soft_cap=True)
+    yield library(TILES, torch.bfloat16, torch.bfloat16, has_soft_cap=True)
+    yield library(AMX, torch.bfloat16, torch.bfloat16)
+    yield library(USED[0], torch.float32, torch.int8)
+
+
 def main() -> None:
     """What can't be compiled is left to the tests."""
     os.nice(LOWEST_PRIORITY)
-    for made in libraries():
-        with contextlib.suppress(BuildError):
-            shared_library(made)
+    _compile(libraries())
     list(compile_all(NAMED_JOBS))
+    _compile(single_libraries())
+
+
+def _compile(made: Iterator[Library]) -> None:
+    for one in made:
+        with contextlib.suppress(BuildError):
+            shared_library(one)
 
 
 if __name__ == "__main__":

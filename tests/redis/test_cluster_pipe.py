@@ -326,7 +326,8 @@ async def test_who_waits_sees_how_long_and_a_closed_pipe_leaves_no_one_waiting(c
             cluster.nodes[0].resume()
 
 
-@pytest.mark.parametrize("kind", ["valkey", pytest.param("redis6", marks=pytest.mark.slow), "redis"])
+@pytest.mark.slow  # through the whole service: tests/chaos/test_redis_cluster.py
+@pytest.mark.parametrize("kind", ["valkey", "redis6", "redis"])
 async def test_a_replica_takes_over_when_it_is_told_to(kind: str) -> None:
     """Nothing is lost, so nothing is refused."""
     cluster = new_cluster(kind, has_replicas=True)

@@ -457,7 +457,7 @@ def test_a_broken_model_folder_is_one_line(model, tmp_path, case):
     refused(pagoda("up", "--model", folder, "--port", free_port()), words)
 
 
-@pytest.mark.parametrize("given", ["flag", "environment"])
+@pytest.mark.parametrize("given", ["flag", pytest.param("environment", marks=pytest.mark.slow)])
 def test_an_unreachable_redis_is_one_line(model, given):
     url = f"redis://127.0.0.1:{free_port()}/0"
     flags = ("up", "--model", model, "--port", free_port())

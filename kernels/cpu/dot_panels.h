@@ -132,7 +132,9 @@ class DotPanels {
     for (; panel + kPanels <= panels.end; panel += kPanels) {
       PairSum sums[kRows][kPanels * kVectors];
       const Columns columns{panel_at(panel), depth_ * kColumns, kPanels, true};
-      for (int pair = 0; pair < depth_ / 2; pair += kTilePairs) add_step(sums, job.rows + 2 * pair, columns, pair, ahead);
+      for (int pair = 0; pair < depth_ / 2; pair += kTilePairs) {
+        add_step(sums, job.rows + 2 * pair, columns, pair, ahead);
+      }
       alignas(kAlignment) float totals[kRows][kPanels * kColumns];
       for (int row = 0; row < kRows; ++row) {
         for (int i = 0; i < kPanels * kVectors; ++i) store(&totals[row][i * kLanes], sums[row][i].total);

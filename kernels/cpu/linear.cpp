@@ -90,9 +90,8 @@ class Product {
     for_units(call_.num_threads, num_parts, [&, this](int64_t part) {
       std::vector<Likeliest> likeliest(num_rows);
       for (int64_t unit = num_units_ * part / num_parts; unit < num_units_ * (part + 1) / num_parts; ++unit) {
-        multiply(rows, num_rows, unit, unit + 1, [&, this](const SumBlock& block) {
-          for_sums(block, [&](int row, int column, int count, Floats x) { likeliest[row].take(x, column, count); });
-        });
+        const auto look = [&, this](const SumBlock& block) { look_at(block, likeliest.data()); };
+        multiply(rows, num_rows, unit, unit + 1, look);
       }
       for (int row = 0; row < num_rows; ++row) choices[part * num_rows + row] = likeliest[row].choice();
     });
@@ -103,6 +102,11 @@ class Product {
       to[row] = choice.token_id;
       to[call_.num_rows + row] = choice.is_finite;
     }
+  }
+
+  // A function of its own, for inlined it would take the registers of the products before it.
+  __attribute__((noinline)) void look_at(const SumBlock& block, Likeliest* likeliest) const {
+    for_sums(block, [=](int row, int column, int count, Floats x) { likeliest[row].take(x, column, count); });
   }
 
   // Whether the input is as it would be prepared, and can be read as far.

@@ -86,7 +86,7 @@ class KVPool:
         shape = (num_layers, 2, num_blocks + 1, kv_format.num_kv_heads, kv_format.head_bytes)
         if device.type == "cpu":
             self.blocks = empty_on_huge_pages(shape, torch.uint8)
-            populate(self.blocks.view(2 * num_layers, -1))  # half a millisecond or more for each MiB, in no step
+            populate(self.blocks.view(2 * num_layers, -1))  # else the steps that use a page first would wait for it
         else:
             self.blocks = torch.empty(shape, dtype=torch.uint8, device=device)
         self.layers = tuple(LayerKV(layer[0], layer[1]) for layer in self.blocks)

@@ -18,8 +18,9 @@ class DotPanels {
   static constexpr int kColumns = kTileColumns;
   static constexpr int kGroup = 2;
   static constexpr int kDepthStep = 2 * kTilePairs;
+  static constexpr int kPanelsAtOnce = 4;  // by vectors, at most
   // Without tiles the L3 cache is fast enough for units of any size.
-  static constexpr int kMaxUnit = kHasTiles ? 8 : 4;
+  static constexpr int kMaxUnit = kHasTiles ? 8 : kPanelsAtOnce;
   static constexpr int kMaxUnitBytes = kHasTiles ? 512 << 10 : std::numeric_limits<int>::max();
 
   DotPanels(const void* weight, int64_t depth, int64_t row_stride)
@@ -35,8 +36,8 @@ class DotPanels {
       multiply_some<1, kFewRows>(job, panels, ahead);
     } else if constexpr (kHasTiles) {
       DotProduct<1, 1, Steps::kWhole, Columns>::set_up(num_rows);
-      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panels.begin, panels.end);
-      multiply_rows<2, 2>(job, panels.begin, panels.end);
+      if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panels);
+      multiply_rows<2, 2>(job, panels);
     } else {
       multiply_in_turns(job, panels, next);
     }
@@ -44,9 +45,9 @@ class DotPanels {
 
  private:
   static constexpr int kVectors = kColumns / kLanes;
-  static constexpr int kPanelsAtOnce = 4;  // by vectors, at most
-  static constexpr int kTurnRows = 6;      // likewise; their sums and as many panels fill the registers
-  static constexpr int kLeastTurnRows = 4;  // that more than kFewRows are shared out to
+  static constexpr int kTurnRows = 6;  // at most; their sums and those panels fill the registers
+  static constexpr int kLeastTurnRows = (2 * kTurnRows + 1) / 3;  // of some more than one turn holds, shared out evenly
+  static_assert(kHasTiles || kFewRows > kTurnRows);
   static constexpr int kStepsAhead = 2, kTileStepsAhead = 1;  // from the weights in use to those that are prefetched
 
   template <class Write>
@@ -169,18 +170,19 @@ class DotPanels {
 
   // Some rows after the others, which stay in the L1 cache while all panels pass.
   template <int kRowTiles, int kPanels, class Write>
-  void multiply_rows(const Job<Write>& job, int panel, int end_panel) const {
+  void multiply_rows(const Job<Write>& job, PanelRange panels) const {
     int row = 0;
     for (; row + (kRowTiles - 1) * kTileHeight < job.num_rows; row += kRowTiles * kTileHeight) {
-      multiply_panels<kRowTiles, kPanels>(job, row, panel, end_panel);
+      multiply_panels<kRowTiles, kPanels>(job, row, panels);
     }
-    for (; row < job.num_rows; row += kTileHeight) multiply_panels<1, kPanels>(job, row, panel, end_panel);
+    for (; row < job.num_rows; row += kTileHeight) multiply_panels<1, kPanels>(job, row, panels);
   }
 
   template <int kRowTiles, int kPanels, class Write>
-  void multiply_panels(const Job<Write>& job, int row, int panel, int end_panel) const {
-    for (; panel + kPanels <= end_panel; panel += kPanels) multiply_tiles<kRowTiles, kPanels>(job, row, panel);
-    if constexpr (kPanels > 1) multiply_panels<kRowTiles, kPanels / 2>(job, row, panel, end_panel);
+  void multiply_panels(const Job<Write>& job, int row, PanelRange panels) const {
+    int panel = panels.begin;
+    for (; panel + kPanels <= panels.end; panel += kPanels) multiply_tiles<kRowTiles, kPanels>(job, row, panel);
+    if constexpr (kPanels > 1) multiply_panels<kRowTiles, kPanels / 2>(job, row, {panel, panels.end});
   }
 
   template <int kRowTiles, int kPanels, class Write>
@@ -189,7 +191,8 @@ class DotPanels {
     const int end_row = std::min(row + kRowTiles * kTileHeight, job.num_rows);
     const LeftRows left{job.rows + row * row_stride_, row_stride_, end_row - row};
     const Columns columns{panel_at(panel), depth_ * kColumns, kPanels, row == 0};
-    DotProduct<kRowTiles, kPanels, Steps::kWhole, Columns>(left, columns, {sums[0], kPanels * kColumns, true}).run(depth_ / 2);
+    const SumRows rows{sums[0], kPanels * kColumns, true};
+    DotProduct<kRowTiles, kPanels, Steps::kWhole, Columns>(left, columns, rows).run(depth_ / 2);
     job.write(SumBlock{sums[0], kPanels * kColumns, row, end_row, panel * kColumns, kPanels * kColumns});
   }
 

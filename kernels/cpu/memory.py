@@ -13,6 +13,7 @@ import threading
 import torch
 
 HUGE_PAGE_BYTES = 2**21
+THREAD_NAME = "pages"
 MADV_POPULATE_WRITE = 23  # of Linux from 5.14 on (include/uapi/asm-generic/mman-common.h)
 
 
@@ -32,7 +33,7 @@ def populate(planes: torch.Tensor) -> threading.Thread:
 
     planes: [num_planes, num_bytes], whose contents stay. They are walked side by side, as blocks of a pool are used.
     """
-    thread = threading.Thread(target=_populate, args=(planes,), name="pages", daemon=True)
+    thread = threading.Thread(target=_populate, args=(planes,), name=THREAD_NAME, daemon=True)
     thread.start()
     return thread
 

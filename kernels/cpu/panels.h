@@ -41,13 +41,13 @@ class FloatPanels {
       : weight_(weight), depth_(depth), row_stride_(row_stride) {}
 
   // Calls write(SumBlock) for each tile of rows and columns: tiles of as equal heights as can be. next: the panels that
-  // this thread is likely to go on with.
+  // this thread is likely to go on with, which only those in bfloat16 make use of.
   template <class Write>
   void multiply(const float* rows, int num_rows, PanelRange panels, PanelRange, const Write& write) const {
     const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = num_rows * tile / num_tiles, end = num_rows * (tile + 1) / num_tiles;
-      multiply_rows<kTileRows>(rows + begin * row_stride_, begin, end, panels.begin, panels.end, write);
+      multiply_rows<kTileRows>(rows + begin * row_stride_, begin, end, panels, write);
     }
   }
 
@@ -55,16 +55,17 @@ class FloatPanels {
   static constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
   template <int kRows, class Write>
-  void multiply_rows(const float* rows, int row, int end_row, int panel, int end_panel, const Write& write) const {
+  void multiply_rows(const float* rows, int row, int end_row, PanelRange panels, const Write& write) const {
     if constexpr (kRows > 1) {
-      if (end_row - row < kRows) return multiply_rows<kRows - 1>(rows, row, end_row, panel, end_panel, write);
+      if (end_row - row < kRows) return multiply_rows<kRows - 1>(rows, row, end_row, panels, write);
     }
-    multiply_panels<kRows, panels_at_once(kRows)>(rows, row, panel, end_panel, write);
+    multiply_panels<kRows, panels_at_once(kRows)>(rows, row, panels, write);
   }
 
   template <int kRows, int kPanels, class Write>
-  void multiply_panels(const float* rows, int row, int panel, int end_panel, const Write& write) const {
-    for (; panel + kPanels <= end_panel; panel += kPanels) {
+  void multiply_panels(const float* rows, int row, PanelRange panels, const Write& write) const {
+    int panel = panels.begin;
+    for (; panel + kPanels <= panels.end; panel += kPanels) {
       ProductTile<kRows, kPanels> tile = {};
       tile.template multiply<kBytesAhead>(rows, row_stride_, weight_ + panel * depth_ * kPanel, depth_ * kPanel, depth_);
       alignas(kAlignment) float sums[kRows][kPanels * kPanel];
@@ -73,7 +74,7 @@ class FloatPanels {
       }
       write(SumBlock{sums[0], kPanels * kPanel, row, row + kRows, panel * kPanel, kPanels * kPanel});
     }
-    if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, panel, end_panel, write);
+    if constexpr (kPanels > 1) multiply_panels<kRows, kPanels / 2>(rows, row, {panel, panels.end}, write);
   }
 
   const Element* weight_;

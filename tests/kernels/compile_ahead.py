@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.build import BuildError, Library, shared_library
-from kernels.cpu.targets import AMX, library, runnable_targets
+from kernels.cpu.targets import AMX, AVX512_BF16, library, runnable_targets
 from kernels.cuda.variant import NAMED_VARIANTS, emulated_library
 from tests.kernels.cpu_targets import DTYPES, TILES, USED, WRITTEN_OUT, fitting_dtype
 from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
@@ -33,7 +33,8 @@ def single_libraries() -> Iterator[Library]:
     """Each of one test alone."""
     yield library(USED[0], torch.float32, torch.float32, has_soft_cap=True)
     yield library(TILES, torch.bfloat16, torch.bfloat16, has_soft_cap=True)
-    yield library(AMX, torch.bfloat16, torch.bfloat16)
+    for target in (AMX, AVX512_BF16):
+        yield library(target, torch.bfloat16, torch.bfloat16)
     yield library(USED[0], torch.float32, torch.int8)
 
 

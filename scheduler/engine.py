@@ -18,6 +18,7 @@ from pagoda.v1 import worker_pb2 as pb
 
 from scheduler.committer import Committer
 from scheduler.live_request import LiveChoice, LiveRequest
+from scheduler.plan_length import PlanLength
 from scheduler.planner import Planner
 from scheduler.results import ProtocolError, Results, Step
 from scheduler.sequence import SequenceStatus
@@ -46,6 +47,7 @@ class EngineParts:
     committer: Committer
     link: Link
     clock: StepClock
+    plan_length: PlanLength
     redis_round_trip_s: Callable[[], float]
 
 
@@ -66,6 +68,7 @@ class Engine:
         self.plan_tokens, self.plan_sequences = Tally(PLAN_SIZES), Tally(PLAN_SIZES)
         self.poisons_freed_blocks = False
         self._link = parts.link
+        self._plan_length = parts.plan_length
         self._redis_round_trip_s = parts.redis_round_trip_s
         self._samplers: dict[int, pb.SamplerParams] = {}
         self._arrived: deque[pb.StepResult] = deque()
@@ -201,6 +204,8 @@ class Engine:
                 self.results.apply_resent(result)
             elif self._in_flight and self._in_flight[0].step_id == result.step_id:
                 step = self._in_flight.popleft()
+                if 0 < step.num_tokens == len(step.rows):
+                    self._plan_length.on_decodes(len(step.rows), result.step_s / step.num_steps)
                 self.results.apply(step, result)
                 self.num_step_tokens += step.num_tokens * step.num_steps
                 self.num_steps += step.num_steps - 1
@@ -237,7 +242,7 @@ class Engine:
             self._is_settled = True
             self.planner.settle()
         while len(self._in_flight) <= self.clock.num_plans_ahead:
-            num_steps = self.planner.num_steps_alike(self.clock.num_steps_per_plan)
+            num_steps = self.planner.num_steps_alike(self._most_steps())
             rows = self.planner.schedule(num_steps)
             copies, self.committer.acked_copies = self.committer.acked_copies, []
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
@@ -270,7 +275,7 @@ class Engine:
         self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
         lookahead = min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD)
-        self.planner.grow_and_admit(lookahead, min(self.clock.num_steps_per_plan, MAX_LOOKAHEAD // lookahead))
+        self.planner.grow_and_admit(lookahead, min(self._most_steps(), MAX_LOOKAHEAD // lookahead))
         for sequence in self.planner.reserved:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:
@@ -283,6 +288,12 @@ class Engine:
         self.planner.redescribed.clear()
         self.planner.forks.copies.clear()
         self.planner.swapper.started.clear()
+
+    def _most_steps(self) -> int:
+        """Of the next plan."""
+        running, live = self.planner.running, self.live
+        patience = min([live[sequence.seq_id].request.patience for sequence in running], default=1)
+        return self._plan_length.num_steps(len(running), patience)
 
     def _count_phases(self, *times: float) -> None:
         applied, planned, sent, reserved, committed = (b - a for a, b in itertools.pairwise(times))

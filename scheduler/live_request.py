@@ -11,6 +11,9 @@ from scheduler.detokenizer import TextStream
 from scheduler.request import RequestBody
 from scheduler.sequence import FinishReason, Sequence
 
+NOBODY_WAITS = 1 << 32
+"""More tokens than any stream_interval."""
+
 
 @dataclass(frozen=True, slots=True)
 class EndState:
@@ -81,7 +84,10 @@ class LiveRequest:
     """Whether its worker was lost to another owner: its streams end with UNAVAILABLE."""
     num_interruptions: int = 0
     """How often all its streams were told to end with UNAVAILABLE, to be resumed."""
-    num_streams: int = 0
+    stream_intervals: list[int] = field(default_factory=list)
+    """Of each stream that reads it, the tokens from one delta to the next, 1 or more."""
+    patience: int = NOBODY_WAITS
+    """The least of them: for so many tokens whoever reads it waits in any case."""
     arrived_s: float = 0.0
     """When its client sent it to this scheduler, monotonic; 0: it was taken over."""
     arrived_at_s: float = 0.0
@@ -98,6 +104,21 @@ class LiveRequest:
     def is_ranked(self) -> bool:
         """Whether the best of its choices are delivered, which shows when all have ended."""
         return self.body.sampling.best_of > 0
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that read it."""
+        return len(self.stream_intervals)
+
+    def attach(self, stream_interval: int) -> None:
+        """A stream reads it."""
+        self.stream_intervals.append(stream_interval)
+        self.patience = min(self.stream_intervals)
+
+    def detach(self, stream_interval: int) -> None:
+        """It reads it no longer."""
+        self.stream_intervals.remove(stream_interval)
+        self.patience = min(self.stream_intervals, default=NOBODY_WAITS)
 
     def delivered(self) -> list[LiveChoice]:
         """The choices that the client gets, in their order there. A ranked request must be over."""
@@ -187,16 +208,16 @@ class LiveRequests:
         if live.abandon_timer is not None:
             live.abandon_timer.cancel()
 
-    def attach(self, live: LiveRequest) -> None:
+    def attach(self, live: LiveRequest, stream_interval: int) -> None:
         """A stream reads it."""
-        live.num_streams += 1
+        live.attach(stream_interval)
         if live.abandon_timer is not None:
             live.abandon_timer.cancel()
             live.abandon_timer = None
 
-    def detach(self, live: LiveRequest) -> None:
+    def detach(self, live: LiveRequest, stream_interval: int) -> None:
         """A stream is gone, for whatever reason."""
-        live.num_streams -= 1
+        live.detach(stream_interval)
         self.expect_client(live)
 
     def expect_client(self, live: LiveRequest) -> None:

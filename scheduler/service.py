@@ -67,7 +67,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         live = await self._find(body.request_id) or await self._accept(body)
         if live.body.digest != body.digest:
             raise AlreadyExistsError(f"request_id: {body.request_id!r} is another request; choose another id")
-        async with _Attached(self._live_requests, live):
+        async with _Attached(self._live_requests, live, request.stream_interval):
             while not (live.is_accepted or live.is_over or live.is_orphaned):
                 await live.changed()
             yield pb.GenerateResponse(request_id=body.request_id)
@@ -81,7 +81,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         live = await self._find(request.request_id)
         if live is None:
             raise _unknown(request.request_id)
-        async with _Attached(self._live_requests, live):
+        async with _Attached(self._live_requests, live, request.stream_interval):
             yield pb.AttachResponse(request_id=request.request_id)
             async for delta in self._delivery.deltas(live, request.next_index, request.stream_interval):
                 yield pb.AttachResponse(request_id=request.request_id, delta=delta)
@@ -299,15 +299,16 @@ class _Acceptance:
 class _Attached:
     """Counts a stream as a request's client while it lasts."""
 
-    def __init__(self, live_requests: LiveRequests, live: LiveRequest) -> None:
+    def __init__(self, live_requests: LiveRequests, live: LiveRequest, stream_interval: int) -> None:
         self._live_requests = live_requests
         self._live = live
+        self._stream_interval = max(1, stream_interval)
 
     async def __aenter__(self) -> None:
-        self._live_requests.attach(self._live)
+        self._live_requests.attach(self._live, self._stream_interval)
 
     async def __aexit__(self, *_: object) -> None:
-        self._live_requests.detach(self._live)
+        self._live_requests.detach(self._live, self._stream_interval)
 
 
 async def _in_time(work: Awaitable[_T]) -> _T:

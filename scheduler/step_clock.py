@@ -13,8 +13,6 @@ MAX_LATE_GAP_S = 0.05
 """A worker that waited for longer had nothing to do; one that waited for less, for a plan that came late."""
 LATE_SHARE = 0.1
 """Share of late plans from which on another one is sent ahead; they fade over some hundred steps."""
-MAX_STEPS_PER_PLAN = 8
-"""Behind the end of a sequence, so many less one may be run in vain."""
 MIN_VARIANCE = 64.0
 """Of the tokens of the last steps, squared: below it their times tell nothing of what one token more takes."""
 
@@ -22,13 +20,9 @@ MIN_VARIANCE = 64.0
 class StepClock:
     """Of one worker. Times in seconds."""
 
-    def __init__(
-        self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0, plan_s: float = 0.0
-    ) -> None:
-        """plan_s: how long the tokens of a plan's first step may wait for those of its last."""
+    def __init__(self, calibrated_step_s: float = 0.0, calibrated_s_per_token: float = 0.0) -> None:
         self.step_s = calibrated_step_s
         """Moving average of a step's time, as the worker measured it."""
-        self._plan_s = plan_s
         self.marginal_s_per_token = calibrated_s_per_token
         """What one token more adds to a step: the slope of the last steps' times over their tokens."""
         self._s_per_token = 0.0
@@ -84,11 +78,6 @@ class StepClock:
     def num_plans_ahead(self) -> int:
         """Plans to be there beside the one that runs: one, or two where one has often come too late."""
         return 2 if self._late_share > LATE_SHARE else 1
-
-    @property
-    def num_steps_per_plan(self) -> int:
-        """Steps that a plan should have, where it may have more than one."""
-        return min(MAX_STEPS_PER_PLAN, 1 + int(self._plan_s / self.step_s)) if self.step_s else 1
 
     def gap_s(self, share: float) -> float:
         """The gap that `share` of the last steps did not exceed, seconds."""

@@ -131,6 +131,7 @@ class DotPanels {
   void multiply_vectors(const Job<Write>& job, PanelRange panels, Ahead& ahead) const {
     int panel = panels.begin;
     for (; panel + kPanels <= panels.end; panel += kPanels) {
+      job.write.expect(job.first_row, job.first_row + kRows, panel * kColumns, kPanels * kColumns);
       PairSum sums[kRows][kPanels * kVectors];
       const Columns columns{panel_at(panel), depth_ * kColumns, kPanels, true};
       for (int pair = 0; pair < depth_ / 2; pair += kTilePairs) {

@@ -66,12 +66,33 @@ class Product {
       }
       for_units(call_.num_threads, num_units_, [=, this](int64_t unit) {
         const int64_t next = unit + call_.num_threads;  // if all take as long
-        multiply(rows, num_rows, unit, next, [=, this](const SumBlock& block) { finish(block, first); });
+        multiply(rows, num_rows, unit, next, Finish{*this, first});
       });
     }
   }
 
  private:
+  // What becomes of sums whose rows are counted from first_row on.
+  struct Finish {
+    const Product& product;
+    int64_t first_row;
+
+    void expect(int row, int end_row, int column, int num_columns) const {
+      if (product.call_.output_kind != kAdd) return;
+      product.prefetch_outputs(first_row + row, first_row + end_row, column, num_columns);
+    }
+    void operator()(const SumBlock& block) const { product.finish(block, first_row); }
+  };
+
+  // Those that are looked at.
+  struct Look {
+    const Product& product;
+    Likeliest* likeliest;
+
+    void expect(int, int, int, int) const {}
+    void operator()(const SumBlock& block) const { product.look_at(block, likeliest); }
+  };
+
   template <class Write>
   void multiply(const Prepared* rows, int num_rows, int64_t unit, int64_t next, const Write& write) const {
     panels_.multiply(rows, num_rows, panels_of(unit), panels_of(next), write);
@@ -90,8 +111,7 @@ class Product {
     for_units(call_.num_threads, num_parts, [&, this](int64_t part) {
       std::vector<Likeliest> likeliest(num_rows);
       for (int64_t unit = num_units_ * part / num_parts; unit < num_units_ * (part + 1) / num_parts; ++unit) {
-        const auto look = [&, this](const SumBlock& block) { look_at(block, likeliest.data()); };
-        multiply(rows, num_rows, unit, unit + 1, look);
+        multiply(rows, num_rows, unit, unit + 1, Look{*this, likeliest.data()});
       }
       for (int row = 0; row < num_rows; ++row) choices[part * num_rows + row] = likeliest[row].choice();
     });
@@ -134,6 +154,14 @@ class Product {
       case kPlain: return convert(from, to, width);
       case kNormed:
         return normalize(from, static_cast<const Element*>(call_.norm_weight), to, width, call_.norm_epsilon);
+    }
+  }
+
+  // What is added to was mostly written by another thread: it takes long to come from that one's cache.
+  void prefetch_outputs(int64_t row, int64_t end_row, int column, int num_columns) const {
+    for (; row < end_row; ++row) {
+      const Element* to = static_cast<const Element*>(call_.output) + row * call_.output_stride + column;
+      for (int i = 0; i < num_columns; i += kAlignment / sizeof(Element)) prefetch(to + i);
     }
   }
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scheduler.step_clock import MAX_STEPS_PER_PLAN, NUM_CALIBRATION_STEPS, UNCALIBRATED_DEADLINE_S, StepClock
+from scheduler.step_clock import NUM_CALIBRATION_STEPS, UNCALIBRATED_DEADLINE_S, StepClock
 
 
 class Time:
@@ -149,15 +149,6 @@ def test_plans_that_come_late_bring_another_one_ahead_until_they_no_longer_do() 
     for _ in range(1000):
         clock.on_result(0.005, 0.0001, back_to_back=True)
     assert clock.num_plans_ahead == 1
-
-
-def test_short_steps_go_into_one_plan(time: Time) -> None:
-    assert StepClock().num_steps_per_plan == 1, "who has measured nothing plans step by step"
-    for step_s, num_steps in ((0.020, 1), (0.012, 2), (0.007, 2), (0.005, 3), (0.0001, MAX_STEPS_PER_PLAN)):
-        clock = StepClock(plan_s=0.0125)
-        run(clock, time, step_s)
-        assert clock.num_steps_per_plan == num_steps
-    assert StepClock(0.001, plan_s=0.0).num_steps_per_plan == 1
 
 
 def test_a_plan_of_several_steps_has_the_time_of_all(time: Time) -> None:

@@ -98,7 +98,8 @@ class CpuKernels:
         assert logits.is_contiguous()
         assert logits.dtype == torch.float32
         choices = torch.empty((2, logits.shape[0]), dtype=torch.int64)
-        self.native.greedy(logits.data_ptr(), choices.data_ptr(), *logits.shape, torch.get_num_threads())
+        sizes = choices.stride(0), *logits.shape
+        self.native.greedy(logits.data_ptr(), choices.data_ptr(), *sizes, torch.get_num_threads())
         return choices
 
     def sample(self, logits: torch.Tensor, draws: Draws) -> torch.Tensor:

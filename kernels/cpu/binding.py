@@ -164,7 +164,7 @@ class NativeLibrary:
         self.run_steps.argtypes = (POINTER(StepsCall),)
         self.run_steps.restype = None
         self.greedy = library.pagoda_greedy
-        self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int32)
+        self.greedy.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int32)
         self.greedy.restype = None
         self.sample = library.pagoda_sample
         self.sample.argtypes = (POINTER(SampleCall),)

@@ -5,9 +5,9 @@
 
 #pragma GCC visibility push(default)
 
-// logits: [num_rows, vocab_size]; choices: [2, num_rows], token ids, then whether all of the row is finite.
-extern "C" void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size,
-                              int32_t num_threads) {
+// logits: [num_rows, vocab_size]; choices: token ids, and `choices_stride` after them whether all of the row is finite.
+extern "C" void pagoda_greedy(const float* logits, int64_t* choices, int64_t choices_stride, int64_t num_rows,
+                              int64_t vocab_size, int32_t num_threads) {
   using namespace pagoda;
   for_units(num_threads, num_rows, [=](int64_t row) {
     Likeliest likeliest;
@@ -15,7 +15,7 @@ extern "C" void pagoda_greedy(const float* logits, int64_t* choices, int64_t num
     for_vectors(vocab_size, [&](int id, int count) { likeliest.take(load_some(from + id, count), id, count); });
     const Choice choice = likeliest.choice();
     choices[row] = choice.token_id;
-    choices[num_rows + row] = choice.is_finite;
+    choices[choices_stride + row] = choice.is_finite;
   });
 }
 

@@ -120,7 +120,7 @@ class Product {
       Choice& choice = choices[row];
       for (int part = 1; part < num_parts; ++part) choice.meet(choices[part * num_rows + row]);
       to[row] = choice.token_id;
-      to[call_.num_rows + row] = choice.is_finite;
+      to[call_.output_stride + row] = choice.is_finite;
     }
   }
 

@@ -33,7 +33,7 @@ struct LinearCall {
   const void* input;        // [num_rows, num_inputs]
   const void* norm_weight;  // [num_inputs]; kNormed
   void* output;             // [num_rows, num_outputs], float32 for kWriteFloat; [num_rows, num_outputs / 2] for
-                            // kWriteGated; [2, num_rows] int64 for kChoose
+                            // kWriteGated; [2, output_stride] int64 for kChoose
   int64_t input_stride;
   int64_t output_stride;
   int64_t num_rows;

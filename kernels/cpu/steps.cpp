@@ -1,10 +1,14 @@
 // Some decode steps in one call: between two short ones, Python would take as long as either.
 #include "steps.h"
 
+#include "dots.h"
+#include "halves.h"
 #include "rows.h"
+#include "team.h"
 
 extern "C" {
-void pagoda_greedy(const float* logits, int64_t* choices, int64_t num_rows, int64_t vocab_size, int32_t num_threads);
+void pagoda_greedy(const float* logits, int64_t* choices, int64_t choices_stride, int64_t num_rows, int64_t vocab_size,
+                   int32_t num_threads);
 void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call);
 void pagoda_run_layers(const pagoda::LayersCall* call);
 void pagoda_sample(const pagoda::SampleCall* call);
@@ -13,22 +17,27 @@ void pagoda_sample(const pagoda::SampleCall* call);
 namespace pagoda {
 namespace {
 
+constexpr int kLeastHalved = 32;  // sequences; of less, the weights that both halves read take too long
+
 class Steps {
  public:
-  explicit Steps(const StepsCall& call)
+  // Of all sequences, or of some, to which `call` is cut.
+  Steps(const StepsCall& call, const StepsCall& all)
       : call_(call),
+        all_(all),
         layers_(*call.layers),
         num_tokens_(layers_.num_tokens),
+        stride_(all.layers->num_tokens),
         hidden_size_(call.lm_head->num_inputs),
         half_(layers_.shape->head_dim / 2) {}
 
   void run() const {
     for (int step = 0; step < call_.num_steps; ++step) {
       if (step) grow();
-      const int64_t* before = call_.choices + step * 2 * num_tokens_;
-      for (int64_t i = 0; i < num_tokens_; ++i) enter(i, before[i] * before[num_tokens_ + i]);
+      const int64_t* before = call_.choices + step * 2 * stride_;
+      for (int64_t i = 0; i < num_tokens_; ++i) enter(i, before[i] * before[stride_ + i]);
       pagoda_run_layers(&layers_);
-      choose(step, before + num_tokens_, call_.choices + (step + 1) * 2 * num_tokens_);
+      choose(step, before + stride_, call_.choices + (step + 1) * 2 * stride_);
     }
   }
 
@@ -56,17 +65,18 @@ class Steps {
   void choose(int step, const int64_t* were_finite, int64_t* choices) const {
     if (call_.sample) {
       project(call_.logits, kWriteFloat);
-      pagoda_greedy(call_.logits, choices, num_tokens_, call_.lm_head->num_outputs, layers_.num_threads);
+      const int64_t vocab_size = call_.lm_head->num_outputs;
+      pagoda_greedy(call_.logits, choices, stride_, num_tokens_, vocab_size, layers_.num_threads);
       choose_at_random(step, choices);
     } else {
       project(choices, kChoose);
     }
-    for (int64_t i = 0; i < num_tokens_; ++i) choices[num_tokens_ + i] &= were_finite[i];
+    for (int64_t i = 0; i < num_tokens_; ++i) choices[stride_ + i] &= were_finite[i];
   }
 
   // Of the step's last hidden states, what the vocabulary's product makes.
   void project(void* output, Output kind) const {
-    const int64_t stride = kind == kChoose ? num_tokens_ : call_.lm_head->num_outputs;
+    const int64_t stride = kind == kChoose ? stride_ : call_.lm_head->num_outputs;
     const LinearCall call{layers_.hidden, call_.norm,  output,             hidden_size_, stride,
                           num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kind,
                           layers_.num_threads};
@@ -75,22 +85,32 @@ class Steps {
 
   void choose_at_random(int step, int64_t* choices) const {
     SampleCall sample = *call_.sample;
-    sample.uniforms += step * sample.num_draws;
+    sample.uniforms += step * all_.sample->num_draws;
     pagoda_sample(&sample);
     for (int64_t i = 0; i < sample.num_draws; ++i) choices[sample.rows[i]] = sample.token_ids[i];
   }
 
   const StepsCall& call_;
+  const StepsCall& all_;
   const LayersCall& layers_;
   int64_t num_tokens_;
+  int64_t stride_;  // between ids of choices and whether they mean anything
   int hidden_size_, half_;
 };
+
+void run_steps(const StepsCall& call) {
+  const int64_t num_tokens = call.layers->num_tokens;
+  // Where there are tiles, products wait for memory sooner: what halves would bring there is not measured.
+  if (kHasTiles || call.layers->num_threads != 2 || num_tokens < kLeastHalved) return Steps(call, call).run();
+  const Half first(call, 0, num_tokens / 2), second(call, num_tokens / 2, num_tokens);
+  for_units(2, 2, [&](int64_t half) { Steps((half ? second : first).call(), call).run(); });
+}
 
 }  // namespace
 }  // namespace pagoda
 
 #pragma GCC visibility push(default)
 
-extern "C" void pagoda_run_steps(const pagoda::StepsCall* call) { pagoda::Steps(*call).run(); }
+extern "C" void pagoda_run_steps(const pagoda::StepsCall* call) { pagoda::run_steps(*call); }
 
 #pragma GCC visibility pop

@@ -58,22 +58,22 @@ class DotTile {
  public:
   DotTile(int num_rows, const Shape& shape, Scratch& scratch)
       : num_rows_(num_rows),
-        height_(std::min(num_rows, kTileHeight)),
+        height_(std::min(num_rows, kHeight)),
         head_dim_(shape.head_dim),
         factor_(shape.scale * kLog2E),
         soft_cap_(shape.soft_cap) {
     const int padded_rows = (num_rows + height_ - 1) / height_ * height_;
     const int num_unpacked = kIsScaled ? ScaledSpan::num_floats(head_dim_) : 0;
     float* memory =
-        scratch.floats(padded_rows * (head_dim_ * 3 / 2 + 8) + kTileHeight * kSpan * 3 / 2 + num_unpacked);
+        scratch.floats(padded_rows * (head_dim_ * 3 / 2 + 8) + kHeight * kSpan * 3 / 2 + num_unpacked);
     const auto take = [&memory](int count) {
       float* taken = memory;
       memory += count;
       return taken;
     };
     scaled_ = ScaledSpan(take(num_unpacked), head_dim_);
-    scores_ = take(kTileHeight * kSpan);
-    weights_ = reinterpret_cast<BFloat16*>(take(kTileHeight * kSpan / 2));
+    scores_ = take(kHeight * kSpan);
+    weights_ = reinterpret_cast<BFloat16*>(take(kHeight * kSpan / 2));
     sums_ = take(padded_rows * head_dim_);
     query_ = reinterpret_cast<BFloat16*>(take(padded_rows * head_dim_ / 2));
     rows_ = reinterpret_cast<VisibleRow*>(take(padded_rows * sizeof(VisibleRow) / sizeof(float)));
@@ -107,7 +107,7 @@ class DotTile {
   // See LinesAhead.
   static float share_of_reading(int num_rows, int head_dim) {
     const float bytes = 2.0f * head_dim * sizeof(BFloat16), share = float{sizeof(KV)} / sizeof(BFloat16);
-    return share * bytes / (bytes + kWorkPerWeight * std::min(num_rows, kTileHeight));
+    return share * bytes / (bytes + kWorkPerWeight * std::min(num_rows, kHeight));
   }
 
   // The attention output of a row over the partition alone.
@@ -119,6 +119,9 @@ class DotTile {
   }
 
  private:
+  // Rows that take a span in turn. Without tiles more: each turn reads all of it, which the L1 cache does not hold beside
+  // scores and sums.
+  static constexpr int kHeight = kHasTiles ? kTileHeight : 2 * kTileHeight;
   // Bytes that are read in the time that one weight takes.
   static constexpr int kWorkPerWeight = 16;
 

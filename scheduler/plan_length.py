@@ -6,7 +6,7 @@ comes to join waits for the plan that runs and the one ahead.
 
 MAX_STEPS_PER_PLAN = 8
 """Behind the end of a sequence, so many less one may be run in vain."""
-PLANS_PER_DELTA = 4
+PLANS_PER_DELTA = 2
 """Plans at least from one delta to the next of streams that take many tokens together."""
 MAX_PATIENCE = 4
 """So many times as long a plan may take for these."""

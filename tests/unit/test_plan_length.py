@@ -27,13 +27,13 @@ def test_steps_go_together_while_the_first_one_s_tokens_may_wait(step_s: float, 
 @pytest.mark.parametrize(
     ("step_s", "patience", "num_steps"),
     [
-        (0.012, 16, 4),  # a quarter of what they gather
-        (0.020, 16, 3),  # and no more than who comes can wait for
+        (0.012, 8, 4),  # half of what they gather
+        (0.012, 7, 3),
+        (0.012, 16, 5),  # and no more than who comes can wait for
+        (0.020, 16, 3),
         (0.060, 16, 1),
-        (0.012, 7, 2),  # two steps are no long wait
-        (0.012, 8, 2),
-        (0.012, 12, 3),
-        (0.004, 8, 4),  # as many as for whoever takes token by token
+        (0.012, 3, 2),  # two steps are no long wait
+        (0.004, 6, 4),  # as many as for whoever takes token by token
         (0.004, NOBODY_WAITS, MAX_STEPS_PER_PLAN),
     ],
 )

@@ -457,7 +457,7 @@ class GenerateRequest(_message.Message):
     """An adapter to apply to the model. Not served yet (UNIMPLEMENTED)."""
     stream_interval: _builtins.int
     """Tokens from one delta of this stream to the next; the first and the last come at once. 0 and 1: as they are there.
-    Where all streams of a worker gather tokens, more steps are planned together, up to a quarter of the smallest of
+    Where all streams of a worker gather tokens, more steps are planned together, up to half of the smallest of
     these. No part of the request: a stream that takes it up again may ask for another.
     """
     pin_prompt_s: _builtins.float

@@ -79,6 +79,7 @@ class Engine:
         self._next_step_id = next_step_id
         self._applied_step_id = self.committer.committed_step_id = next_step_id - 1
         self._must_reserve = True
+        self._steps_per_plan = 1
         self._is_settled = False
         self._wake = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
@@ -241,8 +242,9 @@ class Engine:
         if not self._is_settled:
             self._is_settled = True
             self.planner.settle()
+        self._steps_per_plan = self._steps_of_next_plan()
         while len(self._in_flight) <= self.clock.num_plans_ahead:
-            num_steps = self.planner.num_steps_alike(self._most_steps())
+            num_steps = self.planner.num_steps_alike(self._steps_per_plan)
             rows = self.planner.schedule(num_steps)
             copies, self.committer.acked_copies = self.committer.acked_copies, []
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
@@ -275,7 +277,7 @@ class Engine:
         self.planner.swap_ahead.learn(self.clock.step_s, self.clock.marginal_s_per_token)
         num_steps_away = self._redis_round_trip_s() / max(self.clock.step_s, 1e-4)
         lookahead = min(int(num_steps_away) + 1 + self.clock.num_plans_ahead, MAX_LOOKAHEAD)
-        self.planner.grow_and_admit(lookahead, min(self._most_steps(), MAX_LOOKAHEAD // lookahead))
+        self.planner.grow_and_admit(lookahead, min(self._steps_per_plan, MAX_LOOKAHEAD // lookahead))
         for sequence in self.planner.reserved:
             self.committer.note_reserved(sequence)
         for sequence in self.planner.redescribed:
@@ -289,8 +291,8 @@ class Engine:
         self.planner.forks.copies.clear()
         self.planner.swapper.started.clear()
 
-    def _most_steps(self) -> int:
-        """Of the next plan."""
+    def _steps_of_next_plan(self) -> int:
+        """Where it may have more than one."""
         running, live = self.planner.running, self.live
         patience = min([live[sequence.seq_id].request.patience for sequence in running], default=1)
         return self._plan_length.num_steps(len(running), patience)

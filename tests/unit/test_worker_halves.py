@@ -33,16 +33,18 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=["llama3", "qwen2"])  # the latter with sliding windows in some layers
+# qwen2 has sliding windows in some layers
+@pytest.fixture(scope="module", params=[("llama3", "float32"), ("llama3", "bfloat16"), ("qwen2", "float32")])
 def assembly(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Assembly:
-    model = make_checkpoint(request.param, tmp_path_factory.mktemp("checkpoints") / request.param)
-    flags = ("--model", str(model), "--num-blocks", str(NUM_BLOCKS), "--poison-freed-blocks", "--max-num-seqs", "64")
-    limits = ("--max-num-batched-tokens", "8192")
+    family, dtype = request.param
+    model = make_checkpoint(family, tmp_path_factory.mktemp("checkpoints") / family)
+    flags = ("--model", str(model), "--dtype", dtype, "--num-blocks", str(NUM_BLOCKS), "--poison-freed-blocks")
+    limits = ("--max-num-seqs", "64", "--max-num-batched-tokens", "8192")
     return assemble(parse_config(["--scheduler", "127.0.0.1:1", "--name", "halves", *flags, *limits]))
 
 
 def plans(samplers: tuple[Sampler, ...], num_sharing: int) -> list[pb.StepPlan]:
-    """Prompts, the first `num_sharing` with a prefix in common, in the middle of the batch; then decodes of all."""
+    """Prompts, the last `num_sharing` with the first one's prefix, of both halves; then decodes of all."""
     planner = PlannerAhead(16, NUM_BLOCKS)
 
     def prompt(seq_id: int, length: int) -> list[int]:

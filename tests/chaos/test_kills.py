@@ -35,11 +35,19 @@ def timed_stack(model: Path, num_workers: int = 1, *scheduler_flags: str) -> Sta
 class Load:
     """Resumable requests of known output, and how much of it has arrived."""
 
-    def __init__(self, client: PagodaClient, num_requests: int, num_tokens: int, prompt_tokens: int = 20) -> None:
+    def __init__(
+        self,
+        client: PagodaClient,
+        num_requests: int,
+        num_tokens: int,
+        prompt_tokens: int = 20,
+        stream_interval: int = 0,
+    ) -> None:
         self.received = Received()
         self.num_tokens = num_tokens
         self.seeds = range(1, num_requests + 1)
-        requests = [timed_request(s, num_tokens, prompt_tokens, resumable=True, request_id=f"r{s}") for s in self.seeds]
+        fields = {"resumable": True, "stream_interval": stream_interval}
+        requests = [timed_request(s, num_tokens, prompt_tokens, request_id=f"r{s}", **fields) for s in self.seeds]
         self._reading = [asyncio.create_task(collect(client, request, self.received)) for request in requests]
 
     @property
@@ -309,6 +317,20 @@ async def test_two_kills_in_a_row(model: Path, names: Iterable[str], at_once: bo
                 stack.start_worker(0)
             if not at_once:
                 await stack.ready()
+        await load.check()
+        await stack.idle()
+
+
+async def test_streams_that_gather_tokens_lose_none(model: Path) -> None:
+    """Their plans are longer, and a kill finds them with part of the next delta."""
+    async with running(timed_stack(model)) as stack, stack.client() as client:
+        load = Load(client, 8, 200, stream_interval=16)
+        await load.share(0.2)
+        stack.kill("scheduler")
+        stack.start_scheduler()
+        await load.share(0.5)
+        stack.kill("worker-0")
+        stack.start_worker(0)
         await load.check()
         await stack.idle()
 

@@ -9,6 +9,7 @@
 #include "pair_sums.h"
 #include "panels.h"
 #include "simd.h"
+#include "weights_ahead.h"
 
 namespace pagoda {
 
@@ -32,9 +33,9 @@ class DotPanels {
   void multiply(const BFloat16* rows, int num_rows, PanelRange panels, PanelRange next, const Write& write) const {
     [[maybe_unused]] const SmallIsZero small_is_zero;
     const Job<Write> job{rows, 0, num_rows, write};
-    if (num_rows <= kFewRows) {
+    if (num_rows <= kVectorRows) {
       StepsAhead ahead;
-      multiply_some<1, kFewRows>(job, panels, ahead);
+      multiply_some<1, kVectorRows>(job, panels, ahead);
     } else if constexpr (kHasTiles) {
       DotProduct<1, 1, Steps::kWhole, Columns>::set_up(num_rows);
       if (num_rows <= kTileHeight) return multiply_rows<1, 4>(job, panels);
@@ -48,8 +49,10 @@ class DotPanels {
   static constexpr int kVectors = kColumns / kLanes;
   static constexpr int kTurnRows = 6;  // at most; their sums and those panels fill the registers
   static constexpr int kLeastTurnRows = (2 * kTurnRows + 1) / 3;  // of some more than one turn holds, shared out evenly
-  static_assert(kHasTiles || kFewRows > kTurnRows);
-  static constexpr int kStepsAhead = 2, kTileStepsAhead = 1;  // from the weights in use to those that are prefetched
+  static constexpr int kVectorRows = kHasTiles ? kFewRows : 10;  // at most, that vectors multiply without turns
+  static_assert(kHasTiles || kVectorRows > kTurnRows);
+  // From the weights in use to those that are prefetched.
+  static constexpr int kStepsAhead = kHasTiles ? 2 : 4, kTileStepsAhead = 1;
 
   template <class Write>
   struct Job {
@@ -89,7 +92,7 @@ class DotPanels {
     void start(const Columns& columns, int pair) {
       for (int i = 0; i < kPanels; ++i) lines[i] = columns.ahead(pair, i, kStepsAhead);
     }
-    void prefetch(int line, int i) const { pagoda::prefetch(lines[i] + line * Columns::stride); }
+    void prefetch(int line, int i) const { prefetch_weights(lines[i] + line * Columns::stride); }
   };
 
   // With more rows, which take their turns over panels in the L2 cache: the panels that come next, in as many lines a

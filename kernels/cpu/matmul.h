@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "simd.h"
+#include "weights_ahead.h"
 
 namespace pagoda {
 
@@ -41,7 +42,7 @@ struct ProductTile {
   template <class Element>
   static void prefetch_row(const Element* row) {
     for (size_t byte = 0; byte < kPanel * sizeof(Element); byte += kAlignment) {
-      prefetch(reinterpret_cast<const char*>(row) + byte);
+      prefetch_weights(reinterpret_cast<const char*>(row) + byte);
     }
   }
 };

@@ -13,7 +13,8 @@
 
 namespace pagoda {
 
-constexpr int kBytesAhead = 4096;  // from the weights in use to those that are prefetched, in each panel
+// From the weights in use to those that are prefetched, in each panel.
+constexpr int kBytesAhead = kHasTiles ? 4096 : 6144;
 
 // Finished sums, `stride` apart, of rows first_row to end_row, and of num_columns columns (whole vectors).
 struct SumBlock {

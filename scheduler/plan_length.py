@@ -4,12 +4,10 @@ What it delays limits it. Tokens of its first step wait for those of its last, w
 comes to join waits for the plan that runs and the one ahead.
 """
 
-MAX_STEPS_PER_PLAN = 8
+MAX_STEPS_PER_PLAN = 16
 """Behind the end of a sequence, so many less one may be run in vain."""
-PLANS_PER_DELTA = 2
-"""Plans at least from one delta to the next of streams that take many tokens together."""
 MAX_PATIENCE = 4
-"""So many times as long a plan may take for these."""
+"""So many times as long a plan may take for streams that all take many tokens together."""
 WEIGHT = 0.3
 """Of the last plan in the averages."""
 
@@ -39,4 +37,4 @@ class PlanLength:
         # More sequences take no more than so many times as long, less of them no longer.
         step_s = self._step_s * max(1.0, num_sequences / self._num_sequences)
         num_in_time, num_at_most = (1 + int(n * self._plan_s / step_s) for n in (1, MAX_PATIENCE))
-        return min(MAX_STEPS_PER_PLAN, max(num_in_time, min(num_at_most, patience // PLANS_PER_DELTA)))
+        return min(MAX_STEPS_PER_PLAN, max(num_in_time, min(num_at_most, patience)))

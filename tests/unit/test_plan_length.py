@@ -27,14 +27,15 @@ def test_steps_go_together_while_the_first_one_s_tokens_may_wait(step_s: float, 
 @pytest.mark.parametrize(
     ("step_s", "patience", "num_steps"),
     [
-        (0.012, 8, 4),  # half of what they gather
-        (0.012, 7, 3),
+        (0.012, 4, 4),  # as many as they gather
+        (0.012, 3, 3),
         (0.012, 16, 5),  # and no more than who comes can wait for
         (0.020, 16, 3),
         (0.060, 16, 1),
-        (0.012, 3, 2),  # two steps are no long wait
-        (0.004, 6, 4),  # as many as for whoever takes token by token
-        (0.004, NOBODY_WAITS, MAX_STEPS_PER_PLAN),
+        (0.004, 3, 4),  # as many as for whoever takes token by token
+        (0.004, 8, 8),
+        (0.004, NOBODY_WAITS, 13),
+        (0.001, NOBODY_WAITS, MAX_STEPS_PER_PLAN),
     ],
 )
 def test_plans_are_longer_where_all_gather_tokens(step_s: float, patience: int, num_steps: int) -> None:

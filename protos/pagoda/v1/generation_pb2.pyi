@@ -457,8 +457,8 @@ class GenerateRequest(_message.Message):
     """An adapter to apply to the model. Not served yet (UNIMPLEMENTED)."""
     stream_interval: _builtins.int
     """Tokens from one delta of this stream to the next; the first and the last come at once. 0 and 1: as they are there.
-    Where all streams of a worker gather tokens, more steps are planned together, up to half of the smallest of
-    these. No part of the request: a stream that takes it up again may ask for another.
+    Where all streams of a worker gather tokens, more steps are planned together, up to the smallest of these. No part
+    of the request: a stream that takes it up again may ask for another.
     """
     pin_prompt_s: _builtins.float
     """Seconds for which the full blocks of the prompt are kept from eviction on the worker that computes it, from then on;

@@ -61,17 +61,18 @@ class FewRowsTile {
  private:
   static constexpr int kWidest = sums_at_once(kRows, 8);  // vectors of dimensions
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
+  static constexpr bool kIsTall = kRows > 4;
   // Tiles of keys side by side, for more independent sums, and of values one after the other while sums stay in registers.
-  // Of eight rows there are sums enough with one, and strips of values are too narrow to be read far.
-  static constexpr bool kHasRoom = !kHasTiles && kRows <= 4;
+  // Of tall ones there are sums enough with one, and strips of values are too narrow to be read far.
+  static constexpr bool kHasRoom = !kHasTiles && !kIsTall;
   static constexpr int kKeyTiles = kHasRoom ? 2 : 1;
   static constexpr int kValueTiles = kHasRoom ? kSpanTiles : 1;
 
-  // Calls run(), which has an inner loop and is to be inlined: for eight rows here, else in a function of its own, where
+  // Calls run(), which has an inner loop and is to be inlined: for tall tiles here, else in a function of its own, where
   // all registers are free for sums.
   template <class Run>
   static void apart(const Run& run) {
-    if constexpr (kRows == 8) {
+    if constexpr (kIsTall) {
       run();
     } else {
       call(run);

@@ -45,3 +45,4 @@ async def test_all_streams_decide_how_long_plans_are(stack: Stack) -> None:
         assert await commits_of(20, 16) <= NUM_TOKENS * 2 / 3
         assert await commits_of(30, 16, 16, 16) <= NUM_TOKENS * 2 / 3
         assert await commits_of(40, 16, 16, 1) >= NUM_TOKENS
+        assert await commits_of(50, 3, 3) <= NUM_TOKENS * 2 / 3, "as many steps as they gather tokens"

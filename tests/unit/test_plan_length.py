@@ -29,7 +29,9 @@ def test_steps_go_together_while_the_first_one_s_tokens_may_wait(step_s: float, 
     [
         (0.012, 4, 4),  # as many as they gather
         (0.012, 3, 3),
-        (0.012, 16, 5),  # and no more than who comes can wait for
+        (0.012, 1, 2),  # two steps are no long wait
+        (0.012, 8, 5),  # and no more than who comes can wait for
+        (0.012, 16, 5),
         (0.020, 16, 3),
         (0.060, 16, 1),
         (0.004, 3, 4),  # as many as for whoever takes token by token

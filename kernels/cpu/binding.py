@@ -71,6 +71,12 @@ class LinearWeight(ctypes.Structure):
     )
 
 
+class Sketch(ctypes.Structure):
+    """See `sketch.h`."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("quads", "steps", "lengths", "gaps"))
+
+
 class LinearCall(ctypes.Structure):
     """See `linear.h`."""
 
@@ -79,6 +85,7 @@ class LinearCall(ctypes.Structure):
         *((name, c_int64) for name in ("input_stride", "output_stride", "num_rows", "readable_rows")),
         ("norm_epsilon", c_float),
         *((name, c_int32) for name in ("input_kind", "output_kind", "num_threads")),
+        ("sketch", POINTER(Sketch)),
     )
 
 
@@ -133,6 +140,7 @@ class StepsCall(ctypes.Structure):
         *((name, c_void_p) for name in ("cos", "sin", "slot_mapping", "kv_ends", "context_lens", "item_seqs")),
         *((name, c_void_p) for name in ("block_tables", "embedding", "all_cos", "all_sin")),
         ("lm_head", POINTER(LinearWeight)),
+        ("sketch", POINTER(Sketch)),
         *((name, c_void_p) for name in ("norm", "choices")),
         ("sample", POINTER(SampleCall)),
         ("logits", c_void_p),
@@ -175,6 +183,12 @@ class NativeLibrary:
         self.packed_size = library.pagoda_packed_size
         self.packed_size.argtypes = (c_int32, c_int32)
         self.packed_size.restype = c_int64
+        self.sketch_bytes = library.pagoda_sketch_bytes
+        self.sketch_bytes.argtypes = (c_int32, c_int32)
+        self.sketch_bytes.restype = c_int64
+        self.sketch = library.pagoda_sketch
+        self.sketch.argtypes = (POINTER(LinearWeight), POINTER(Sketch), c_int32)
+        self.sketch.restype = None
         self.key_group: int = library.pagoda_key_group()
         self.value_group: int = library.pagoda_value_group()
         self.copy_blocks = library.pagoda_copy_blocks

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kernels import AttentionMetadata, Draws, LayerKV, Model
 from kernels.cpu.binding import StepsCall, address
 from kernels.cpu.draws import PreparedDraws
+from kernels.cpu.linear import PackedLinear
 from kernels.cpu.stack import packed
 from kernels.cpu.work import DecodesWork, PreparedWork
 
@@ -27,12 +28,16 @@ class Decoding:
         self._kv = kv
         self._stack = kernels.stack(model.layers, kv)
         self._work: DecodesWork | None = None  # of the call before
-        self._num_outputs = packed(model.lm_head).num_outputs
+        lm_head = packed(model.lm_head)
+        assert isinstance(lm_head, PackedLinear)
+        self._num_outputs = lm_head.num_outputs
+        self._sketch = lm_head.sketch()
         self._call = StepsCall(
             embedding=model.embedding.data_ptr(),
             all_cos=model.cos.data_ptr(),
             all_sin=model.sin.data_ptr(),
-            lm_head=ctypes.pointer(packed(model.lm_head).structure),
+            lm_head=ctypes.pointer(lm_head.structure),
+            sketch=None if self._sketch is None else ctypes.pointer(self._sketch.structure),
             norm=model.norm.weight.data_ptr(),
             norm_epsilon=model.norm.epsilon,
         )

@@ -59,7 +59,7 @@ class FewRowsTile {
   }
 
  private:
-  static constexpr int kWidest = sums_at_once(kRows, 8);  // vectors of dimensions
+  static constexpr int kWidest = sums_at_once<PairSum>(kRows, 8);  // vectors of dimensions
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
   static constexpr bool kIsTall = kRows > 4;
   // Tiles of keys side by side, for more independent sums, and of values one after the other while sums stay in registers.

@@ -14,12 +14,15 @@ struct Choice {
   int32_t token_id;
   bool is_finite;
 
-  // Of two parts of a row, this one's ids are the lower ones.
+  // Another token of the row.
+  void meet(float other, int32_t other_id) {
+    if (other < logit || (other == logit && other_id > token_id)) return;
+    logit = other;
+    token_id = other_id;
+  }
+  // Another part of it.
   void meet(const Choice& other) {
-    if (other.logit > logit) {
-      logit = other.logit;
-      token_id = other.token_id;
-    }
+    meet(other.logit, other.token_id);
     is_finite &= other.is_finite;
   }
 };
@@ -37,18 +40,14 @@ class Likeliest {
 
   Choice choice() const {
     Choice found{highest_[0], ids_[0], sum(zeros_) == 0.0f};
-    for (int lane = 1; lane < kLanes; ++lane) {
-      if (highest_[lane] > found.logit || (highest_[lane] == found.logit && ids_[lane] < found.token_id)) {
-        found.logit = highest_[lane];
-        found.token_id = ids_[lane];
-      }
-    }
+    for (int lane = 1; lane < kLanes; ++lane) found.meet(highest_[lane], ids_[lane]);
     return found;
   }
 
+  static constexpr float kNone = std::numeric_limits<float>::lowest();  // finite: it breaks no row
+
  private:
   using Ids = VectorOf<int32_t>::type;
-  static constexpr float kNone = std::numeric_limits<float>::lowest();  // finite: it breaks no row
 
   static Ids lanes() {
     Ids ids;

@@ -6,11 +6,9 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <vector>
 
-#include "dot_panels.h"
-#include "likeliest.h"
-#include "panels.h"
+#include "choosing.h"
+#include "packed.h"
 #include "rows.h"
 #include "scratch.h"
 #include "team.h"
@@ -18,31 +16,21 @@
 namespace pagoda {
 namespace {
 
-constexpr int kMaxRows = 480;             // prepared at a time
-constexpr int kFewPrepared = 8;           // rows are not worth waking other threads for
-constexpr int kMaxParts = 64;             // that outputs are chosen from, each by one thread
+constexpr int kMaxRows = 480;    // prepared at a time
+constexpr int kFewPrepared = 8;  // rows are not worth waking other threads for
 
-using Panels = std::conditional_t<kHasDots && std::is_same_v<Element, BFloat16>, DotPanels, FloatPanels>;
 using Prepared = Panels::Prepared;
-
-int num_panels_of(const Linear& linear) { return (linear.num_outputs + Panels::kColumns - 1) / Panels::kColumns; }
-
-int64_t depth_of(int64_t num_inputs) {
-  return (num_inputs + Panels::kDepthStep - 1) / Panels::kDepthStep * Panels::kDepthStep;
-}
 
 class Product {
  public:
   Product(const Linear& linear, const LinearCall& call)
       : linear_(linear),
         call_(call),
-        num_panels_(num_panels_of(linear)),
         depth_(depth_of(linear.num_inputs)),
         is_ready_(is_prepared()),
         row_stride_(is_ready_ ? call.input_stride : depth_ + kAlignment / sizeof(Prepared)),
         panels_(static_cast<const Element*>(linear.weight), depth_, row_stride_),
-        unit_panels_(panels_per_unit()),
-        num_units_((num_panels_ + unit_panels_ - 1) / unit_panels_) {}
+        units_(units()) {}
 
   void run() const {
     static thread_local Scratch scratch;
@@ -61,12 +49,12 @@ class Product {
         });
       }
       if (call_.output_kind == kChoose) {
-        choose(rows, num_rows, first);
+        Choosing(linear_, call_, panels_, units_, row_stride_).run(rows, num_rows, first);
         continue;
       }
-      for_units(call_.num_threads, num_units_, [=, this](int64_t unit) {
+      for_units(call_.num_threads, units_.count(), [=, this](int64_t unit) {
         const int64_t next = unit + call_.num_threads;  // if all take as long
-        multiply(rows, num_rows, unit, next, Finish{*this, first});
+        panels_.multiply(rows, num_rows, units_.at(unit), units_.at(next), Finish{*this, first});
       });
     }
   }
@@ -84,51 +72,6 @@ class Product {
     void operator()(const SumBlock& block) const { product.finish(block, first_row); }
   };
 
-  // Those that are looked at.
-  struct Look {
-    const Product& product;
-    Likeliest* likeliest;
-
-    void expect(int, int, int, int) const {}
-    void operator()(const SumBlock& block) const { product.look_at(block, likeliest); }
-  };
-
-  template <class Write>
-  void multiply(const Prepared* rows, int num_rows, int64_t unit, int64_t next, const Write& write) const {
-    panels_.multiply(rows, num_rows, panels_of(unit), panels_of(next), write);
-  }
-
-  // None, past the last.
-  PanelRange panels_of(int64_t unit) const {
-    const int64_t begin = std::min<int64_t>(unit * unit_panels_, num_panels_);
-    return {static_cast<int>(begin), static_cast<int>(std::min<int64_t>(begin + unit_panels_, num_panels_))};
-  }
-
-  // Outputs are looked at while they pass: nobody writes them down.
-  void choose(const Prepared* rows, int num_rows, int64_t first_row) const {
-    const int num_parts = std::min(num_units_, kMaxParts);
-    std::vector<Choice> choices(num_parts * num_rows);
-    for_units(call_.num_threads, num_parts, [&, this](int64_t part) {
-      std::vector<Likeliest> likeliest(num_rows);
-      for (int64_t unit = num_units_ * part / num_parts; unit < num_units_ * (part + 1) / num_parts; ++unit) {
-        multiply(rows, num_rows, unit, unit + 1, Look{*this, likeliest.data()});
-      }
-      for (int row = 0; row < num_rows; ++row) choices[part * num_rows + row] = likeliest[row].choice();
-    });
-    int64_t* to = static_cast<int64_t*>(call_.output) + first_row;
-    for (int row = 0; row < num_rows; ++row) {
-      Choice& choice = choices[row];
-      for (int part = 1; part < num_parts; ++part) choice.meet(choices[part * num_rows + row]);
-      to[row] = choice.token_id;
-      to[call_.output_stride + row] = choice.is_finite;
-    }
-  }
-
-  // A function of its own, for inlined it would take the registers of the products before it.
-  __attribute__((noinline)) void look_at(const SumBlock& block, Likeliest* likeliest) const {
-    for_sums(block, [=](int row, int column, int count, Floats x) { likeliest[row].take(x, column, count); });
-  }
-
   // Whether the input is as it would be prepared, and can be read as far.
   bool is_prepared() const {
     return std::is_same_v<Prepared, Element> && call_.input_kind == kPlain && depth_ == linear_.num_inputs &&
@@ -136,14 +79,14 @@ class Product {
   }
 
   // Large units where there are enough of them for all threads to end together.
-  int panels_per_unit() const {
-    int count = Panels::kMaxUnit;
+  PanelUnits units() const {
+    PanelUnits units{num_panels_of(linear_.num_outputs), Panels::kMaxUnit};
     const auto is_too_large = [&] {
-      return count * depth_ * Panels::kColumns * static_cast<int64_t>(sizeof(Element)) > Panels::kMaxUnitBytes ||
-             num_panels_ < 4 * count * call_.num_threads;
+      return units.unit * depth_ * Panels::kColumns * static_cast<int64_t>(sizeof(Element)) > Panels::kMaxUnitBytes ||
+             units.num_panels < 4 * units.unit * call_.num_threads;
     };
-    while (count > 1 && is_too_large()) count /= 2;
-    return count;
+    while (units.unit > 1 && is_too_large()) units.unit /= 2;
+    return units;
   }
 
   void prepare(int64_t row, Prepared* to) const {
@@ -175,28 +118,13 @@ class Product {
           return load_some(before, count) + x;
         });
       case kWriteGated: return finish_gated(block, first_row);
-      case kChoose: return;  // see choose
-    }
-  }
-
-  // Calls apply(row of the block, column, count, outputs) for vectors of `count` columns.
-  template <class Apply>
-  void for_sums(const SumBlock& block, const Apply& apply) const {
-    const int num_columns = std::min(block.num_columns, linear_.num_outputs - block.first_column);
-    const auto* bias = static_cast<const Element*>(linear_.bias);
-    for (int row = block.first_row; row < block.end_row; ++row) {
-      const float* sums = block.sums + (row - block.first_row) * block.stride;
-      for_vectors(num_columns, [&](int i, int count) {
-        Floats x = load(sums + i);
-        if (bias) x += load_some(bias + block.first_column + i, count);
-        apply(row, block.first_column + i, count, x);
-      });
+      case kChoose: return;  // see choosing.h
     }
   }
 
   template <class To, class Combine>
   void finish_rows(const SumBlock& block, int64_t first_row, Combine combine) const {
-    for_sums(block, [=, this](int row, int column, int count, Floats x) {
+    for_outputs(linear_, block, [=, this](int row, int column, int count, Floats x) {
       To* to = static_cast<To*>(call_.output) + (first_row + row) * call_.output_stride + column;
       store_some(to, combine(to, count, x), count);
     });
@@ -235,47 +163,17 @@ class Product {
 
   const Linear& linear_;
   const LinearCall& call_;
-  int num_panels_;
-  int64_t depth_;       // inputs, and zeros up to a whole step
+  int64_t depth_;       // depth_of the inputs
   bool is_ready_;       // is_prepared()
   int64_t row_stride_;  // elements between prepared rows; rows of a tile do not lie in the same sets of the cache
   Panels panels_;
-  int unit_panels_, num_units_;
+  PanelUnits units_;
 };
 
 }  // namespace
 }  // namespace pagoda
 
 #pragma GCC visibility push(default)
-
-// Elements of a packed weight.
-extern "C" int64_t pagoda_packed_size(int32_t num_outputs, int32_t num_inputs) {
-  using namespace pagoda;
-  return (num_outputs + Panels::kColumns - 1) / Panels::kColumns * Panels::kColumns * depth_of(num_inputs);
-}
-
-// weight: [num_outputs, num_inputs], contiguous, gates before what they open; packed: see Linear.
-extern "C" void pagoda_pack(const void* weight, void* packed, int32_t num_outputs, int32_t num_inputs, int32_t is_gated,
-                            int32_t num_threads) {
-  using namespace pagoda;
-  constexpr int kColumns = Panels::kColumns;
-  const int64_t depth = depth_of(num_inputs);
-  for_units(num_threads, (num_outputs + kColumns - 1) / kColumns, [=](int64_t panel) {
-    const Element* rows[kColumns];  // of the panel's columns; null where there is none
-    for (int column = 0; column < kColumns; ++column) {
-      const int half = is_gated ? kColumns / 2 : kColumns, width = is_gated ? num_outputs / 2 : num_outputs;
-      const int64_t row = panel * half + column % half;
-      const auto* first = static_cast<const Element*>(weight);
-      rows[column] = row < width ? first + (row + column / half * width) * num_inputs : nullptr;
-    }
-    Element* to = static_cast<Element*>(packed) + panel * kColumns * depth;
-    for (int64_t group = 0; group < depth; group += Panels::kGroup) {
-      for (const Element* row : rows) {
-        for (int64_t k = group; k < group + Panels::kGroup; ++k) *to++ = row && k < num_inputs ? row[k] : Element{};
-      }
-    }
-  });
-}
 
 extern "C" void pagoda_linear(const pagoda::Linear* linear, const pagoda::LinearCall* call) {
   pagoda::Product(*linear, *call).run();

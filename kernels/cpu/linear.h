@@ -28,6 +28,8 @@ enum Output : int32_t {
   kChoose = 4,      // of each row the highest output's index, and whether all of them are finite (1 or 0)
 };
 
+struct Sketch;
+
 // Rows are `stride` elements apart.
 struct LinearCall {
   const void* input;        // [num_rows, num_inputs]
@@ -42,6 +44,7 @@ struct LinearCall {
   int32_t input_kind;   // Input
   int32_t output_kind;  // Output
   int32_t num_threads;
+  const Sketch* sketch;  // of a W without bias, for kChoose; or null
 };
 
 }  // namespace pagoda

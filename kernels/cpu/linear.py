@@ -3,12 +3,14 @@
 import torch
 
 from kernels import Norm
-from kernels.cpu.binding import LinearCall, LinearWeight, NativeLibrary
+from kernels.cpu.binding import LinearCall, LinearWeight, NativeLibrary, Sketch
 from kernels.cpu.memory import empty_on_huge_pages
 
 # Input and Output of `linear.h`.
 PLAIN, NORMED = range(2)
 WRITE, ADD, WRITE_FLOAT, WRITE_GATED = range(4)
+# kTileColumns of `tiles.h`.
+TILE_COLUMNS = 16
 
 
 class _Packed:
@@ -51,8 +53,29 @@ class _Packed:
         return y
 
 
+class LinearSketch:
+    """A matrix rounded to 8 bits, by which the highest of a row's outputs is found and few of them made: see `sketch.h`.
+
+    structure: what the C++ takes; it points into this object.
+    """
+
+    def __init__(self, native: NativeLibrary, linear: LinearWeight, num_bytes: int) -> None:
+        """num_bytes: as the library says."""
+        num_panels = -(-linear.num_outputs // TILE_COLUMNS)
+        self._quads = empty_on_huge_pages((num_bytes,), torch.uint8)
+        self._steps, self._lengths, self._gaps = map(torch.empty, (num_panels * TILE_COLUMNS, num_panels, num_panels))
+        parts = self._quads, self._steps, self._lengths, self._gaps
+        self.structure = Sketch(*(part.data_ptr() for part in parts))
+        native.sketch(linear, self.structure, torch.get_num_threads())
+
+
 class PackedLinear(_Packed):
     """See `kernels.Linear`."""
+
+    def sketch(self) -> LinearSketch | None:
+        """None where the CPU has no units for it, or the outputs a bias."""
+        num_bytes = self._native.sketch_bytes(self.num_outputs, self.num_inputs)
+        return LinearSketch(self._native, self.structure, num_bytes) if num_bytes and self._bias is None else None
 
     def of_normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.of_normed`."""

@@ -12,6 +12,7 @@ namespace pagoda {
 
 // As tiles do: in steps, of even and of odd elements apart.
 struct TileSum {
+  using Element = BFloat16;
   using Stored = float;  // what the left side is best kept in
   using Left = FloatPair;
   static constexpr int kRegisters = 3;
@@ -30,6 +31,7 @@ struct TileSum {
     total += step.first + step.second;
     step = FloatPair{};
   }
+  Floats floats() const { return total; }
 
   // Sums of one step, whose total is in memory meanwhile.
   void resume(const float*) {}
@@ -38,6 +40,7 @@ struct TileSum {
 
 // As dot products do: pair after pair.
 struct DotSum {
+  using Element = BFloat16;
   using Stored = BFloat16;
   using Left = Words;
   static constexpr int kRegisters = 1;
@@ -46,6 +49,7 @@ struct DotSum {
   static Left left(const BFloat16* pair) { return broadcast_words(pair); }
   void add(Left left, Words right) { total = add_dot(total, left, right); }
   void end_step() {}
+  Floats floats() const { return total; }
 
   void resume(const float* sums) { total = load(sums); }
   void end_in(float* sums) const { store(sums, total); }
@@ -56,8 +60,9 @@ using PairSum = std::conditional_t<kHasTiles, TileSum, DotSum>;
 constexpr int kFewRows = kHasTiles ? 4 : 8;  // that vectors take less time for
 
 // Vectors of sums of each of so many rows that fit into registers: a power of two, `most` at most.
+template <class Sum>
 constexpr int sums_at_once(int num_rows, int most) {
-  constexpr int kSums = 24 / PairSum::kRegisters;
+  constexpr int kSums = 24 / Sum::kRegisters;
   return std::clamp<int>(std::bit_floor(static_cast<unsigned>(kSums / num_rows)), 1, most);
 }
 

@@ -28,6 +28,18 @@ struct PanelRange {
   int begin, end;
 };
 
+// All panels of a matrix, `unit` at a time.
+struct PanelUnits {
+  int num_panels, unit;
+
+  int count() const { return (num_panels + unit - 1) / unit; }
+  // None, past the last.
+  PanelRange at(int64_t i) const {
+    const int64_t begin = std::min<int64_t>(i * unit, num_panels);
+    return {static_cast<int>(begin), static_cast<int>(std::min<int64_t>(begin + unit, num_panels))};
+  }
+};
+
 class FloatPanels {
  public:
   using Prepared = float;

@@ -244,7 +244,7 @@ inline FloatPair unpack(Words bfloat16s) {
 }
 
 // Into a register: unpacked, GCC would load it twice.
-inline Words load_words(const BFloat16* from) {
+inline Words load_words(const void* from) {
   Words words;
   std::memcpy(&words, from, sizeof words);
 #ifdef __x86_64__
@@ -255,11 +255,11 @@ inline Words load_words(const BFloat16* from) {
 
 inline FloatPair load_pair(const BFloat16* from) { return unpack(load_words(from)); }
 
-// The two bfloat16s at `from`, in every lane.
-inline Words broadcast_words(const BFloat16* from) {
-  uint32_t both;
-  std::memcpy(&both, from, sizeof both);
-  return both - Words{};
+// The word at `from`, in every lane.
+inline Words broadcast_words(const void* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word - Words{};
 }
 
 // sums + a * b over the two bfloat16s of each word.
@@ -269,6 +269,20 @@ inline Floats add_dot(Floats sums, Words a, Words b) {
 #else
   const FloatPair x = unpack(a), y = unpack(b);
   return sums + x.second * y.second + x.first * y.first;
+#endif
+}
+
+// sums + a * b over the four bytes of each word: those of a have no sign, those of b have one.
+inline Words add_quads(Words sums, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Words>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  for (int shift = 0; shift < 32; shift += 8) {
+    const auto y = reinterpret_cast<VectorOf<int32_t>::type>(b << (24 - shift)) >> 24;
+    sums += (a >> shift & 0xff) * reinterpret_cast<Words>(y);
+  }
+  return sums;
 #endif
 }
 

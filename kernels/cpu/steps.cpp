@@ -79,7 +79,7 @@ class Steps {
     const int64_t stride = kind == kChoose ? stride_ : call_.lm_head->num_outputs;
     const LinearCall call{layers_.hidden, call_.norm,  output,             hidden_size_, stride,
                           num_tokens_,    num_tokens_, call_.norm_epsilon, kNormed,      kind,
-                          layers_.num_threads};
+                          layers_.num_threads, call_.sketch};
     pagoda_linear(call_.lm_head, &call);
   }
 

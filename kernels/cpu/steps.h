@@ -23,6 +23,7 @@ struct StepsCall {
   const void* all_cos;    // [positions, head_dim / 2]
   const void* all_sin;
   const Linear* lm_head;
+  const Sketch* sketch;  // of it, or null
   const void* norm;  // before it, [hidden_size]
   int64_t* choices;  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given
   const SampleCall* sample;  // who takes one at random; its uniforms are [num_steps, num_draws]; null where nobody does

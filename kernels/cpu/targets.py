@@ -35,8 +35,12 @@ class Target:
 AVX2_FLAGS = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "sse4_1", "sse4_2", "ssse3")
 AVX512_FLAGS = ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 AVX512 = Target("avx512", ("-march=x86-64-v4",), frozenset(AVX2_FLAGS + AVX512_FLAGS))
-# The same, and products of bfloat16 by the two.
-AVX512_BF16 = Target("avx512bf16", (*AVX512.flags, "-mavx512bf16"), AVX512.needs | {"avx512_bf16"})
+# The same, and products of bfloat16 by the two, of bytes by the four.
+AVX512_BF16 = Target(
+    "avx512bf16",
+    (*AVX512.flags, "-mavx512bf16", "-mavx512vnni"),
+    AVX512.needs | {"avx512_bf16", "avx512_vnni"},
+)
 AVX2 = Target("avx2", ("-march=x86-64-v3",), frozenset(AVX2_FLAGS))
 BASELINE = Target("baseline", (), frozenset())
 # The same, and products of bfloat16 by tiles.

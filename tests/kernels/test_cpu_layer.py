@@ -1,5 +1,6 @@
 """What the CPU kernels do around attention (products, norms, gates, rotation), against float64, on each target."""
 
+import ctypes
 import dataclasses
 import platform
 import subprocess
@@ -96,7 +97,10 @@ def test_what_is_chosen_while_it_is_computed_is_the_likeliest(
     has_bias: bool,
     data: st.DataObject,
 ) -> None:
-    """Bit for bit as if logits had been written down. Many tokens are alike, so that many logits are equal."""
+    """Bit for bit as if logits had been written down. Many tokens are alike, so that many logits are equal.
+
+    Once all logits are made, once those alone that can be the highest.
+    """
     dtype = fitting_dtype(target, dtype)
     product = Product(num_rows, num_inputs, vocab_size, dtype, seed=num_rows)
     num_kinds = min(data.draw(st.sampled_from([1, 3, 9000])), vocab_size)
@@ -110,10 +114,12 @@ def test_what_is_chosen_while_it_is_computed_is_the_likeliest(
     linear = kernels.linear(guarded(product.weight[kinds]), guarded(bias) if has_bias else None)
     rows, norm = guarded(product.rows), Norm(guarded(product.norm.weight), EPSILON)
     expected = kernels.greedy(linear.logits(rows, norm))
-    found = linear._run(rows, torch.empty((2, num_rows), dtype=torch.int64), NORMED, CHOOSE, norm)
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0] * found[1], expected[0] * expected[1])
-    assert ((found[0] >= 0) & (found[0] < vocab_size)).all()
+    for sketch in (None, linear.sketch()):
+        linear._call.sketch = sketch and ctypes.pointer(sketch.structure)
+        found = linear._run(rows, torch.empty((2, num_rows), dtype=torch.int64), NORMED, CHOOSE, norm)
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[0] * found[1], expected[0] * expected[1])
+        assert ((found[0] >= 0) & (found[0] < vocab_size)).all()
 
 
 @pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")

@@ -1,0 +1,149 @@
+// A matrix in 8 bits, which tells where the highest of its outputs can be, and where it can't.
+//
+// A row x of inputs and a row w of the weight are each rounded to whole steps, x^ and w^. What the rounded ones' product
+// misses is no more than |x| |w - w^| + |x - x^| |w^| (Cauchy and Schwarz), so products in 8 bits, of half the memory
+// and half the operations of bfloat16, bound all outputs from above. Those below what one output is need not be made.
+// The idea is that of a preview (Shim et al. 2017, SVD-softmax), but with a bound: what is chosen is the same.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "linear.h"
+#include "quad_sums.h"
+#include "rows.h"
+#include "scratch.h"
+#include "simd.h"
+#include "vector_panels.h"
+
+namespace pagoda {
+
+constexpr int kSketchDepthStep = 4 * kTilePairs;
+
+// What `pagoda_sketch` makes; `binding.py` mirrors it field by field. What outputs past the last have is 0.
+struct Sketch {
+  uint8_t* quads;  // [num_panels][depth / 4][kTileColumns][4]: steps from zero, and 128
+  float* steps;    // [num_panels * kTileColumns]
+  float* lengths;  // [num_panels], the longest |w|
+  float* gaps;     // [num_panels], the longest |w - w^|
+};
+
+constexpr int sketch_panels_of(int num_outputs) { return (num_outputs + kTileColumns - 1) / kTileColumns; }
+
+constexpr int64_t sketch_depth_of(int64_t num_inputs) {
+  return (num_inputs + kSketchDepthStep - 1) / kSketchDepthStep * kSketchDepthStep;
+}
+
+// What is known of some numbers x that were rounded to whole steps. Lengths are rounded up.
+struct Rounded {
+  float step;
+  float sum;     // of steps
+  float length;  // |x|; not finite where x is not
+  float gap;     // |x - x^|
+};
+
+// `width` elements, as whole steps of 127 at most.
+template <class From>
+inline Rounded round_to_steps(const From* from, int width, Int8* to) {
+  constexpr float kMost = 127.0f, kUp = 1.001f;
+  Floats tops = {};
+  for_vectors(width, [&](int d, int count) {
+    const Floats x = load_some(from + d, count);
+    tops = max(max(x, -x), tops);
+  });
+  const float top = largest(tops), step = top / kMost, per_step = top > 0.0f ? kMost / top : 0.0f;
+  Floats sums = {}, squares = {}, gaps = {};
+  for_vectors(width, [&](int d, int count) {
+    const Floats x = load_some(from + d, count), steps = (x * per_step + kRounder) - kRounder, gap = x - steps * step;
+    store_some(to + d, steps, count);
+    sums += steps;
+    squares += x * x;
+    gaps += gap * gap;
+  });
+  return {step, sum(sums), kUp * std::sqrt(sum(squares)), kUp * std::sqrt(sum(gaps))};
+}
+
+// Some rows, in 8 bits, and what their outputs can be at most: in each panel of the sketch.
+class SketchedRows {
+ public:
+  SketchedRows(const Sketch& sketch, const Linear& linear, int num_rows, Scratch& scratch)
+      : sketch_(sketch),
+        num_inputs_(linear.num_inputs),
+        num_rows_(num_rows),
+        num_panels_(sketch_panels_of(linear.num_outputs)),
+        depth_(sketch_depth_of(linear.num_inputs)),
+        row_stride_(depth_ + kAlignment),
+        rounded_(num_rows),
+        tops_(scratch.floats(num_rows * (num_panels_ + row_stride_ / sizeof(float)))),
+        steps_(reinterpret_cast<uint8_t*>(tops_ + int64_t{num_rows} * num_panels_)),
+        panels_(sketch.quads, depth_, row_stride_) {}
+
+  template <class From>
+  void round(int row, const From* from) {
+    Int8* const to = reinterpret_cast<Int8*>(steps_ + row * row_stride_);
+    rounded_[row] = round_to_steps(from, num_inputs_, to);
+    std::fill(to + num_inputs_, to + depth_, Int8{});
+  }
+
+  // Of the sketch, as much as a thread multiplies at a time.
+  PanelUnits units() const { return {num_panels_, kPanelsAtOnce}; }
+
+  // Multiplies all rows, which were rounded. next: what this thread is likely to go on with.
+  void multiply(PanelRange panels, PanelRange next) const {
+    const RowsJob<uint8_t, SketchedRows> job{steps_, 0, num_rows_, *this};
+    if (num_rows_ <= kVectorRows) return panels_.multiply_few(job, panels);
+    panels_.multiply_in_turns(job, panels, next);
+  }
+
+  // What outputs of a row are at most: [num_panels], of one panel each. All panels were multiplied; once for each row.
+  std::span<float> bounds(int row) const {
+    const Rounded& x = rounded_[row];
+    float* const bounds = tops_ + int64_t{row} * num_panels_;
+    for_vectors(num_panels_, [&, this](int i, int count) {
+      const Floats length = load_some(sketch_.lengths + i, count), gap = load_some(sketch_.gaps + i, count);
+      const Floats missed = x.length * gap + x.gap * (length + gap);
+      const Floats rounding = depth_ * 0x1p-22f * x.length * length + kLeast;  // of sums in float32, and of these
+      const Floats bound = load_some(bounds + i, count) * x.step + missed + rounding;
+      store_some(bounds + i, is_usual(x.length) & (length < kMost) & (bound < kMost * kMost) ? bound : kAny, count);
+    });
+    return {bounds, static_cast<size_t>(num_panels_)};
+  }
+
+  // For `multiply`.
+  void expect(int, int, int, int) const {}
+  __attribute__((noinline)) void operator()(const SumBlock& block) const {
+    for (int row = block.first_row; row < block.end_row; ++row) {
+      const float* sums = block.sums + (row - block.first_row) * block.stride;
+      const float* steps = sketch_.steps + block.first_column;
+      float* tops = tops_ + int64_t{row} * num_panels_ + block.first_column / kTileColumns;
+      const float zero = 128.0f * rounded_[row].sum;
+      for (int column = 0; column < block.num_columns; column += kTileColumns) {
+        Floats highest = (load(sums + column) - zero) * load(steps + column);
+        for (int i = column + kLanes; i < column + kTileColumns; i += kLanes) {
+          highest = max((load(sums + i) - zero) * load(steps + i), highest);
+        }
+        *tops++ = largest(highest);
+      }
+    }
+  }
+
+ private:
+  // Lengths whose products neither overflow nor vanish.
+  static constexpr float kMost = 1e18f, kLeast = 1e-15f;
+  static constexpr float kAny = std::numeric_limits<float>::infinity();
+  static bool is_usual(float length) { return 1.0f / kMost < length && length < kMost; }
+
+  const Sketch& sketch_;
+  const int num_inputs_, num_rows_, num_panels_;
+  const int64_t depth_, row_stride_;
+  std::vector<Rounded> rounded_;
+  float* const tops_;  // [num_rows][num_panels], in steps of the row
+  uint8_t* const steps_;
+  const VectorPanels<QuadSum> panels_;
+};
+
+}  // namespace pagoda

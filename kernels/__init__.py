@@ -226,15 +226,16 @@ class AttentionStep(Protocol):
         model: Model,
         kv: Sequence[LayerKV],
         input_ids: NDArray[np.int64],
-        num_steps: int,
+        steps_each: NDArray[np.int64],
         draws: Draws | None,
     ) -> NDArray[np.int64] | None:
         """This step, of one token per sequence, and those behind it, each of the tokens that the one before chose: at
         random for the sequences that `draws` has rows of, the likeliest for the others.
 
-        input_ids: [num_seqs]. As many steps as are done, of num_steps: [done, 2, num_seqs] int64, as `Kernels.greedy`
-        says; nothing finite follows what is not. Block tables must have the blocks for all. None where these kernels
-        run one step at a time, or nothing is done.
+        input_ids: [num_seqs]; steps_each: [num_seqs], how many steps each sequence takes, in descending order. As many
+        as are done: [done, 2, num_seqs] int64, as `Kernels.greedy` says; nothing finite follows what is not, and what
+        stands behind a sequence's last step means nothing. Block tables must have the blocks for all. None where these
+        kernels run one step at a time, or nothing is done.
         """
 
 

@@ -41,7 +41,7 @@ class UnfusedStep(AttentionStep):
         model: Model,
         kv: Sequence[LayerKV],
         input_ids: NDArray[np.int64],
-        num_steps: int,
+        steps_each: NDArray[np.int64],
         draws: Draws | None,
     ) -> None:
         """See `kernels.AttentionStep.decode`: one step at a time."""

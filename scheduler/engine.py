@@ -205,10 +205,10 @@ class Engine:
                 self.results.apply_resent(result)
             elif self._in_flight and self._in_flight[0].step_id == result.step_id:
                 step = self._in_flight.popleft()
-                if 0 < step.num_tokens == len(step.rows):
-                    self._plan_length.on_decodes(len(step.rows), result.step_s / step.num_steps)
+                if step.num_steps > 1 or 0 < step.num_tokens == len(step.rows):
+                    self._plan_length.on_decodes(step.num_tokens / step.num_steps, result.step_s / step.num_steps)
                 self.results.apply(step, result)
-                self.num_step_tokens += step.num_tokens * step.num_steps
+                self.num_step_tokens += step.num_tokens
                 self.num_steps += step.num_steps - 1
             elif result.step_id <= self._applied_step_id:
                 continue  # a duplicate: counted once
@@ -260,8 +260,8 @@ class Engine:
             copied = [copy.destination for copy in copies]
             self._in_flight.append(Step(self._next_step_id, rows, num_tokens, copied, num_steps))
             self.clock.on_plan(num_tokens, num_steps)
-            self.plan_tokens.observe(num_tokens, num_steps)
-            self.plan_sequences.observe(len(rows), num_steps)
+            self.plan_tokens.observe(num_tokens / num_steps, num_steps)
+            self.plan_sequences.observe(num_tokens / num_steps if num_steps > 1 else len(rows), num_steps)
             self._next_step_id += 1
             self._must_reserve = True
             plans.append(plan)

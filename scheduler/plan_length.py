@@ -21,8 +21,8 @@ class PlanLength:
         self._step_s = calibrated_step_s
         self._num_sequences = 1.0
 
-    def on_decodes(self, num_sequences: int, step_s: float) -> None:
-        """Steps of one token of each sequence have run. step_s: of one step."""
+    def on_decodes(self, num_sequences: float, step_s: float) -> None:
+        """Steps of one token of each sequence have run; how many and how long they were on average."""
         weight = WEIGHT if self._step_s else 1.0
         self._step_s += weight * (step_s - self._step_s)
         self._num_sequences += weight * (num_sequences - self._num_sequences)

@@ -21,7 +21,7 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan in flight. num_tokens: of each of its steps. copied_block_ids: destinations of its copies."""
+    """A plan in flight. num_tokens: of all its steps. copied_block_ids: destinations of its copies."""
 
     step_id: int
     rows: list[ScheduledRow]
@@ -58,9 +58,9 @@ class Results:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             if sequence.attempt == row.attempt:
-                self._advance(row, num_computed, step.num_steps)
+                self._advance(row, num_computed)
             if tokens:
-                if not row.samples:
+                if not row.num_samples:
                     raise ProtocolError(f"tokens of a sequence whose prompt is not done in step {step.step_id}")
                 if not sequence.num_candidates:
                     self._append(sequence, first_index, tokens, own_logprobs)
@@ -108,18 +108,17 @@ class Results:
                 if other.sequence.status is not SequenceStatus.FINISHED:
                     self.finish(other, ending)
 
-    def _advance(self, row: ScheduledRow, num_computed: int, num_steps: int) -> None:
+    def _advance(self, row: ScheduledRow, num_computed: int) -> None:
         """Confirmed progress of the present attempt; what the worker ran less than planned is planned again."""
-        sequence, num_planned = row.sequence, row.num_tokens * num_steps
-        if row.samples:
-            sequence.num_planned_samples -= num_steps
+        sequence, num_planned = row.sequence, row.num_tokens
+        sequence.num_planned_samples -= row.num_samples
         shortfall = num_planned - (num_computed - sequence.num_computed_tokens)
         if not 0 <= shortfall <= num_planned:
             raise ProtocolError(f"{num_computed} tokens computed, of {sequence.num_planned_tokens} planned")
         if shortfall:
             sequence.num_planned_tokens -= shortfall
         sequence.num_computed_tokens = num_computed
-        if not row.samples:
+        if not row.num_samples:
             self._committer.note_computed(sequence, has_caught_up=False)
             self._planner.publish_computed(sequence)
         elif sequence.has_computed_record:

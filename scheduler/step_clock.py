@@ -31,12 +31,12 @@ class StepClock:
         self._gaps_s: deque[float] = deque(maxlen=NUM_KEPT_GAPS)
         self._back_to_back: deque[bool] = deque(maxlen=NUM_KEPT_GAPS)
         self._late_share = 0.0
-        self._in_flight: deque[tuple[int, int]] = deque()  # of each plan: tokens of a step, steps
+        self._in_flight: deque[tuple[int, int]] = deque()  # of each plan: tokens, steps
         self._head_since = 0.0
         self.last_heard = monotonic()
 
     def on_plan(self, num_tokens: int, num_steps: int = 1) -> None:
-        """A plan has left. num_tokens: of each step."""
+        """A plan has left. num_tokens: of all its steps."""
         if not self._in_flight:
             self._head_since = monotonic()
         self._in_flight.append((num_tokens, num_steps))
@@ -52,11 +52,11 @@ class StepClock:
         weight = max(0.1, 1 / self._num_results)
         self.step_s += weight * (step_s - self.step_s)
         if self._in_flight:
-            num_tokens, _ = self._in_flight.popleft()
-            self._s_per_token += weight * (step_s / max(1, num_tokens) - self._s_per_token)
-            self._fit_slope(num_tokens, step_s, max(0.02, 1 / self._num_results))
+            num_tokens, num_steps = self._in_flight.popleft()
+            self._s_per_token += weight * (step_s * num_steps / max(1, num_tokens) - self._s_per_token)
+            self._fit_slope(num_tokens / num_steps, step_s, max(0.02, 1 / self._num_results))
 
-    def _fit_slope(self, num_tokens: int, step_s: float, weight: float) -> None:
+    def _fit_slope(self, num_tokens: float, step_s: float, weight: float) -> None:
         more_tokens, more_s = num_tokens - self._mean_tokens, step_s - self._mean_s
         self._mean_tokens += weight * more_tokens
         self._mean_s += weight * more_s
@@ -97,7 +97,7 @@ class StepClock:
         if not self._in_flight:
             return 0.0
         num_tokens, num_steps = self._in_flight[0]
-        predicted_s = num_steps * max(self.step_s, self._s_per_token * num_tokens)
+        predicted_s = max(num_steps * self.step_s, self._s_per_token * num_tokens)
         is_calibrated = self._num_results >= NUM_CALIBRATION_STEPS
         allowed_s = max(MIN_DEADLINE_S if is_calibrated else UNCALIBRATED_DEADLINE_S, DEADLINE_FACTOR * predicted_s)
         return max(0.0, monotonic() - self._head_since - allowed_s)

@@ -48,7 +48,7 @@ class StepWork:
     removed: Seq[int] = ()
     swaps: Seq[Swap] = ()
     num_steps: int = 1
-    """How often it runs the rows."""
+    """Over which its rows' tokens are spread, one of each row in a step, where it is more than one."""
 
 
 def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.SamplerParams]) -> pb.StepPlan:
@@ -80,7 +80,7 @@ def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.Samp
         if sequence.num_sent_blocks == sequence.num_acked_blocks and sequence.is_on_worker:
             continue
         if not sequence.is_on_worker:
-            plan.added.append(_added(row, work.num_steps, samplers[sequence.seq_id]))
+            plan.added.append(_added(row, samplers[sequence.seq_id]))
             sequence.is_on_worker = True
         else:
             fresh = sequence.block_ids[sequence.num_sent_blocks : sequence.num_acked_blocks]
@@ -91,7 +91,7 @@ def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.Samp
     return plan
 
 
-def _added(row: ScheduledRow, num_steps: int, sampler: pb.SamplerParams) -> pb.AddedSequence:
+def _added(row: ScheduledRow, sampler: pb.SamplerParams) -> pb.AddedSequence:
     sequence = row.sequence
     blocks = sequence.block_ids[: sequence.num_acked_blocks]
     return pb.AddedSequence(
@@ -99,7 +99,7 @@ def _added(row: ScheduledRow, num_steps: int, sampler: pb.SamplerParams) -> pb.A
         attempt=sequence.attempt,
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
-        num_computed_tokens=sequence.num_planned_tokens - row.num_tokens * num_steps,
+        num_computed_tokens=sequence.num_planned_tokens - row.num_tokens,
         block_ids=blocks,
         num_blocks=[len(blocks)],
         sampler=sampler,

@@ -61,9 +61,9 @@ class Batch:
             self._check_steps(plan)
         return self._build(plan)
 
-    def again(self, plan: Plan) -> StepInputs:
-        """What the plan's next step runs; the one before has begun."""
-        return self._build(plan)
+    def again(self, plan: Plan, step: int) -> StepInputs:
+        """What the plan's step `step` runs, 0 being the first; the one before has begun."""
+        return self._build(plan, step)
 
     def begin(self, inputs: StepInputs) -> None:
         """Count the step as done, but for its tokens; the one before the last has been committed."""
@@ -97,10 +97,10 @@ class Batch:
         self._sequences["num_tokens"][rows] = known + num_tokens
         # As in `commit`: a sequence that failed has nothing left to run.
         self._sequences["num_computed_tokens"][rows] = np.minimum(
-            scheduled.num_computed_tokens + len(steps) - 1, known + num_tokens
+            scheduled.num_computed_tokens + steps.num_steps - 1, known + num_tokens
         )
         places = scheduled.sampled_places + np.arange(len(steps))[:, None]
-        self._flat_token_ids[places[steps.is_finite]] = steps.token_ids[steps.is_finite]
+        self._flat_token_ids[places[steps.is_sampled]] = steps.token_ids[steps.is_sampled]
 
     def _remove(self, seq_id: int) -> None:
         row = self._row_of.pop(seq_id, None)
@@ -176,15 +176,19 @@ class Batch:
             self._last_rows = (plan.scheduled_seq_ids, self._rows(plan.scheduled_seq_ids, plan))
         return self._last_rows[1]
 
-    def _build(self, plan: Plan) -> StepInputs:
-        rows = self._scheduled_rows(plan)
+    def _build(self, plan: Plan, step: int = 0) -> StepInputs:
+        rows, num_scheduled = self._scheduled_rows(plan), plan.num_scheduled_tokens
+        steps_each = np.ones_like(num_scheduled)
+        if plan.num_steps > 1:
+            steps_each = num_scheduled[num_scheduled > step] - step
+            rows, num_scheduled = rows[: len(steps_each)], np.minimum(steps_each, 1)
         before = self._sequences[rows]
         known, computed = before["num_tokens"], before["num_computed_tokens"]
         # The plan's number is an upper bound: what was not sampled, because the sequence ended, cannot run.
-        num_run = np.minimum(plan.num_scheduled_tokens, known - computed)
+        num_run = np.minimum(num_scheduled, known - computed)
         context_lens = computed + num_run
         num_tokens = self._check(plan, num_run, context_lens, before)
-        samples = (num_run > 0) | self._forks(plan, known, context_lens)
+        samples = (num_run > 0) | self._forks(plan, num_scheduled, known, context_lens)
         sampling = np.flatnonzero(samples & (context_lens == known) & (known < self._limits.max_model_len))
         scheduled = self._scheduled(rows, before, context_lens, sampling)
         if num_tokens == len(rows) and num_run.all():  # one token each: nothing is ragged
@@ -194,7 +198,8 @@ class Batch:
             logit_rows = np.cumsum(num_run)[sampling] - 1  # a fork has no tokens here: its row is the one before it
             if not num_run.all():
                 active = np.flatnonzero(num_run)
-                rows, computed, num_run, context_lens = (c[active] for c in (rows, computed, num_run, context_lens))
+                columns = rows, computed, num_run, context_lens, steps_each
+                rows, computed, num_run, context_lens, steps_each = (column[active] for column in columns)
             cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)
             np.cumsum(num_run, out=cu_seqlens_q[1:])
             token_rows = np.repeat(rows, num_run)
@@ -203,7 +208,7 @@ class Batch:
         input_ids = np.take(self._flat_token_ids, token_rows * self._limits.max_model_len + positions)
         block_size = self._limits.block_size
         # Of all steps of the plan: the runner may do them at once.
-        longest = int(context_lens.max(initial=0)) + plan.num_steps - 1
+        longest = int((context_lens + steps_each).max(initial=1)) - 1
         max_blocks = min(-(-longest // block_size), self._block_tables.shape[1])
         block_ids = self._block_tables[token_rows, positions // block_size]
         return StepInputs(
@@ -215,6 +220,7 @@ class Batch:
             context_lens=context_lens,
             block_tables=self._block_tables[rows, :max_blocks],
             logit_rows=logit_rows,
+            steps_each=steps_each,
             sampled=self._sampled_rows(scheduled),
             scheduled=scheduled,
             is_fed=bool(self._freed_after) and bool((input_ids < 0).any()),  # marks are of steps that have begun
@@ -222,10 +228,14 @@ class Batch:
         )
 
     def _forks(
-        self, plan: Plan, known: NDArray[np.int64], context_lens: NDArray[np.int64]
+        self,
+        plan: Plan,
+        num_scheduled: NDArray[np.int64],
+        known: NDArray[np.int64],
+        context_lens: NDArray[np.int64],
     ) -> NDArray[np.bool_] | np.bool_:
         """Which of the plan's sequences sample from what the one before them runs. Raises ProtocolError."""
-        is_fork: NDArray[np.bool_] = plan.num_scheduled_tokens == 0
+        is_fork: NDArray[np.bool_] = num_scheduled == 0
         if not is_fork.any():
             return np.False_
         parents = np.maximum.accumulate(np.where(is_fork, -1, np.arange(len(is_fork))))
@@ -280,10 +290,13 @@ class Batch:
 
     def _check_steps(self, plan: Plan) -> None:
         """Of a plan of more than one: the first step is checked as any. Raises ProtocolError."""
-        sequences = self._sequences[self._scheduled_rows(plan)]
-        if (plan.num_scheduled_tokens != 1).any() or sequences["num_candidates"].any():
-            raise ProtocolError(f"plan {plan.step_id} has {plan.num_steps} steps of more than single tokens")
-        self._check_blocks(plan, sequences["num_computed_tokens"] + plan.num_steps, sequences["num_blocks"])
+        sequences, steps_each = self._sequences[self._scheduled_rows(plan)], plan.num_scheduled_tokens
+        is_falling = not (np.diff(steps_each, append=1) > 0).any()
+        if sequences["num_candidates"].any() or not is_falling or steps_each.max(initial=0) != plan.num_steps:
+            raise ProtocolError(
+                f"plan {plan.step_id} has {plan.num_steps} steps, which are not decodes of fewer and fewer sequences"
+            )
+        self._check_blocks(plan, sequences["num_computed_tokens"] + steps_each, sequences["num_blocks"])
 
     def _sampled_rows(self, scheduled: Scheduled) -> SampledRows:
         sampling = scheduled.sampling

@@ -111,7 +111,7 @@ class Executor:
         """The next step of the plan that has begun, or of the next plan, if it comes in time."""
         if self._rest is not None:
             order, num_left = self._rest
-            return self._begin(order, self._batch.again(order.plan), True, num_left)
+            return self._begin(order, self._batch.again(order.plan, order.plan.num_steps - num_left), True, num_left)
         order_in_time = self._source.take_within(seconds)
         if order_in_time is not None:
             self._launch(order_in_time, is_back_to_back=True)
@@ -141,7 +141,7 @@ class Executor:
     def _begin(self, order: Order, inputs: StepInputs, is_back_to_back: bool, num_steps: int) -> None:
         """Launch a step, or as many at once as the runner does, of the `num_steps` that the plan still has."""
         start = time.perf_counter()
-        steps = None if self._launched else self._runner.launch_steps(inputs, num_steps)
+        steps = None if self._launched else self._runner.launch_steps(inputs)
         step = self._runner.launch(inputs) if steps is None else steps
         self._launched.append(_Launched(order, inputs, step, start, is_back_to_back, num_steps, steps is None))
         self._rest = None

@@ -23,7 +23,7 @@ class Forward(Protocol):
         last: as in `worker.feed`. The next call may overwrite what this one returns.
         """
 
-    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> NDArray[np.int64] | None:
+    def decode(self, inputs: StepInputs, draws: Draws | None) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`. inputs: of the first step, nothing of which is fed."""
 
 
@@ -45,10 +45,10 @@ class EagerForward:
         rows = None if inputs.samples_all else self._upload(inputs.logit_rows)
         return self._decoder.hidden(input_ids, positions, attention, self._pool.layers, rows)
 
-    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> NDArray[np.int64] | None:
+    def decode(self, inputs: StepInputs, draws: Draws | None) -> NDArray[np.int64] | None:
         """See Forward."""
         attention = self._prepare(inputs)
-        choices = self._decoder.decode(inputs.input_ids, attention, self._pool.layers, num_steps, draws)
+        choices = self._decoder.decode(inputs.input_ids, attention, self._pool.layers, inputs.steps_each, draws)
         if choices is None:
             self._undone = inputs, attention
         return choices

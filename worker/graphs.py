@@ -164,7 +164,7 @@ class GraphForward:
             self._buckets.insert(0, (num_seqs, bucket))
         log.info("recorded %d sizes of decode steps in %.2f s", len(self._buckets), time.perf_counter() - start)
 
-    def decode(self, inputs: StepInputs, num_steps: int, draws: Draws | None) -> None:
+    def decode(self, inputs: StepInputs, draws: Draws | None) -> None:
         """See Forward: a graph for each step."""
 
     def hidden(self, inputs: StepInputs, last: torch.Tensor) -> torch.Tensor:

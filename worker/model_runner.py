@@ -45,21 +45,21 @@ class ModelRunner:
             return EnqueuedStep(self._enqueue(inputs))
         return DeferredStep(lambda: to_sampled(self._enqueue(inputs)))
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> "DeferredStep | None":
+    def launch_steps(self, inputs: StepInputs) -> "DeferredStep | None":
         """See Runner. On a CPU, of sequences that ask for tokens and nothing else."""
         is_decode = len(inputs.input_ids) and inputs.samples_all and not inputs.is_fed
         if self._is_on_gpu or not is_decode or not is_plain(inputs.sampled):
             return None
-        return DeferredStep(lambda: self._decode(inputs, num_steps))
+        return DeferredStep(lambda: self._decode(inputs))
 
     @torch.inference_mode()
-    def _decode(self, inputs: StepInputs, num_steps: int) -> Sampled | SampledSteps:
-        choices = self._forward.decode(inputs, num_steps, draws_of(inputs.sampled, num_steps))
+    def _decode(self, inputs: StepInputs) -> Sampled | SampledSteps:
+        choices = self._forward.decode(inputs, draws_of(inputs.sampled, int(inputs.steps_each[0])))
         if choices is None:
             return to_sampled(self._enqueue(inputs))
         self._last = NOTHING  # these steps are committed before others are built: none is fed with theirs
         token_ids, is_finite = choices.swapaxes(0, 1)
-        return SampledSteps(token_ids, is_finite.astype(np.bool_))
+        return SampledSteps(token_ids, is_finite.astype(np.bool_), inputs.steps_each)
 
     @torch.inference_mode()
     def _enqueue(self, inputs: StepInputs) -> Choices:
@@ -152,9 +152,9 @@ class PoisoningRunner:
         """See Runner."""
         return self._runner.launch(inputs)
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningStep | None:
+    def launch_steps(self, inputs: StepInputs) -> RunningStep | None:
         """See Runner."""
-        return self._runner.launch_steps(inputs, num_steps)
+        return self._runner.launch_steps(inputs)
 
 
 def warm_up(runner: ModelRunner, block_size: int) -> float:

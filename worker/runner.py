@@ -33,10 +33,11 @@ class Runner(Protocol):
         choice of a row whose logits were not finite counts as not finite either.
         """
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> RunningStep | None:
+    def launch_steps(self, inputs: StepInputs) -> RunningStep | None:
         """Begin decode steps, the first with `inputs`, each fed with what the one before samples; nothing else runs.
 
-        None where that gains nothing, or can't be: then each is to be launched by itself.
+        As many as `inputs.steps_each` says. None where that gains nothing, or can't be: then each is to be launched by
+        itself.
         """
 
 
@@ -60,7 +61,7 @@ class TimedRunner:
         self._end = max(self._end, time.perf_counter()) + self._step_s
         return TimedStep(self._end, inputs.sampled, self._vocab_size)
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+    def launch_steps(self, inputs: StepInputs) -> None:
         """See Runner."""
 
 

@@ -92,8 +92,9 @@ class StepInputs:
     input_ids: [num_tokens] int64; a negative one, ~i, is fed: it is what entry i of the step before samples, which is
     still on its way. positions, slot_mapping: [num_tokens] int64. cu_seqlens_q: [num_seqs + 1] int32. query_lens,
     context_lens: [num_seqs] int64. block_tables: [num_seqs, max_blocks] int32. logit_rows: [num_samples] int64, the
-    tokens that sample, and `sampled` how. is_fed: whether any of input_ids is. samples_all: whether it is known that
-    every token samples, each once, as in the common step of decodes.
+    tokens that sample, and `sampled` how. steps_each: [num_seqs] int64, how many steps alike each sequence takes, this
+    one included, in descending order. is_fed: whether any of input_ids is. samples_all: whether it is known that every
+    token samples, each once, as in the common step of decodes.
     """
 
     input_ids: NDArray[np.int64]
@@ -104,6 +105,7 @@ class StepInputs:
     context_lens: NDArray[np.int64]
     block_tables: NDArray[np.int32]
     logit_rows: NDArray[np.int64]
+    steps_each: NDArray[np.int64]
     sampled: SampledRows
     scheduled: Scheduled
     is_fed: bool = False
@@ -141,19 +143,31 @@ class Sampled:
 class SampledSteps:
     """Of steps that ran one after the other, one token of each sequence: its token, and whether its logits were finite.
 
-    token_ids, is_finite: [num_steps, num_seqs]. Nothing finite follows what is not.
+    token_ids, is_finite: [num_steps, num_seqs]. Nothing finite follows what is not. steps_each: as in StepInputs.
     """
 
     token_ids: NDArray[np.int64]
     is_finite: NDArray[np.bool_]
+    steps_each: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @cached_property
+    def num_steps(self) -> NDArray[np.int64]:
+        """[num_seqs]: that each of them took."""
+        return np.minimum(self.steps_each, len(self))
+
+    @cached_property
+    def is_sampled(self) -> NDArray[np.bool_]:
+        """[num_steps, num_seqs]: whether the token means something."""
+        found: NDArray[np.bool_] = self.is_finite & (np.arange(len(self))[:, None] < self.steps_each)
+        return found
+
+    @cached_property
     def num_tokens(self) -> NDArray[np.int64]:
         """[num_seqs]: tokens that mean something."""
-        found: NDArray[np.int64] = self.is_finite.sum(axis=0)
+        found: NDArray[np.int64] = self.is_sampled.sum(axis=0)
         return found
 
 
@@ -194,22 +208,32 @@ class Progress:
         return cls(
             attempts=scheduled.before["attempt"],
             # One that failed has run in the step in which it did, and in none behind it.
-            num_computed_tokens=scheduled.num_computed_tokens + np.minimum(num_tokens, len(steps) - 1),
+            num_computed_tokens=scheduled.num_computed_tokens + np.minimum(num_tokens, steps.num_steps - 1),
             first_output_indexes=scheduled.before["num_tokens"] - scheduled.before["num_prompt_tokens"],
             num_tokens=num_tokens,
-            token_ids=steps.token_ids.T[steps.is_finite.T],
-            failed=np.flatnonzero(num_tokens < len(steps)),
+            token_ids=steps.token_ids.T[steps.is_sampled.T],
+            failed=np.flatnonzero(num_tokens < steps.num_steps),
             candidates=[],
             token_logprobs=None,
         )
 
     @classmethod
     def joined(cls, steps: Sequence["Progress"]) -> "Progress":
-        """Of one step after the other, with the same scheduled sequences: each one's tokens lie together."""
+        """Of one step after the other: each sequence's tokens lie together.
+
+        Later ones have the same scheduled sequences, or the first of them.
+        """
         if len(steps) == 1:
             return steps[0]
         entries = np.arange(len(steps[0].attempts))
-        order = np.argsort(np.concatenate([np.repeat(entries, step.num_tokens) for step in steps]), kind="stable")
+        num_computed_tokens, num_tokens = steps[0].num_computed_tokens.copy(), np.zeros(len(entries), np.int64)
+        for step in steps:
+            num_computed_tokens[: len(step.num_tokens)] = step.num_computed_tokens
+            num_tokens[: len(step.num_tokens)] += step.num_tokens
+        order = np.argsort(
+            np.concatenate([np.repeat(entries[: len(step.num_tokens)], step.num_tokens) for step in steps]),
+            kind="stable",
+        )
         logprobs = None
         if any(step.token_logprobs is not None for step in steps):
             none = [np.zeros(len(step.token_ids), np.float32) for step in steps]
@@ -219,9 +243,9 @@ class Progress:
             logprobs = np.concatenate(own)[order]
         return cls(
             attempts=steps[0].attempts,
-            num_computed_tokens=steps[-1].num_computed_tokens,
+            num_computed_tokens=num_computed_tokens,
             first_output_indexes=steps[0].first_output_indexes,
-            num_tokens=np.sum([step.num_tokens for step in steps], axis=0),
+            num_tokens=num_tokens,
             token_ids=np.concatenate([step.token_ids for step in steps])[order],
             failed=np.unique(np.concatenate([step.failed for step in steps])),
             candidates=[],
@@ -244,6 +268,7 @@ def null_inputs(num_seqs: int, query_len: int) -> StepInputs:
         context_lens=lens,
         block_tables=np.zeros((num_seqs, 1), np.int32),
         logit_rows=(seqs + 1) * query_len - 1,
+        steps_each=np.ones_like(seqs),
         sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
         scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs, seqs, seqs),
     )

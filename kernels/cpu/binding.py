@@ -143,7 +143,7 @@ class StepsCall(ctypes.Structure):
         ("sketch", POINTER(Sketch)),
         *((name, c_void_p) for name in ("norm", "choices")),
         ("sample", POINTER(SampleCall)),
-        ("logits", c_void_p),
+        *((name, c_void_p) for name in ("logits", "steps_each")),
         ("table_stride", c_int64),
         ("num_items", c_int32),
         ("num_steps", c_int32),

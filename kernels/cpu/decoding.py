@@ -47,10 +47,14 @@ class Decoding:
         return self._model is model and self._kv is kv
 
     def run(
-        self, metadata: AttentionMetadata, input_ids: NDArray[np.int64], num_steps: int, draws: Draws | None
+        self,
+        metadata: AttentionMetadata,
+        input_ids: NDArray[np.int64],
+        steps_each: NDArray[np.int64],
+        draws: Draws | None,
     ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`. Up to where some sequence's work is cut anew."""
-        num_steps = min(num_steps, 1 + len(self._model.cos) - metadata.max_context_len)
+        num_steps = min(int(steps_each[0]), 1 + len(self._model.cos) - metadata.max_context_len)
         if num_steps < 1 or not 0 <= input_ids.min() <= input_ids.max() < len(self._model.embedding):
             return None
         works = self._works(metadata)
@@ -59,6 +63,7 @@ class Decoding:
         num_steps = min(num_steps, num_alike)
         choices = np.ones((1 + num_steps, 2, len(input_ids)), np.int64)
         choices[0, 0] = input_ids
+        self._call.steps_each = address(steps_each)
         self._run(works, choices, draws)
         return choices[1:]
 

@@ -54,7 +54,7 @@ class _Packed:
 
 
 class LinearSketch:
-    """A matrix rounded to 8 bits, by which the highest of a row's outputs is found and few of them made: see `sketch.h`.
+    """A matrix in 8 bits, by which the highest of a row's outputs is found while few of them are made: see `sketch.h`.
 
     structure: what the C++ takes; it points into this object.
     """

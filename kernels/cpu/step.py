@@ -80,11 +80,11 @@ class CpuStep:
         model: Model,
         kv: Sequence[LayerKV],
         input_ids: NDArray[np.int64],
-        num_steps: int,
+        steps_each: NDArray[np.int64],
         draws: Draws | None,
     ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`."""
-        return self._kernels.decoding(model, kv).run(self._metadata, input_ids, num_steps, draws)
+        return self._kernels.decoding(model, kv).run(self._metadata, input_ids, steps_each, draws)
 
     def _prepared(self, sliding_window: int) -> PreparedWork:
         if sliding_window not in self._works:

@@ -1,8 +1,10 @@
 // Some decode steps in one call: between two short ones, Python would take as long as either.
 #include "steps.h"
 
+#include <algorithm>
+
 #include "dots.h"
-#include "halves.h"
+#include "parts.h"
 #include "rows.h"
 #include "team.h"
 
@@ -19,9 +21,9 @@ namespace {
 
 constexpr int kLeastHalved = 32;  // sequences; of less, the weights that both halves read take too long
 
+// Of some sequences, to which `call` is cut.
 class Steps {
  public:
-  // Of all sequences, or of some, to which `call` is cut.
   Steps(const StepsCall& call, const StepsCall& all)
       : call_(call),
         all_(all),
@@ -31,8 +33,8 @@ class Steps {
         hidden_size_(call.lm_head->num_inputs),
         half_(layers_.shape->head_dim / 2) {}
 
-  void run() const {
-    for (int step = 0; step < call_.num_steps; ++step) {
+  void run(int begin, int end) const {
+    for (int step = begin; step < end; ++step) {
       if (step) grow();
       const int64_t* before = call_.choices + step * 2 * stride_;
       for (int64_t i = 0; i < num_tokens_; ++i) enter(i, before[i] * before[stride_ + i]);
@@ -98,12 +100,30 @@ class Steps {
   int hidden_size_, half_;
 };
 
-void run_steps(const StepsCall& call) {
-  const int64_t num_tokens = call.layers->num_tokens;
+// Steps that the first num_tokens sequences take.
+//
+// Products wait for the processor, attention for memory, which one core alone reads nearly as fast as two. Threads that
+// share every loop do the same at a time. Two that have sequences of their own need not, wait for each other only at the
+// end, and find what they made in their own caches. But both read all weights, so it takes some rows to be worth it.
+void run_alike(const StepsCall& call, int64_t num_tokens, int begin, int end) {
+  const int num_threads = call.layers->num_threads;
   // Where there are tiles, products wait for memory sooner: what halves would bring there is not measured.
-  if (kHasTiles || call.layers->num_threads != 2 || num_tokens < kLeastHalved) return Steps(call, call).run();
-  const Half first(call, 0, num_tokens / 2), second(call, num_tokens / 2, num_tokens);
-  for_units(2, 2, [&](int64_t half) { Steps((half ? second : first).call(), call).run(); });
+  if (kHasTiles || num_threads != 2 || num_tokens < kLeastHalved) {
+    const Part whole(call, 0, num_tokens, num_threads);
+    return Steps(whole.call(), call).run(begin, end);
+  }
+  const Part first(call, 0, num_tokens / 2, 1), second(call, num_tokens / 2, num_tokens, 1);
+  for_units(2, 2, [&](int64_t half) { Steps((half ? second : first).call(), call).run(begin, end); });
+}
+
+void run_steps(const StepsCall& call) {
+  int64_t num_tokens = call.layers->num_tokens;
+  for (int step = 0; step < call.num_steps;) {
+    while (call.steps_each[num_tokens - 1] <= step) --num_tokens;
+    const int end = std::min<int64_t>(call.steps_each[num_tokens - 1], call.num_steps);
+    run_alike(call, num_tokens, step, end);
+    step = end;
+  }
 }
 
 }  // namespace

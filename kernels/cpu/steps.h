@@ -6,7 +6,8 @@
 
 namespace pagoda {
 
-// Decodes of the same sequences, one step after the other. Each takes the likeliest token, or one at random.
+// Decodes of the same sequences, one step after the other, fewer and fewer of them. Each takes the likeliest token, or
+// one at random.
 //
 // The first step's work list serves them all: sequence i has its own last item, which grows with it, and no more items
 // than at first.
@@ -25,12 +26,15 @@ struct StepsCall {
   const Linear* lm_head;
   const Sketch* sketch;  // of it, or null
   const void* norm;  // before it, [hidden_size]
-  int64_t* choices;  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given
+  // [1 + num_steps, 2, num_tokens]: ids and whether they mean anything (1 or 0); the first are given, and what is not
+  // chosen stays.
+  int64_t* choices;
   const SampleCall* sample;  // who takes one at random; its uniforms are [num_steps, num_draws]; null where nobody does
   float* logits;             // what `sample` has, to be filled for each step
+  const int64_t* steps_each;  // [num_tokens], how many each sequence takes, one at least, in descending order
   int64_t table_stride;
   int32_t num_items;
-  int32_t num_steps;
+  int32_t num_steps;  // as many as the first takes, or fewer
   float norm_epsilon;
 };
 

@@ -52,6 +52,11 @@ SCENARIOS: dict[str, tuple[str, SimLimits, list[Arrival]]] = {
         SimLimits(4, 4),
         [Arrival((1,) * 4, 8, stops_after=2), Arrival((2,) * 10, 4, round=3, ignores_eos=True)],
     ),
+    "leave_a_plan": (
+        "Plans of up to eight steps: who reaches its last token in the middle of one leaves it, the others go on.",
+        SimLimits(32, 4, lookahead=4, steps_per_plan=8),
+        [Arrival((seq_id,) * 3, most, ignores_eos=True) for seq_id, most in ((1, 14), (2, 4), (3, 20))],
+    ),
 }
 
 

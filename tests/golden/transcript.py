@@ -59,7 +59,8 @@ class Transcript:
 
     def _plan(self, plan: pb.StepPlan) -> Iterable[str]:
         rows = zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True)
-        yield f"plan {plan.step_id}: run {', '.join(f'{count} of {seq_id}' for seq_id, count in rows)}"
+        steps = f" in {plan.num_steps} steps" if plan.num_steps > 1 else ""
+        yield f"plan {plan.step_id}: run {', '.join(f'{count} of {seq_id}' for seq_id, count in rows)}{steps}"
         if plan.removed_seq_ids:
             yield f"    remove {_ids(plan.removed_seq_ids)}"
         for added in plan.added:

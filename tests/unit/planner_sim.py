@@ -147,11 +147,13 @@ class SimWorker:
         self.swaps += [Swap(True, *out) for out in zip(plan.out_block_ids, plan.out_host_block_ids, strict=True)]
         self.swaps += [Swap(False, *in_) for in_ in zip(plan.in_block_ids, plan.in_host_block_ids, strict=True)]
         result = pb.StepResult(epoch=plan.epoch, step_id=plan.step_id)
-        parent = 0
+        assert max(plan.num_scheduled_tokens, default=0) >= plan.num_steps or plan.num_steps == 1, "steps of nobody"
+        parent, num_left = 0, plan.num_steps
         for seq_id, count in zip(plan.scheduled_seq_ids, plan.num_scheduled_tokens, strict=True):
             if plan.num_steps > 1:
-                assert count == 1, "several steps of more than single tokens"
-                self._run_steps(seq_id, plan.num_steps, result)
+                assert 0 < count <= num_left, "who takes fewer steps comes first"
+                num_left = count
+                self._run_steps(seq_id, count, result)
             elif count:
                 parent = seq_id
                 self._run_row(seq_id, count, result)
@@ -495,7 +497,7 @@ class Simulation:
             swaps, self.committer.acked_swaps = self.committer.acked_swaps, []
             if not rows and not copies and not swaps:
                 break
-            self._check_rows(rows, before)
+            self._check_rows(rows, num_steps, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
             plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps, num_steps), self._samplers)
             self.planner.removed.clear()
@@ -515,8 +517,9 @@ class Simulation:
 
     # -- what must always hold ----------------------------------------------------------------------------------------
 
-    def _check_rows(self, rows: list[ScheduledRow], unplanned_before: dict[int, int]) -> None:
-        assert sum(row.num_tokens for row in rows) <= self.limits.max_num_batched_tokens, "over the token budget"
+    def _check_rows(self, rows: list[ScheduledRow], num_steps: int, unplanned_before: dict[int, int]) -> None:
+        num_tokens = len(rows) if num_steps > 1 else sum(row.num_tokens for row in rows)
+        assert num_tokens <= self.limits.max_num_batched_tokens, "over the token budget"
         assert len(rows) <= self.limits.max_num_seqs, "over max_num_seqs"
         assert len({row.sequence.seq_id for row in rows}) == len(rows), "a sequence twice in a step"
         for row in rows:

@@ -31,9 +31,9 @@ class PlannerAhead(Planner):
         message = super().plan(scheduled, num_steps)
         for seq_id, num_tokens in scheduled.items():
             sequence = self.sequences[seq_id]
-            sequence.num_computed += num_tokens * num_steps
+            sequence.num_computed += num_tokens
             if sequence.num_computed >= sequence.num_tokens:
-                sequence.output += [UNKNOWN] * num_steps
+                sequence.output += [UNKNOWN] * (num_tokens if num_steps > 1 else 1)
         return message
 
 
@@ -56,7 +56,11 @@ def random_plans(
         chunk = rng.choice([1, 5, 16, 64])
         scheduled = {s.seq_id: min(chunk, s.num_tokens - s.num_computed) for s in running}
         decode = all(s.num_tokens - s.num_computed == 1 for s in running)
-        plans.append(planner.plan(scheduled, rng.choice([1, 2, 5]) if decode else 1))
+        num_steps = rng.choice([1, 2, 5]) if decode else 1
+        if num_steps > 1:
+            steps_each = sorted([num_steps, *rng.choices(range(1, num_steps + 1), k=len(running) - 1)], reverse=True)
+            scheduled = dict(zip(scheduled, steps_each, strict=True))
+        plans.append(planner.plan(scheduled, num_steps))
         for sequence in running:
             if len(sequence.output) >= num_output or rng.random() < 0.02:
                 planner.remove(sequence.seq_id)
@@ -118,7 +122,7 @@ class QueueingRunner:
         self.queue.append(step.run)
         return step
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+    def launch_steps(self, inputs: StepInputs) -> None:
         """One by one."""
 
 

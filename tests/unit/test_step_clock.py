@@ -154,7 +154,7 @@ def test_plans_that_come_late_bring_another_one_ahead_until_they_no_longer_do() 
 def test_a_plan_of_several_steps_has_the_time_of_all(time: Time) -> None:
     clock = StepClock()
     run(clock, time, 0.5)
-    clock.on_plan(8, num_steps=4)
+    clock.on_plan(32, num_steps=4)
     time.now += 5.9
     assert clock.overdue_s() == 0
     time.now += 1.1

@@ -25,7 +25,7 @@ def running(seq_id: int, num_prompt_tokens: int, num_planned: int, blocks: tuple
 
 
 def row(sequence: Sequence, num_tokens: int) -> ScheduledRow:
-    return ScheduledRow(sequence, sequence.attempt, num_tokens, samples=False)
+    return ScheduledRow(sequence, sequence.attempt, num_tokens, num_samples=0)
 
 
 SAMPLERS = {i: pb.SamplerParams(seed=i) for i in range(10)}
@@ -52,8 +52,8 @@ def test_a_sequence_is_added_once_with_all_that_the_worker_needs() -> None:
 
 def test_a_sequence_that_joins_for_several_steps_begins_before_the_first() -> None:
     sequence = running(4, 20, 23, ([5, 6, 7], 2))
-    plan = build_plan(NUMBERS, StepWork([row(sequence, 1)], num_steps=3), SAMPLERS)
-    assert (plan.num_steps, list(plan.num_scheduled_tokens)) == (3, [1])
+    plan = build_plan(NUMBERS, StepWork([row(sequence, 3)], num_steps=3), SAMPLERS)
+    assert (plan.num_steps, list(plan.num_scheduled_tokens)) == (3, [3])
     assert plan.added[0].num_computed_tokens == 20
 
 

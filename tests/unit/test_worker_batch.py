@@ -271,22 +271,35 @@ def plan(**columns: object) -> pb.StepPlan:
         ),
         (
             {"scheduled_seq_ids": [7], "num_scheduled_tokens": [3], "num_steps": 2},
-            "2 steps of more than single tokens",
+            "2 steps, which are not decodes of fewer and fewer sequences",
         ),
+        (
+            {"scheduled_seq_ids": [7], "num_scheduled_tokens": [1], "num_steps": 2},
+            "2 steps, which are not decodes of fewer and fewer sequences",
+        ),
+        (
+            {"added": [added(8, naive())], "scheduled_seq_ids": [7, 8], "num_scheduled_tokens": [1, 2], "num_steps": 2},
+            "2 steps, which are not decodes of fewer and fewer sequences",
+        ),
+        (
+            {"added": [added(8, naive())], "scheduled_seq_ids": [7, 8], "num_scheduled_tokens": [2, 0], "num_steps": 2},
+            "2 steps, which are not decodes of fewer and fewer sequences",
+        ),
+        ({"num_steps": 2}, "2 steps, which are not decodes of fewer and fewer sequences"),
         (
             {
                 "added": [added(8, naive(num_computed=2, num_candidates=3))],
                 "scheduled_seq_ids": [8],
-                "num_scheduled_tokens": [1],
+                "num_scheduled_tokens": [2],
                 "num_steps": 2,
             },
-            "2 steps of more than single tokens",
+            "2 steps, which are not decodes of fewer and fewer sequences",
         ),
         (
             {
                 "added": [added(8, naive(tokens=[1] * 14, num_computed=13))],
                 "scheduled_seq_ids": [8],
-                "num_scheduled_tokens": [1],
+                "num_scheduled_tokens": [4],
                 "num_steps": 4,
             },
             "runs sequence 8 up to token 17: it has 1 blocks of 16",

@@ -56,7 +56,7 @@ class GatedRunner:
         self.launched.append(inputs)
         return GatedStep(self, len(inputs.logit_rows))
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+    def launch_steps(self, inputs: StepInputs) -> None:
         """One by one."""
 
     def hold(self) -> None:

@@ -79,7 +79,8 @@ def decodes(num_steps: int, together: int = 1, **sampler: bool) -> list[pb.StepP
     for seq_id in range(3):
         planner.add(seq_id, [10 + seq_id, 20, 30], **sampler)
     plans = [planner.plan(dict.fromkeys(range(3), 3))]
-    return plans + [planner.plan(dict.fromkeys(range(3), 1), together) for _ in range((num_steps - 1) // together)]
+    steps_each = dict.fromkeys(range(3), together)
+    return plans + [planner.plan(steps_each, together) for _ in range((num_steps - 1) // together)]
 
 
 def tokens(outputs: list[StepOutput], seq_id: int) -> list[int]:

@@ -66,13 +66,19 @@ WARM: Sampler = {"temperature": 0.8, "seed": 5}
 ALL_FILTERS: Sampler = {"temperature": 1.7, "seed": 2**63, "top_k": 90, "top_p": 0.95, "min_p": 0.01}
 
 
-def plans(num_steps: int, *samplers: Sampler) -> list[pb.StepPlan]:
-    """Prompts first, then NUM_STEPS decodes of all, so many in each plan. samplers: of the sequences, in turn."""
+def with_prompts(*samplers: Sampler) -> tuple[PlannerAhead, pb.StepPlan]:
+    """Who has planned the prompts of all. samplers: of the sequences, in turn."""
     planner = PlannerAhead(16, NUM_BLOCKS)
     for seq_id, (length, sampler) in enumerate(zip(PROMPT_LENS, cycle(samplers or (GREEDY,)), strict=False)):
         planner.add(seq_id, [2 + (7 * seq_id + 3 * i) % NUM_PROMPT_IDS for i in range(length)], **sampler)
-    prompts = planner.plan(dict(enumerate(PROMPT_LENS)))
-    return [prompts, *(planner.plan(dict.fromkeys(range(4), 1), num_steps) for _ in range(NUM_STEPS // num_steps))]
+    return planner, planner.plan(dict(enumerate(PROMPT_LENS)))
+
+
+def plans(num_steps: int, *samplers: Sampler) -> list[pb.StepPlan]:
+    """Prompts first, then NUM_STEPS decodes of all, so many in each plan."""
+    planner, prompts = with_prompts(*samplers)
+    decodes = dict.fromkeys(range(4), num_steps)
+    return [prompts, *(planner.plan(decodes, num_steps) for _ in range(NUM_STEPS // num_steps))]
 
 
 class OneByOne:
@@ -81,7 +87,7 @@ class OneByOne:
     def __init__(self, runner: Runner) -> None:
         self.prepare, self.launch = runner.prepare, runner.launch
 
-    def launch_steps(self, inputs: StepInputs, num_steps: int) -> None:
+    def launch_steps(self, inputs: StepInputs) -> None:
         """Never."""
 
 
@@ -115,6 +121,29 @@ def test_tokens_are_those_of_one_step_after_the_other(assembly: Assembly, at_onc
     assert [output.num_steps for output in outputs] == [1, 6, 6]
     assert outputs[-1].num_computed_tokens.tolist() == [length + NUM_STEPS for length in PROMPT_LENS]
     assert outputs[-1].first_output_indexes.tolist() == [7] * 4
+
+
+@pytest.mark.parametrize("samplers", [(), (GREEDY, WARM, ALL_FILTERS)])
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_sequences_leave_a_plan_one_after_the_other(
+    assembly: Assembly, at_once: list[int], samplers: tuple[Sampler, ...], is_alone: bool
+) -> None:
+    """In the middle of a plan the kernels stop, where a sequence's work is cut anew, when another has left already."""
+    planner, prompts = with_prompts(*samplers)
+    steps_each = {3: 12, 1: 12, 0: 7, 2: 1}
+    later = {3: 2, 0: 1}
+    few = [prompts, planner.plan(steps_each, 12), planner.plan(later, 2)]
+    runner = OneByOne(assembly.runner) if is_alone else assembly.runner
+    outputs = play(few, assembly, runner).outputs
+    assert at_once == ([] if is_alone else [1, 5, 6, 2])
+    assert [output.num_steps for output in outputs] == [1, 12, 2]
+    assert [output.num_tokens.tolist() for output in outputs[1:]] == [[12, 12, 7, 1], [2, 1]]
+    assert outputs[1].num_computed_tokens.tolist() == [PROMPT_LENS[i] + n for i, n in steps_each.items()]
+    assert not any(output.failed_seq_ids for output in outputs)
+    expected = tokens(play(plans(1, *samplers), assembly, assembly.runner).outputs)
+    for seq_id, found in tokens(outputs).items():
+        assert found[:13] == expected[seq_id][: len(found)]
+        assert len(found) == 1 + steps_each[seq_id] + later.get(seq_id, 0)
 
 
 def test_work_is_made_anew_where_it_is_cut_anew(assembly: Assembly, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +210,7 @@ def test_who_asks_for_more_is_run_step_by_step(assembly: Assembly, at_once: list
 def test_the_longest_sequence_ends_where_it_must(assembly: Assembly) -> None:
     planner = PlannerAhead(16, NUM_BLOCKS)
     planner.add(0, [2 + i % NUM_PROMPT_IDS for i in range(MAX_MODEL_LEN - 4)])
-    few = [planner.plan({0: MAX_MODEL_LEN - 4}), planner.plan({0: 1}, 3)]
+    few = [planner.plan({0: MAX_MODEL_LEN - 4}), planner.plan({0: 3}, 3)]
     outputs = play(few, assembly, assembly.runner).outputs
     assert [output.num_tokens.tolist() for output in outputs] == [[1], [3]]
     assert outputs[-1].num_computed_tokens.tolist() == [MAX_MODEL_LEN - 1]

@@ -83,7 +83,7 @@ class Pool:
             sequence.num_plans_in_flight -= 1
             if row.num_tokens:  # else a fork: it samples from its leader's prompt
                 sequence.num_computed_tokens += row.num_tokens
-            if row.samples:
+            if row.num_samples:
                 sequence.num_planned_samples -= 1
                 sequence.token_ids.append(1)
             planner.publish_computed(sequence)

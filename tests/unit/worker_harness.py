@@ -95,7 +95,7 @@ class Planner:
         self.free += sequence.block_ids
 
     def plan(self, scheduled: dict[int, int], num_steps: int = 1) -> pb.StepPlan:
-        """Run these sequences for so many tokens, in each of the steps; blocks are appended as needed."""
+        """Run these sequences for so many tokens, in all steps together; blocks are appended as needed."""
         self.step_id += 1
         plan = pb.StepPlan(
             epoch=self.epoch, step_id=self.step_id, committed_step_id=self.committed_step_id, num_steps=num_steps
@@ -110,7 +110,7 @@ class Planner:
         self.removed, self.freed, self.added, self.copies = [], [], [], []
         for seq_id, num_tokens in scheduled.items():
             sequence = self.sequences[seq_id]
-            end = sequence.num_computed + num_tokens * num_steps
+            end = sequence.num_computed + num_tokens
             short = -(-end // self.block_size) - len(sequence.block_ids)
             if short > 0:
                 blocks = [self.free.pop() for _ in range(short)]

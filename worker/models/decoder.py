@@ -90,11 +90,11 @@ class Decoder:
         input_ids: NDArray[np.int64],
         attention: AttentionStep,
         kv: Sequence[LayerKV],
-        num_steps: int,
+        steps_each: NDArray[np.int64],
         draws: Draws | None,
     ) -> NDArray[np.int64] | None:
         """See `kernels.AttentionStep.decode`."""
-        return attention.decode(self._model, kv, input_ids, num_steps, draws)
+        return attention.decode(self._model, kv, input_ids, steps_each, draws)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of hidden states [num_rows, hidden_size]: [num_rows, vocab_size] float32."""

@@ -598,9 +598,10 @@ class StepPlan(_message.Message):
     committed_step_id: _builtins.int
     """Highest step whose result is in Redis; the worker may forget results up to here."""
     num_steps: _builtins.int
-    """Steps: how often to run what is scheduled, each time with the tokens that were sampled last; 0 is 1. With more, one
-    token of each sequence is scheduled, none of which wants candidates, and each has the blocks for all; the changes are
-    made before the first step. There is one result, after the last.
+    """Steps; 0 is 1. With more, each sequence runs one token in each of as many of them as it has tokens scheduled, each
+    time the one that was sampled last: those with more come first, the first has one for every step. None of them wants
+    candidates, and each has the blocks for all its tokens; the changes are made before the first step. There is one
+    result, after the last.
     """
     @_builtins.property
     def removed_seq_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -640,8 +641,9 @@ class StepPlan(_message.Message):
 
     @_builtins.property
     def num_scheduled_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens to run of each, from its num_computed_tokens on: an upper bound. A sequence that thereby reaches its last
-        token samples the next one; a token that is not in the plan is the one sampled last. 0: a fork, added with the
+        """Tokens to run of each, in all steps together, from its num_computed_tokens on: an upper bound. A sequence that
+        thereby reaches its last token samples the next one; a token that is not in the plan is the one sampled last. 0: a
+        fork, added with the
         prompt of the last sequence before it that has tokens to run, all of it computed; it samples from the same logits,
         and gets its blocks with a later plan.
         """

@@ -1,8 +1,4 @@
-// Decode steps as those of two halves of their sequences, each for a thread of its own.
-//
-// Products wait for the processor, attention for memory, which one core alone reads nearly as fast as two. Threads that
-// share every loop do the same at a time. Two that have sequences of their own need not, wait for each other only at the
-// end, and find what they made in their own caches. But both read all weights, so it takes some rows to be worth it.
+// Decode steps of some of the sequences of a call.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +10,10 @@
 
 namespace pagoda {
 
-// What sequences `begin` to `end` have of a work list of decodes, for one thread. Their numbers begin at 0.
+// What sequences `begin` to `end` have of a work list of decodes. Their numbers begin at 0.
 class WorkPart {
  public:
-  WorkPart(const Work& all, int begin, int end) : work_(all) {
+  WorkPart(const Work& all, int begin, int end, int num_threads) : work_(all) {
     const int32_t* end_of_items = all.seqs + all.cluster_starts[all.num_clusters];
     const auto item_of = [&](int seq) { return std::lower_bound(all.seqs, end_of_items, seq) - all.seqs; };
     first_item_ = item_of(begin);
@@ -25,7 +21,7 @@ class WorkPart {
     for (int64_t item = first_item_; item < end_item; ++item) seqs_.push_back(all.seqs[item] - begin);
     take_clusters(all);
     take_merges(all);
-    work_.num_threads = 1;
+    work_.num_threads = num_threads;
     work_.seqs = work_.query_starts = seqs_.data();
     work_.num_queries += first_item_;
     work_.kv_starts += first_item_;
@@ -75,15 +71,16 @@ class WorkPart {
 };
 
 // What sequences `begin` to `end` have of a call. Rows of it are as far apart as in the whole.
-class Half {
+class Part {
  public:
-  Half(const StepsCall& all, int64_t begin, int64_t end) : layers_(*all.layers), steps_(all) {
+  Part(const StepsCall& all, int64_t begin, int64_t end, int num_threads) : layers_(*all.layers), steps_(all) {
+    layers_.num_threads = num_threads;
     take_works(begin, end);
     take_rows(begin, end - begin);
     take_choices(begin);
     if (all.sample) take_draws(*all.sample, begin, end);
   }
-  Half(const Half&) = delete;
+  Part(const Part&) = delete;
 
   const StepsCall& call() const { return steps_; }
 
@@ -93,7 +90,7 @@ class Half {
     for (int i = 0; i < layers_.num_layers; ++i) num_windows = std::max(num_windows, layers_.layers[i].window + 1);
     for (int i = 0; i < num_windows; ++i) {
       windows_.push_back(layers_.windows[i]);
-      windows_[i].work = &works_.emplace_back(*windows_[i].work, begin, end).work();
+      windows_[i].work = &works_.emplace_back(*windows_[i].work, begin, end, layers_.num_threads).work();
     }
     layers_.windows = windows_.data();
     steps_.kv_ends += works_[0].first_item();
@@ -114,7 +111,6 @@ class Half {
     layers_.sin = steps_.sin = row(steps_.sin, begin * half_dim);
     layers_.slot_mapping = steps_.slot_mapping = steps_.slot_mapping + begin;
     layers_.num_tokens = layers_.num_outputs = num_rows;
-    layers_.num_threads = 1;
     steps_.layers = &layers_;
   }
 
@@ -129,7 +125,7 @@ class Half {
     for (int64_t i = first; i < all.num_draws && all.rows[i] < end; ++i) draws_.push_back(all.rows[i] - begin);
     sample_ = {steps_.logits,      draws_.data(),        all.temperatures + first, all.top_k + first,
                all.top_p + first,  all.min_p + first,    all.uniforms + first,     all.token_ids + first,
-               static_cast<int64_t>(draws_.size()), all.vocab_size, 1};
+               static_cast<int64_t>(draws_.size()), all.vocab_size, layers_.num_threads};
     steps_.sample = &sample_;
   }
 

@@ -100,6 +100,26 @@ class Steps {
   int hidden_size_, half_;
 };
 
+// How many of the first num_tokens sequences, two at least, take half of the time of all; one at least.
+int64_t half_of(const StepsCall& call, int64_t num_tokens) {
+  constexpr int64_t kProductsPerByte = 6;  // that take as long as reading a byte of KV
+  const Layer& layer = call.layers->layers[0];
+  const Shape& shape = *call.layers->shape;
+  int64_t num_products = 0;
+  for (const Linear* linear : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+    num_products += int64_t{linear->num_inputs} * linear->num_outputs;
+  }
+  const int64_t token_cost = int64_t{2} * shape.num_kv_heads * shape.head_dim * sizeof(KV) * kProductsPerByte;
+  const auto cost_of = [&](int64_t i) { return num_products + token_cost * call.context_lens[i]; };
+  int64_t total = 0;
+  for (int64_t i = 0; i < num_tokens; ++i) total += cost_of(i);
+  int64_t half = 1;
+  for (int64_t cost = cost_of(0); half + 1 < num_tokens && 2 * cost + cost_of(half) < total; ++half) {
+    cost += cost_of(half);
+  }
+  return half;
+}
+
 // Steps that the first num_tokens sequences take.
 //
 // Products wait for the processor, attention for memory, which one core alone reads nearly as fast as two. Threads that
@@ -112,7 +132,8 @@ void run_alike(const StepsCall& call, int64_t num_tokens, int begin, int end) {
     const Part whole(call, 0, num_tokens, num_threads);
     return Steps(whole.call(), call).run(begin, end);
   }
-  const Part first(call, 0, num_tokens / 2, 1), second(call, num_tokens / 2, num_tokens, 1);
+  const int64_t middle = half_of(call, num_tokens);
+  const Part first(call, 0, middle, 1), second(call, middle, num_tokens, 1);
   for_units(2, 2, [&](int64_t half) { Steps((half ? second : first).call(), call).run(begin, end); });
 }
 

@@ -15,7 +15,7 @@ from worker.assemble import Assembly, assemble
 from worker.config import parse_config
 
 NUM_BLOCKS = 700
-NUM_SEQS = 45  # 22 and 23
+NUM_SEQS = 45
 PREFIX_LEN = 288  # of some of them; partitions of the kernels end at 256 tokens
 OTHER_LENS = (3, 17, 250, 255, 256, 40)
 STEPS = (1, 5, 6, 4)  # of plans

@@ -93,13 +93,14 @@ def build_plan(numbers: StepNumbers, work: StepWork, samplers: dict[int, pb.Samp
 
 def _added(row: ScheduledRow, sampler: pb.SamplerParams) -> pb.AddedSequence:
     sequence = row.sequence
+    num_computed = sequence.num_planned_tokens - row.num_tokens
     blocks = sequence.block_ids[: sequence.num_acked_blocks]
     return pb.AddedSequence(
         seq_id=sequence.seq_id,
         attempt=sequence.attempt,
-        token_ids=sequence.token_ids,
+        token_ids=sequence.token_ids[num_computed:],
         num_prompt_tokens=sequence.num_prompt_tokens,
-        num_computed_tokens=sequence.num_planned_tokens - row.num_tokens,
+        num_computed_tokens=num_computed,
         block_ids=blocks,
         num_blocks=[len(blocks)],
         sampler=sampler,

@@ -112,23 +112,23 @@ class Batch:
     def _add(self, added: AddedSequence) -> None:
         """A sequence that is known already begins anew: its owner sent it in full."""
         self._remove(added.seq_id)
-        num_tokens, num_blocks = len(added.token_ids), len(added.block_ids)
+        num_computed, num_blocks = added.num_computed_tokens, len(added.block_ids)
+        num_tokens = num_computed + len(added.token_ids)
         if not 0 < num_tokens <= self._limits.max_model_len or num_blocks > self._block_tables.shape[1]:
             raise ProtocolError(
                 f"sequence {added.seq_id} has {num_tokens} tokens and {num_blocks} blocks: "
                 f"max_model_len is {self._limits.max_model_len}"
             )
-        if not max(added.num_computed_tokens, added.num_prompt_tokens) <= num_tokens:
+        if added.num_prompt_tokens > num_tokens:
             raise ProtocolError(
-                f"sequence {added.seq_id} has {num_tokens} tokens, {added.num_prompt_tokens} of them prompt and "
-                f"{added.num_computed_tokens} computed"
+                f"sequence {added.seq_id} has {num_tokens} tokens, {added.num_prompt_tokens} of them prompt"
             )
         row = self._row_of[added.seq_id] = self._free_rows.pop() if self._free_rows else self._add_rows()
         sampler = added.sampler
-        self._token_ids[row, :num_tokens] = added.token_ids
+        self._token_ids[row, num_computed:num_tokens] = added.token_ids
         self._block_tables[row, :num_blocks] = added.block_ids
         self._sequences[row] = (
-            *(num_tokens, added.num_prompt_tokens, added.num_computed_tokens, num_blocks, added.attempt),
+            *(num_tokens, added.num_prompt_tokens, num_computed, num_blocks, added.attempt),
             *(sampler.min_tokens, sampler.seed, sampler.top_k, sampler.num_candidates, sampler.reports_logprobs),
             *(sampler.temperature, sampler.top_p, sampler.min_p),
         )

@@ -33,7 +33,7 @@ class SamplerParams:
 
 @dataclass(frozen=True, slots=True)
 class AddedSequence:
-    """A sequence in full. token_ids: [num_tokens] int32; block_ids: its table, in order."""
+    """A sequence. token_ids: int32, from num_computed_tokens on; block_ids: its table, in order."""
 
     seq_id: int
     attempt: int

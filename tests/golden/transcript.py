@@ -65,7 +65,8 @@ class Transcript:
             yield f"    remove {_ids(plan.removed_seq_ids)}"
         for added in plan.added:
             life = f" (attempt {added.attempt})" if added.attempt else ""
-            start = f"{len(added.token_ids)} tokens, {added.num_computed_tokens} computed"
+            num_tokens = added.num_computed_tokens + len(added.token_ids)
+            start = f"{num_tokens} tokens, {added.num_computed_tokens} computed"
             yield f"    add {added.seq_id}{life}: {start}, blocks {_ids(added.block_ids)}"
         at = 0
         for seq_id, count in zip(plan.appended_seq_ids, plan.appended_num_blocks, strict=True):

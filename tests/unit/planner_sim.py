@@ -109,6 +109,8 @@ class SimWorker:
     next_token: Callable[[int, int], int]
     """(seq_id, output index) -> the token: sampling is reproducible."""
     salts: dict[int, str] = field(default_factory=dict)
+    prefixes: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """(step_id, seq_id) of who is added -> the tokens before those that are sent: for checks alone."""
     pool: dict[int, list[int | None]] = field(default_factory=dict)
     held: dict[int, _Held] = field(default_factory=dict)
     host: dict[int, list[int | None]] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class SimWorker:
             assert added.seq_id not in self.held, "added twice"
             self.held[added.seq_id] = _Held(
                 added.attempt,
-                list(added.token_ids),
+                [*self.prefixes.pop((plan.step_id, added.seq_id)), *added.token_ids],
                 added.num_prompt_tokens,
                 added.num_computed_tokens,
                 list(added.block_ids),
@@ -500,6 +502,9 @@ class Simulation:
             self._check_rows(rows, num_steps, before)
             numbers = StepNumbers(1, self._next_step_id, 0)
             plan = build_plan(numbers, StepWork(rows, copies, self.planner.removed, swaps, num_steps), self._samplers)
+            for added in plan.added:
+                prefix = self.live[added.seq_id].sequence.token_ids[: added.num_computed_tokens]
+                self.worker.prefixes[plan.step_id, added.seq_id] = prefix
             self.planner.removed.clear()
             plan.freed_block_ids.extend(self.blocks.freed_block_ids)
             self.blocks.freed_block_ids.clear()

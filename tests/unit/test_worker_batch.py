@@ -33,6 +33,8 @@ class Naive:
     end_token_ids: list[int] = field(default_factory=list)
     num_candidates: int = 0
     has_failed: bool = False
+    num_unsent: int = 0
+    """Tokens of which the worker never heard: they were computed when it was added."""
 
     def fail(self) -> None:
         """Forget a token that was to be sampled: nothing is left to run."""
@@ -56,10 +58,11 @@ class Running:
 
 
 def added(seq_id: int, naive: Naive) -> pb.AddedSequence:
+    naive.num_unsent = naive.num_computed
     return pb.AddedSequence(
         seq_id=seq_id,
         attempt=naive.attempt,
-        token_ids=naive.tokens,
+        token_ids=naive.tokens[naive.num_computed :],
         num_prompt_tokens=naive.num_prompt,
         num_computed_tokens=naive.num_computed,
         block_ids=naive.blocks,
@@ -163,8 +166,8 @@ class RandomPlans(RuleBasedStateMachine):
     def tokens_are_their_own(self) -> None:
         """Steps that end late write to no row that has been given to another sequence since."""
         for seq_id in set(self.model) - self.touched:
-            tokens, row = self.model[seq_id].tokens, self.batch._row_of[seq_id]
-            assert self.batch._token_ids[row, : len(tokens)].tolist() == tokens
+            tokens, row, first = self.model[seq_id].tokens, self.batch._row_of[seq_id], self.model[seq_id].num_unsent
+            assert self.batch._token_ids[row, first : len(tokens)].tolist() == tokens[first:]
             assert self.batch._sequences["num_tokens"][row] == len(tokens)
 
     def check(self, inputs: StepInputs, wanted: dict[int, int]) -> None:
@@ -262,7 +265,8 @@ def plan(**columns: object) -> pb.StepPlan:
         ({"copy_src_block_ids": [1], "copy_dst_block_ids": [2]}, "copy columns differ"),
         ({"appended_seq_ids": [7], "appended_num_blocks": [9], "appended_block_ids": range(9)}, "past max_model_len"),
         ({"added": [added(8, naive(tokens=[1] * 81))]}, "sequence 8 has 81 tokens"),
-        ({"added": [added(8, naive(num_computed=4))]}, "sequence 8 has 3 tokens, 3 of them prompt and 4 computed"),
+        ({"added": [added(8, naive(num_prompt=4))]}, "sequence 8 has 3 tokens, 4 of them prompt"),
+        ({"added": [added(8, naive(num_computed=81))]}, "sequence 8 has 81 tokens"),
         ({"added": [added(8, naive(tokens=[]))]}, "sequence 8 has 0 tokens"),
         ({"added": [pb.AddedSequence(seq_id=8, token_ids=[1], block_ids=[1], num_blocks=[1, 0])]}, "one KV group"),
         (

@@ -67,7 +67,7 @@ class Planner:
             pb.AddedSequence(
                 seq_id=seq_id,
                 attempt=1,
-                token_ids=sequence.prompt + sequence.output,
+                token_ids=(sequence.prompt + sequence.output)[sequence.num_computed :],
                 num_prompt_tokens=len(sequence.prompt),
                 num_computed_tokens=sequence.num_computed,
                 block_ids=sequence.block_ids,

@@ -469,12 +469,12 @@ class AddedSequence(_message.Message):
     attempt: _builtins.int
     """Which life of the sequence: grows with each preemption and each loss of a worker."""
     num_prompt_tokens: _builtins.int
-    """Of token_ids, how many are prompt."""
+    """Of all its tokens, how many are prompt."""
     num_computed_tokens: _builtins.int
     """Tokens whose KV is in the blocks already."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Prompt and output so far."""
+        """What is to be run: prompt and output so far, from num_computed_tokens on."""
 
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -1,5 +1,5 @@
 // Packs weights: see `Linear`, and `Sketch`.
-#include <limits>
+#include <algorithm>
 #include <vector>
 
 #include "packed.h"
@@ -9,13 +9,11 @@
 namespace pagoda {
 namespace {
 
-// Of two lengths. What is no number is longer than any.
-float longer(float a, float b) { return b <= a ? a : a <= b ? b : std::numeric_limits<float>::infinity(); }
-
 // The weights of one output, [num_inputs].
 void read_output(const Linear& linear, int64_t output, Element* weights) {
   constexpr int kColumns = Panels::kColumns, kGroup = Panels::kGroup;
-  const auto* panel = static_cast<const Element*>(linear.weight) + output / kColumns * kColumns * depth_of(linear.num_inputs);
+  const int64_t panel_size = kColumns * depth_of(linear.num_inputs);
+  const auto* panel = static_cast<const Element*>(linear.weight) + output / kColumns * panel_size;
   for (int k = 0; k < linear.num_inputs; ++k) {
     weights[k] = panel[k / kGroup * kColumns * kGroup + output % kColumns * kGroup + k % kGroup];
   }
@@ -33,8 +31,8 @@ void sketch_panel(const Linear& linear, const Sketch& sketch, int64_t panel) {
     if (is_there) read_output(linear, output, weights.data());
     const Rounded rounded = round_to_steps(weights.data(), is_there ? linear.num_inputs : 0, steps.data());
     if (!is_there) std::fill(steps.begin(), steps.end(), Int8{});
-    length = longer(length, rounded.length);
-    gap = longer(gap, rounded.gap);
+    length = std::max(length, rounded.length);
+    gap = std::max(gap, rounded.gap);
     sketch.steps[output] = rounded.step;
     uint8_t* to = sketch.quads + panel * kTileColumns * depth + column * 4;
     for (int64_t k = 0; k < depth; ++k) to[k / 4 * kTileColumns * 4 + k % 4] = steps[k].bits + 128;

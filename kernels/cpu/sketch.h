@@ -1,9 +1,9 @@
 // A matrix in 8 bits, which tells where the highest of its outputs can be, and where it can't.
 //
-// A row x of inputs and a row w of the weight are each rounded to whole steps, x^ and w^. What the rounded ones' product
-// misses is no more than |x| |w - w^| + |x - x^| |w^| (Cauchy and Schwarz), so products in 8 bits, of half the memory
-// and half the operations of bfloat16, bound all outputs from above. Those below what one output is need not be made.
-// The idea is that of a preview (Shim et al. 2017, SVD-softmax), but with a bound: what is chosen is the same.
+// A row x of inputs and a row w of the weight are each rounded to whole steps, x^ and w^. What the product of these misses
+// is no more than |x| |w - w^| + |x - x^| |w^| (Cauchy and Schwarz). So products in 8 bits, with half the memory and half
+// the operations of bfloat16, bound all outputs from above, and those that are below one that was made need not be made.
+// Shim et al. (SVD-softmax, 2017) preview a vocabulary likewise, but to make what looks good: here nothing is missed.
 #pragma once
 
 #include <algorithm>
@@ -38,13 +38,16 @@ constexpr int64_t sketch_depth_of(int64_t num_inputs) {
   return (num_inputs + kSketchDepthStep - 1) / kSketchDepthStep * kSketchDepthStep;
 }
 
-// What is known of some numbers x that were rounded to whole steps. Lengths are rounded up.
+// Numbers x that were rounded to whole steps. Lengths are rounded up; both are infinite where x is not finite, or squares
+// of it overflow or vanish.
 struct Rounded {
   float step;
   float sum;     // of steps
-  float length;  // |x|; not finite where x is not
+  float length;  // |x|
   float gap;     // |x - x^|
 };
+
+constexpr float kLongest = 1e12f, kNoBound = std::numeric_limits<float>::infinity();
 
 // `width` elements, as whole steps of 127 at most.
 template <class From>
@@ -64,7 +67,10 @@ inline Rounded round_to_steps(const From* from, int width, Int8* to) {
     squares += x * x;
     gaps += gap * gap;
   });
-  return {step, sum(sums), kUp * std::sqrt(sum(squares)), kUp * std::sqrt(sum(gaps))};
+  const float length = kUp * std::sqrt(sum(squares)), gap = kUp * std::sqrt(sum(gaps));
+  const bool is_zero = top == 0.0f && length == 0.0f, is_known = 1.0f / kLongest < length && length < kLongest;
+  if (!is_zero && !is_known) return {step, 0.0f, kNoBound, kNoBound};
+  return {step, sum(sums), length, gap};
 }
 
 // Some rows, in 8 bits, and what their outputs can be at most: in each panel of the sketch.
@@ -106,9 +112,9 @@ class SketchedRows {
     for_vectors(num_panels_, [&, this](int i, int count) {
       const Floats length = load_some(sketch_.lengths + i, count), gap = load_some(sketch_.gaps + i, count);
       const Floats missed = x.length * gap + x.gap * (length + gap);
-      const Floats rounding = depth_ * 0x1p-22f * x.length * length + kLeast;  // of sums in float32, and of these
+      const Floats rounding = depth_ * 0x1p-22f * x.length * length + kVanished;  // of sums in float32, and of these
       const Floats bound = load_some(bounds + i, count) * x.step + missed + rounding;
-      store_some(bounds + i, is_usual(x.length) & (length < kMost) & (bound < kMost * kMost) ? bound : kAny, count);
+      store_some(bounds + i, bound < kNoBound ? bound : broadcast(kNoBound), count);
     });
     return {bounds, static_cast<size_t>(num_panels_)};
   }
@@ -132,10 +138,7 @@ class SketchedRows {
   }
 
  private:
-  // Lengths whose products neither overflow nor vanish.
-  static constexpr float kMost = 1e18f, kLeast = 1e-15f;
-  static constexpr float kAny = std::numeric_limits<float>::infinity();
-  static bool is_usual(float length) { return 1.0f / kMost < length && length < kMost; }
+  static constexpr float kVanished = 1e-15f;  // more than all terms that are taken for 0, being no normal numbers
 
   const Sketch& sketch_;
   const int num_inputs_, num_rows_, num_panels_;

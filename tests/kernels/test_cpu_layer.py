@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernels import Angles, AttentionShape, HeadNorms, LayerKV, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
-from kernels.cpu.linear import NORMED
+from kernels.cpu.linear import NORMED, PackedLinear
 from kernels.cpu.targets import AMX, AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets, used_targets
@@ -97,10 +97,7 @@ def test_what_is_chosen_while_it_is_computed_is_the_likeliest(
     has_bias: bool,
     data: st.DataObject,
 ) -> None:
-    """Bit for bit as if logits had been written down. Many tokens are alike, so that many logits are equal.
-
-    Once all logits are made, once those alone that can be the highest.
-    """
+    """Bit for bit as if logits had been written down. Many tokens are alike, so that many logits are equal."""
     dtype = fitting_dtype(target, dtype)
     product = Product(num_rows, num_inputs, vocab_size, dtype, seed=num_rows)
     num_kinds = min(data.draw(st.sampled_from([1, 3, 9000])), vocab_size)
@@ -113,13 +110,63 @@ def test_what_is_chosen_while_it_is_computed_is_the_likeliest(
         bias[data.draw(st.integers(0, vocab_size - 1))] = float(data.draw(st.sampled_from(["nan", "inf", "-inf"])))
     linear = kernels.linear(guarded(product.weight[kinds]), guarded(bias) if has_bias else None)
     rows, norm = guarded(product.rows), Norm(guarded(product.norm.weight), EPSILON)
+    check_chosen(kernels, linear, rows, norm)
+
+
+sizes = st.one_of(st.sampled_from([1.0, 1e4]), st.sampled_from([0.0, 1e-37, 1e-20, 1e-3, 1e20, 1e37]))
+
+
+@all_targets
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([1, 3, 8, 11, 40]),
+    widths,
+    st.sampled_from([5, 300, 3000]),
+    dtypes,
+    sizes,
+    sizes,
+    st.data(),
+)
+def test_no_bound_hides_the_likeliest(
+    target: Target,
+    num_rows: int,
+    num_inputs: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    row_size: float,
+    weight_size: float,
+    data: st.DataObject,
+) -> None:
+    """Tokens that are nearly alike, rows or weights that nothing rounds; numbers that overflow or vanish when they are
+    multiplied; some that make all others small.
+    """
+    dtype = fitting_dtype(target, dtype)
+    product = Product(num_rows, num_inputs, vocab_size, dtype, seed=vocab_size)
+    rows_of_ones, weights_of_ones = (product.rows, product.norm.weight), (product.weight,)
+    for tensor in data.draw(st.sampled_from([(), rows_of_ones, weights_of_ones, rows_of_ones + weights_of_ones])):
+        tensor.copy_(tensor.sign())
+    if data.draw(st.booleans()):
+        product.weight.mul_(0.02).add_(product.weight[0] * 50)
+    product.norm.weight.mul_(row_size)
+    product.weight.mul_(weight_size)
+    for tensor in (product.norm.weight[None], product.weight):
+        for _ in range(data.draw(st.sampled_from([0, 0, 1, 5]))):
+            row, column = (data.draw(st.integers(0, size - 1)) for size in tensor.shape)
+            tensor[row, column] = data.draw(st.sampled_from([100.0, -3e3, 1e30, 0.0, float("inf"), float("nan")]))
+    kernels = multiplying(dtype, target)
+    norm = Norm(guarded(product.norm.weight), EPSILON)
+    check_chosen(kernels, kernels.linear(guarded(product.weight), None), guarded(product.rows), norm)
+
+
+def check_chosen(kernels: CpuKernels, linear: PackedLinear, rows: torch.Tensor, norm: Norm) -> None:
+    """Once where all logits are made, once where those alone are that can be the highest."""
     expected = kernels.greedy(linear.logits(rows, norm))
     for sketch in (None, linear.sketch()):
         linear._call.sketch = sketch and ctypes.pointer(sketch.structure)
-        found = linear._run(rows, torch.empty((2, num_rows), dtype=torch.int64), NORMED, CHOOSE, norm)
+        found = linear._run(rows, torch.empty((2, len(rows)), dtype=torch.int64), NORMED, CHOOSE, norm)
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[0] * found[1], expected[0] * expected[1])
-        assert ((found[0] >= 0) & (found[0] < vocab_size)).all()
+        assert ((found[0] >= 0) & (found[0] < linear.num_outputs)).all()
 
 
 @pytest.mark.skipif(AMX not in runnable_targets(), reason="no AMX here")
@@ -134,13 +181,20 @@ def test_tiles_do_what_is_written_out(num_rows: int, num_inputs: int, num_output
 
 
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="not x86")
-@pytest.mark.parametrize(("target", "instruction"), [(AVX512_BF16, "vdpbf16ps"), (AMX, "tdpbf16ps")])
-def test_units_are_used_where_there_are_any(target: Target, instruction: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [
+        (AVX512_BF16, {"linear.cpp": ["vdpbf16ps", "vpdpbusd"], "attention.cpp": ["vdpbf16ps"]}),
+        (AMX, {"linear.cpp": ["tdpbf16ps", "vpdpbusd"], "attention.cpp": ["tdpbf16ps"]}),
+    ],
+)
+def test_units_are_used_where_there_are_any(target: Target, instructions: dict[str, list[str]], tmp_path: Path) -> None:
     made = library(target, torch.bfloat16, torch.bfloat16)
     flags = [flag.replace("-O3", "-O1") for flag in made.flags if flag != "-shared"]
-    for source in (path for path in made.sources if path.name in ("linear.cpp", "attention.cpp")):
+    for source in (path for path in made.sources if path.name in instructions):
         subprocess.run(["g++", *flags, "-S", "-o", tmp_path / "made.s", source], check=True)
-        assert instruction in (tmp_path / "made.s").read_text()
+        for instruction in instructions[source.name]:
+            assert instruction in (tmp_path / "made.s").read_text()
 
 
 def test_what_is_not_finite_stays_visible() -> None:

@@ -12,12 +12,13 @@ import platform
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from kernels import AttentionShape
+from kernels import AttentionShape, Norm
 from kernels.bench_report import begin, report, row, times_of
 from kernels.cpu import CpuKernels
 from kernels.cpu.bench_pool import BLOCK_SIZE, Candidates, Case, Pool, torch_decodes, torch_prefills
@@ -143,6 +144,26 @@ def bench_product(dtype: torch.dtype, num_outputs: int, num_inputs: int, rounds:
     return {"dtype": str(dtype), "num_inputs": num_inputs, "num_outputs": num_outputs, "GFLOP/s": figures}
 
 
+def bench_likeliest(dtype: torch.dtype, vocab_size: int, hidden_size: int, rounds: int) -> dict[str, object]:
+    """The likeliest of all tokens, of 1, 8 and 64 rows: with bounds in 8 bits, beside making all logits."""
+    kernels = CpuKernels(AttentionShape(1, 1, 64, BLOCK_SIZE, 1.0, dtype, dtype))
+    linear = kernels.linear(torch.randn(vocab_size, hidden_size).to(dtype), None)
+    sketch, norm = linear.sketch(), Norm(torch.ones(hidden_size, dtype=dtype), 1e-5)
+    ratios: dict[int, float] = {}
+    for num_rows in (1, 8, 64) if sketch else ():
+        x = torch.randn(num_rows, hidden_size).to(dtype)
+        candidates: Candidates = {
+            "all": partial(linear.likeliest, x, norm, None),
+            "bounds": partial(linear.likeliest, x, norm, sketch),
+        }
+        found = medians(candidates, rounds)
+        ratios[num_rows] = found["bounds"] / found["all"]
+    name = f"{str(dtype).removeprefix('torch.'):8} {hidden_size} -> {vocab_size}"
+    listed = ", ".join(f"{n} rows {ratio:.2f}" for n, ratio in ratios.items())
+    report(f"{name:46} {listed} of the time" if ratios else f"{name:46} no units for it here")
+    return {"dtype": str(dtype), "vocab_size": vocab_size, "hidden_size": hidden_size, "times_all": ratios}
+
+
 def bench_prefill(case: Case, rounds: int) -> dict[str, object]:
     """Time beside that of torch over contiguous KV."""
     pool = Pool(case)
@@ -217,6 +238,12 @@ def main() -> None:
         bench_product(dtype, num_outputs, num_inputs, flags.rounds)
         for dtype in (torch.bfloat16, torch.float32)
         for num_outputs, num_inputs in ((1024, 512), (3072, 512), (512, 1536), (4096, 4096))
+    ]
+    report("the likeliest token by bounds, beside all logits")
+    results["likeliest"] = [
+        bench_likeliest(dtype, vocab_size, hidden_size, flags.rounds)
+        for dtype in (torch.bfloat16, torch.float32)
+        for vocab_size, hidden_size in ((8192, 512), (128256, 2048))
     ]
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,5 +1,7 @@
 """Matrix products over packed weights: see `kernels.Linear` and `kernels.GatedLinear`."""
 
+import ctypes
+
 import torch
 
 from kernels import Norm
@@ -8,7 +10,7 @@ from kernels.cpu.memory import empty_on_huge_pages
 
 # Input and Output of `linear.h`.
 PLAIN, NORMED = range(2)
-WRITE, ADD, WRITE_FLOAT, WRITE_GATED = range(4)
+WRITE, ADD, WRITE_FLOAT, WRITE_GATED, CHOOSE = range(5)
 # kTileColumns of `tiles.h`.
 TILE_COLUMNS = 16
 
@@ -84,6 +86,11 @@ class PackedLinear(_Packed):
     def logits(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """See `kernels.Linear.logits`."""
         return self._run(x, torch.empty((x.shape[0], self.num_outputs)), NORMED, WRITE_FLOAT, norm)
+
+    def likeliest(self, x: torch.Tensor, norm: Norm, sketch: LinearSketch | None) -> torch.Tensor:
+        """As `kernels.Kernels.greedy` of the logits, none of which are written; with a sketch, few of them are made."""
+        self._call.sketch = None if sketch is None else ctypes.pointer(sketch.structure)
+        return self._run(x, torch.empty((2, x.shape[0]), dtype=torch.int64), NORMED, CHOOSE, norm)
 
     def add(self, x: torch.Tensor, total: torch.Tensor) -> None:
         """See `kernels.Linear.add`."""

@@ -1,6 +1,5 @@
 """What the CPU kernels do around attention (products, norms, gates, rotation), against float64, on each target."""
 
-import ctypes
 import dataclasses
 import platform
 import subprocess
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from kernels import Angles, AttentionShape, HeadNorms, LayerKV, Norm
 from kernels.build import find_compiler
 from kernels.cpu import CpuKernels
-from kernels.cpu.linear import NORMED, PackedLinear
+from kernels.cpu.linear import PackedLinear
 from kernels.cpu.targets import AMX, AVX512_BF16, Target, library, runnable_targets
 from tests.kernels.cases import Case, Step, relative_error, turned
 from tests.kernels.cpu_targets import TILES, all_targets, fitting_dtype, rounds_rows, targets, used_targets
@@ -22,7 +21,6 @@ from tests.kernels.guarded import guarded
 from tests.kernels.products import EPSILON, Product, check_choices, check_gate, check_what_is_not_finite, greedy_cases
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
-CHOOSE = 4  # kChoose of linear.h
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -162,8 +160,7 @@ def check_chosen(kernels: CpuKernels, linear: PackedLinear, rows: torch.Tensor, 
     """Once where all logits are made, once where those alone are that can be the highest."""
     expected = kernels.greedy(linear.logits(rows, norm))
     for sketch in (None, linear.sketch()):
-        linear._call.sketch = sketch and ctypes.pointer(sketch.structure)
-        found = linear._run(rows, torch.empty((2, len(rows)), dtype=torch.int64), NORMED, CHOOSE, norm)
+        found = linear.likeliest(rows, norm, sketch)
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[0] * found[1], expected[0] * expected[1])
         assert ((found[0] >= 0) & (found[0] < linear.num_outputs)).all()

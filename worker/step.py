@@ -271,4 +271,5 @@ def null_inputs(num_seqs: int, query_len: int) -> StepInputs:
         steps_each=np.ones_like(seqs),
         sampled=SampledRows(none32, none, none32, none32, none.astype(np.uint64), none, ()),
         scheduled=Scheduled(seqs, np.zeros(num_seqs, SEQUENCE), lens, seqs, seqs, seqs),
+        samples_all=query_len == 1,
     )

@@ -100,9 +100,11 @@ class SketchedRows {
 
   // Multiplies all rows, which were rounded. next: what this thread is likely to go on with.
   void multiply(PanelRange panels, PanelRange next) const {
-    const RowsJob<uint8_t, SketchedRows> job{steps_, 0, num_rows_, *this};
-    if (num_rows_ <= kVectorRows) return panels_.multiply_few(job, panels);
-    panels_.multiply_in_turns(job, panels, next);
+    if constexpr (kHasQuads) {  // else it would take seconds to compile, for nobody
+      const RowsJob<uint8_t, SketchedRows> job{steps_, 0, num_rows_, *this};
+      if (num_rows_ <= kVectorRows) return panels_.multiply_few(job, panels);
+      panels_.multiply_in_turns(job, panels, next);
+    }
   }
 
   // What outputs of a row are at most: [num_panels], of one panel each. All panels were multiplied; once for each row.

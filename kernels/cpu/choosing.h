@@ -24,7 +24,7 @@ class Choosing {
 
   // rows: prepared.
   void run(const Prepared* rows, int num_rows, int64_t first_row) const {
-    if (kHasQuads && call_.sketch && (!kHasTiles || num_rows <= kVectorRows)) {
+    if (call_.sketch && SketchedRows::serves(num_rows)) {
       choose_from_bounded(rows, num_rows, first_row);
     } else {
       choose_from_all(rows, num_rows, first_row);

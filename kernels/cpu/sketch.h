@@ -95,6 +95,9 @@ class SketchedRows {
     std::fill(to + num_inputs_, to + depth_, Int8{});
   }
 
+  // Whether it is worth it. Tiles make logits of more than a few rows as fast as vectors would bound them.
+  static constexpr bool serves(int num_rows) { return kHasQuads && (!kHasTiles || num_rows <= kVectorRows); }
+
   // Of the sketch, as much as a thread multiplies at a time.
   PanelUnits units() const { return {num_panels_, kPanelsAtOnce}; }
 
@@ -103,7 +106,7 @@ class SketchedRows {
     if constexpr (kHasQuads) {  // else it would take seconds to compile, for nobody
       const RowsJob<uint8_t, SketchedRows> job{steps_, 0, num_rows_, *this};
       if (num_rows_ <= kVectorRows) return panels_.multiply_few(job, panels);
-      panels_.multiply_in_turns(job, panels, next);
+      if constexpr (!kHasTiles) panels_.multiply_in_turns(job, panels, next);
     }
   }
 

@@ -64,7 +64,7 @@ class VectorPanels {
     multiply_some<1, kVectorRows>(job, panels, ahead);
   }
 
-  // More of them.
+  // More of them; not with tiles, which do that.
   template <class Write>
   void multiply_in_turns(const Job<Write>& job, PanelRange panels, PanelRange next) const {
     const int num_turns = (job.num_rows + kTurnRows - 1) / kTurnRows;
@@ -83,6 +83,7 @@ class VectorPanels {
   static constexpr int kVectors = kColumns / kLanes;
   static constexpr int kTurnRows = 6;  // at most; their sums and those panels fill the registers
   static constexpr int kLeastTurnRows = (2 * kTurnRows + 1) / 3;  // of some more than one turn holds, shared out evenly
+  static_assert(kHasTiles || kVectorRows > kTurnRows);
   static constexpr int kStepsAhead = kHasTiles ? 2 : 4;  // from the weights in use to those that are prefetched
 
   // What is prefetched while few rows are multiplied: line by line what comes some steps later, there or in the panels

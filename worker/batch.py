@@ -181,7 +181,7 @@ class Batch:
         steps_each = np.ones_like(num_scheduled)
         if plan.num_steps > 1:
             steps_each = num_scheduled[num_scheduled > step] - step
-            rows, num_scheduled = rows[: len(steps_each)], np.minimum(steps_each, 1)
+            rows, num_scheduled = rows[: len(steps_each)], np.ones_like(steps_each)
         before = self._sequences[rows]
         known, computed = before["num_tokens"], before["num_computed_tokens"]
         # The plan's number is an upper bound: what was not sampled, because the sequence ended, cannot run.

@@ -68,12 +68,8 @@ class Choosing {
       sketched.round(row, rows + row * row_stride_);
     });
     const PanelUnits units = sketched.units();
-    const int num_parts = std::min(units.count(), kMaxParts);
-    for_units(call_.num_threads, num_parts, [&](int64_t part) {
-      const int64_t end = units.count() * (part + 1) / num_parts;
-      for (int64_t unit = units.count() * part / num_parts; unit < end; ++unit) {
-        sketched.multiply(units.at(unit), units.at(unit + 1));
-      }
+    for_units(call_.num_threads, units.count(), [&, this](int64_t unit) {
+      sketched.multiply(units.at(unit), units.at(unit + call_.num_threads));
     });
     for_many(call_.num_threads, num_rows, 2, [&, this](int64_t row) {
       write(first_row + row, best_of(rows + row * row_stride_, sketched.bounds(row)));
@@ -86,11 +82,11 @@ class Choosing {
     const PanelUnits panel_bounds{static_cast<int>(bounds.size()), kBounds};
     Choice best{Likeliest::kNone, 0, true};
     for (;;) {
-      Likeliest panels;
-      for_vectors(bounds.size(), [&](int i, int count) { panels.take(load_some(&bounds[i], count), i, count); });
-      const Choice most = panels.choice();
-      if (most.logit == Likeliest::kNone || most.logit < best.logit) return best;
-      const int panel = most.token_id / kBounds;
+      Likeliest highest;  // of bounds, by their places
+      for_vectors(bounds.size(), [&](int i, int count) { highest.take(load_some(&bounds[i], count), i, count); });
+      const auto [bound, place, _] = highest.choice();
+      if (bound == Likeliest::kNone || bound < best.logit) return best;
+      const int panel = place / kBounds;
       const PanelRange made = panel_bounds.at(panel);
       std::fill(&bounds[made.begin], &bounds[0] + made.end, Likeliest::kNone);
       Likeliest outputs;

@@ -643,9 +643,8 @@ class StepPlan(_message.Message):
     def num_scheduled_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens to run of each, in all steps together, from its num_computed_tokens on: an upper bound. A sequence that
         thereby reaches its last token samples the next one; a token that is not in the plan is the one sampled last. 0: a
-        fork, added with the
-        prompt of the last sequence before it that has tokens to run, all of it computed; it samples from the same logits,
-        and gets its blocks with a later plan.
+        fork, added with the prompt of the last sequence before it that has tokens to run, all of it computed; it samples
+        from the same logits, and gets its blocks with a later plan.
         """
 
     @_builtins.property

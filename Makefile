@@ -7,7 +7,7 @@ MODEL  ?= deploy/demo/model
 PROMPT ?= def read_lines(path):
 PROFILE ?= cpu
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
-SANITIZED := long_sequences or captured or copies or products
+SANITIZED := long_sequences or rotation or captured or copies or products
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help

@@ -10,6 +10,8 @@ from kernels import Kernels, Norm
 from tests.kernels.guarded import guarded
 
 EPSILON = 1e-5
+Place = Callable[[torch.Tensor], torch.Tensor]
+"""A copy of a tensor where the kernels run."""
 
 
 class Product:
@@ -45,7 +47,7 @@ class Product:
         kernels: Kernels,
         has_bias: bool,
         some: slice = slice(None),
-        place: Callable[[torch.Tensor], torch.Tensor] = guarded,
+        place: Place = guarded,
     ) -> list[torch.Tensor]:
         linear = kernels.linear(place(self.weight), place(self.bias) if has_bias else None)
         gated = kernels.gated(place(self.gate_up), place(self.gate_up_bias) if has_bias else None)
@@ -55,12 +57,12 @@ class Product:
         return [linear.of_normed(rows, norm), linear.logits(rows, norm), added, gated.of_normed(rows, norm)]
 
 
-def check_what_is_not_finite(kernels: Kernels) -> None:
+def check_what_is_not_finite(kernels: Kernels, place: Place = guarded) -> None:
     """It stays visible, in its own row and in no other. kernels: of bfloat16."""
     product = Product(3, 40, 20, torch.bfloat16, seed=1)
     product.rows[2, 1] = float("nan")
     product.gate_up_bias[3], product.gate_up_bias[25] = float("nan"), float("inf")  # of a gate, and of what one opens
-    *ungated, gated = product.found(kernels, has_bias=True)
+    *ungated, gated = product.found(kernels, has_bias=True, place=place)
     for outputs in (*ungated, gated):
         assert outputs[2].isnan().all()
     for outputs in ungated:
@@ -68,12 +70,12 @@ def check_what_is_not_finite(kernels: Kernels) -> None:
     assert (~gated[:2].isfinite()).nonzero()[:, 1].tolist() == [3, 5, 3, 5]
 
 
-def check_gate(kernels: Kernels, dtype: torch.dtype, gate: float) -> None:
+def check_gate(kernels: Kernels, dtype: torch.dtype, gate: float, place: Place = guarded) -> None:
     """The bias alone makes gates and what they open."""
     bias = torch.cat((torch.full((16,), gate), torch.ones(16))).to(dtype)
-    gated = kernels.gated(guarded(torch.zeros(32, 16, dtype=dtype)), guarded(bias))
-    norm = Norm(guarded(torch.ones(16, dtype=dtype)), EPSILON)
-    found = gated.of_normed(guarded(torch.ones(1, 16, dtype=dtype)), norm)
+    gated = kernels.gated(place(torch.zeros(32, 16, dtype=dtype)), place(bias))
+    norm = Norm(place(torch.ones(16, dtype=dtype)), EPSILON)
+    found = gated.of_normed(place(torch.ones(1, 16, dtype=dtype)), norm).cpu()
     expected = F.silu(torch.full((1, 16), gate)).to(dtype)
     torch.testing.assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-30)
 

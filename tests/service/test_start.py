@@ -24,7 +24,7 @@ def begin(model: Path, *flags: str) -> "subprocess.Popen[str]":
         "--model",
         str(model),
         "--listen",
-        "unix:/tmp/pgd-unused.sock",
+        "127.0.0.1:0",
         *flags,
     ]
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}"}

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def stack():
     stack = Stack(Path(tempfile.mkdtemp(prefix="pgd-")), "unix:none")
     yield stack
     kill(list(stack.children.values()))
+    shutil.rmtree(stack.folder, ignore_errors=True)
 
 
 async def ready(stack: Stack, supervisor: Supervisor) -> None:

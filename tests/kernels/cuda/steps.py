@@ -124,6 +124,17 @@ def kernels_for(variant: Variant, num_heads: int, num_kv_heads: int) -> CudaKern
     return CudaKernels(torch.device("cpu"), shape_of(variant, num_heads, num_kv_heads, 1.0), EMULATION, Tuning())
 
 
+@dataclass(frozen=True)
+class Machine:
+    """Where kernels run that attend to nothing: what opens them, as `kernels_for`, and copies a tensor there."""
+
+    kernels_for: Callable[[Variant, int, int], CudaKernels]
+    place: Callable[[torch.Tensor], torch.Tensor]
+
+
+EMULATED = Machine(kernels_for, guarded)
+
+
 def emulated_kernels(case: Case) -> CudaKernels:
     """Their scratch holds NaN."""
     kernels = CudaKernels(torch.device("cpu"), case.shape, EMULATION, case.tuning)

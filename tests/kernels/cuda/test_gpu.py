@@ -9,15 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import BlockCopy, select_kernels
-from kernels.cuda.attention import CudaKernels
+from kernels.cuda.attention import CudaKernels, Tuning
 from kernels.cuda.select import cuda_backend
 from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import relative_error
-from tests.kernels.cuda.steps import Case, Step, cases, sharing_cases
+from tests.kernels.cuda import rotations
+from tests.kernels.cuda.rotations import EIGHT_BIT_VARIANTS
+from tests.kernels.cuda.steps import Case, Machine, Step, cases, shape_of, sharing_cases
 from tests.kernels.cuda.test_attention import TOLERANCES, tolerance_of
 from tests.kernels.cuda.test_linear import TOLERANCES as PRODUCT_TOLERANCES
-from tests.kernels.products import Product, check_choices, greedy_cases
+from tests.kernels.products import Product, check_choices, check_gate, check_what_is_not_finite, greedy_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +35,14 @@ def place(tensor: torch.Tensor) -> torch.Tensor:
 
 def kernels_for(case: Case) -> CudaKernels:
     return CudaKernels(CUDA, case.shape, cuda_backend(CUDA), case.tuning)
+
+
+def plain_kernels(variant: Variant, num_heads: int = 1, num_kv_heads: int = 1) -> CudaKernels:
+    return CudaKernels(CUDA, shape_of(variant, num_heads, num_kv_heads, 1.0), cuda_backend(CUDA), Tuning())
+
+
+GPU = Machine(plain_kernels, place)
+each_eight_bit_variant = pytest.mark.parametrize("variant", EIGHT_BIT_VARIANTS, ids=lambda variant: variant.name)
 
 
 @each_variant
@@ -55,6 +65,25 @@ def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st
     for i, (_, new) in enumerate(case.lens):
         assert torch.equal(step.alone(i).run(kernels), together[first : first + new])
         first += new
+
+
+@pytest.mark.parametrize("variant", rotations.VARIANTS, ids=lambda variant: variant.name)
+@settings(max_examples=20, deadline=None)
+@given(case=rotations.cases, has_norms=st.booleans())
+def test_rotation_equals_the_steps_one_by_one(variant: Variant, case: rotations.Case, has_norms: bool) -> None:
+    rotations.check_turned(GPU, variant, case, has_norms)
+    rotations.check_plain(GPU, variant, case)
+
+
+@each_eight_bit_variant
+def test_rounds_to_8_bits_as_torch_does(variant: Variant) -> None:
+    rotations.check_rounding(GPU, variant)
+
+
+@each_eight_bit_variant
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_makes_the_scale_so(variant: Variant, value: float) -> None:
+    rotations.check_not_finite(GPU, variant, value)
 
 
 def test_long_sequences_beside_short_ones() -> None:
@@ -102,15 +131,22 @@ def test_copies_as_if_in_order() -> None:
 @given(case=greedy_cases())
 def test_greedy_takes_the_lowest_of_the_highest(case: tuple[torch.Tensor, set[int]]) -> None:
     logits, broken = case
-    found = kernels_for(Case(Variant(torch.float32, 64, 16), 1, 1, 0, [(1, 1)], 1, 0)).greedy(logits.to(CUDA))
-    check_choices(found.cpu(), logits, broken)
+    check_choices(plain_kernels(Variant(torch.float32, 64, 16)).greedy(logits.to(CUDA)).cpu(), logits, broken)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("num_inputs", [1001, 4104])
 def test_products_are_right(dtype: torch.dtype, num_inputs: int) -> None:
     product = Product(7, num_inputs, 40, dtype, seed=1)
-    kernels = kernels_for(Case(Variant(dtype, 64, 16), 1, 1, 0, [(1, 1)], 1, 0))
-    found = product.found(kernels, has_bias=True, place=place)
+    found = product.found(plain_kernels(Variant(dtype, 64, 16)), has_bias=True, place=place)
     for one, right in zip(found, product.expected(has_bias=True), strict=True):
         assert relative_error(one.cpu(), right) < PRODUCT_TOLERANCES[dtype]
+
+
+def test_what_is_not_finite_stays_visible() -> None:
+    check_what_is_not_finite(plain_kernels(Variant(torch.bfloat16, 64, 16)), place)
+
+
+@pytest.mark.parametrize("gate", [-100.0, -20.0, 0.0, 20.0, 100.0])
+def test_gates_far_from_zero(gate: float) -> None:
+    check_gate(plain_kernels(Variant(torch.float32, 64, 16)), torch.float32, gate, place)

@@ -65,8 +65,8 @@ def library(target: Target, dtype: torch.dtype, kv_dtype: torch.dtype, has_soft_
         name=f"cpu-{target.name}-{element}-{kv}{'-softcap' * has_soft_cap}".lower(),
         compilers=("g++",),
         flags=(*FLAGS, *target.flags, f"-DPAGODA_ELEMENT={element}", f"-DPAGODA_KV={kv}", *soft_cap),
-        sources=tuple(sorted(FOLDER.glob("*.cpp"))),
-        headers=tuple(sorted(FOLDER.glob("*.h"))),
+        sources=tuple(sorted(FOLDER.glob("*/*.cpp"))),
+        headers=tuple(sorted(FOLDER.glob("*/*.h"))),
     )
 
 

@@ -9,7 +9,8 @@ from kernels.build import find_compiler
 
 pytestmark = pytest.mark.skipif(find_compiler(["g++"]) is None, reason="no g++")
 ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "tests/kernels/team_stress.cpp", ROOT / "kernels/cpu/team.cpp")
+HEADERS = ROOT / "kernels/cpu/base"
+SOURCES = (ROOT / "tests/kernels/team_stress.cpp", HEADERS / "team.cpp")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ SOURCES = (ROOT / "tests/kernels/team_stress.cpp", ROOT / "kernels/cpu/team.cpp"
 )
 def test_every_unit_is_done_once(flags: tuple[str, ...], num_loops: int, tmp_path: Path) -> None:
     program = tmp_path / "stress"
-    command = ["g++", "-std=c++20", "-O2", "-pthread", f"-I{ROOT / 'kernels/cpu'}", *flags, "-o", program, *SOURCES]
+    command = ["g++", "-std=c++20", "-O2", "-pthread", f"-I{HEADERS}", *flags, "-o", program, *SOURCES]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if "tsan" in built.stderr:
         pytest.skip("this compiler has no thread sanitizer")

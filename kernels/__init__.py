@@ -23,9 +23,9 @@ log = logging.getLogger("pagoda.kernels")
 class AttentionShape:
     """What every layer of a model has in common.
 
-    `scale` multiplies the scores; `block_size` is in tokens; `dtype` is that of weights and activations, `kv_dtype`
-    that of the pool's elements: the same, or an 8-bit one. With a `soft_cap` scores become soft_cap * tanh(score /
-    soft_cap) (Gemma Team, 2024: https://arxiv.org/abs/2408.00118); 0 leaves them.
+    `scale`, positive, multiplies the scores; `block_size` is in tokens; `dtype` is that of weights and activations,
+    `kv_dtype` that of the pool's elements: the same, or an 8-bit one. With a `soft_cap` scores become soft_cap *
+    tanh(score / soft_cap) (Gemma Team, 2024: https://arxiv.org/abs/2408.00118); 0 leaves them.
     """
 
     num_heads: int

@@ -18,15 +18,19 @@ struct Tile {
   int first_token;
 };
 
-// positions: of the lane's rows.
 template <int kTokens>
 __device__ __forceinline__ void attend_tile(RowSums& sums, const TileMath::Queries& queries, const Tile& tile,
-                                            const AttentionArgs& args, const int (&positions)[kLaneRows]) {
+                                            const AttentionArgs& args, const Sight& sight) {
+  const bool hides = !sight.is_of_all(tile.first_token, kTokens);
   Fragment<kTokens> scores;
   TileMath::multiply_keys<kTokens>(scores, queries, tile.keys);
-  if constexpr (kIsScaled) scale_products<kTokens>(scores, tile.scales);
-  score<kTokens>(scores, args, tile.first_token, positions);
-  sums.weigh<kTokens>(scores);
-  if constexpr (kIsScaled) scale_weights<kTokens>(scores, tile.scales + kTokens, args, tile.first_token, positions);
+  if constexpr (kIsScaled) apply_scales<kTokens>(scores, tile.scales);
+  if constexpr (kHasSoftCap) cap_scores<kTokens>(scores, args);
+  if (hides) sight.hide<kTokens>(scores, tile.first_token, -INFINITY);
+  sums.weigh<kTokens>(scores, weight_factor(args));
+  if constexpr (kIsScaled) {
+    apply_scales<kTokens>(scores, tile.scales + kTokens);
+    if (hides) sight.hide<kTokens>(scores, tile.first_token, 0.0f);
+  }
   TileMath::add_values<kTokens>(sums.sums, scores, tile.values);
 }

@@ -76,18 +76,24 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
   constexpr int kStep = kDecodeWarps * kTileTokens;
   int token = visible.begin / kTileTokens * kTileTokens + warp * kTileTokens;
 #pragma unroll
-  for (int stage = 0; stage < kDecodeStages - 1; ++stage) ring.start(stage, head, token + stage * kStep, visible);
+  for (int stage = 0; stage < kDecodeStages - 1; ++stage) {
+    const int first = token + stage * kStep;
+    ring.start(stage, head, ring.find(head, first, visible), first, visible);
+  }
+  DecodeRing::Blocks blocks = ring.find(head, token + (kDecodeStages - 1) * kStep, visible);
   load_queries<kTileRows, kDecodeThreads>(shared.queries(), args, rows);
   __syncthreads();
 
   const TileMath::Queries queries(shared.queries());
-  const int positions[kLaneRows] = {rows.position(lane_row(lane, 0)), rows.position(lane_row(lane, 1))};
-  for (int stage = 0; token < visible.end; token += kStep, stage = (stage + 1) % kDecodeStages) {
+  const Sight sight(args, [&](int row) { return rows.position(row); });
+  for (int stage = 0; token < visible.end; token += kStep, stage = DecodeRing::after(stage)) {
     ring.wait();
     __syncwarp();  // the tile is there for all lanes, and all are done with the one that is overwritten next
-    ring.start((stage + kDecodeStages - 1) % kDecodeStages, head, token + (kDecodeStages - 1) * kStep, visible);
+    const int next = token + (kDecodeStages - 1) * kStep;
+    ring.start(DecodeRing::before(stage), head, blocks, next, visible);
+    blocks = ring.find(head, next + kStep, visible);
     const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
-    attend_tile<kTileTokens>(sums, queries, tile, args, positions);
+    attend_tile<kTileTokens>(sums, queries, tile, args, sight);
   }
   sums.finish();
 }
@@ -117,12 +123,11 @@ __device__ __forceinline__ void for_each_strip(const ClusterRows& rows, Visit vi
 __device__ __forceinline__ void write_out(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,
                                           const Merged& merged) {
   const int64_t head = rows.head_index(rows.query(row), row);
-  struct alignas(kMergeWidth * sizeof(Element)) Strip {
-    Element elements[kMergeWidth];
-  } strip;
+  const float share = 1.0f / merged.total;
+  Strip<kMergeWidth> strip;
 #pragma unroll
-  for (int i = 0; i < kMergeWidth; ++i) strip.elements[i] = from_float<Element>(merged.sums[i] / merged.total);
-  *reinterpret_cast<Strip*>(static_cast<Element*>(args.out) + head * kHeadDim + dim) = strip;
+  for (int i = 0; i < kMergeWidth; ++i) strip.elements[i] = from_float<Element>(merged.sums[i] * share);
+  strip.store(static_cast<Element*>(args.out) + head * kHeadDim + dim);
 }
 
 __device__ __forceinline__ void write_partial(const AttentionArgs& args, const ClusterRows& rows, int row, int dim,

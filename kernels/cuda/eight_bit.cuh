@@ -79,14 +79,15 @@ __device__ __forceinline__ uint32_t widen(uint32_t packed);
 template <>
 __device__ __forceinline__ uint32_t widen<BFloat16, Int8>(uint32_t packed) {
   constexpr uint32_t k128 = 0x43004300, kMinus2 = 0xC000C000, k1Over64 = 0x3C803C80;
-  return multiply_add<BFloat16>((packed & 0x007F007F) | k128, k1Over64, (packed & 0x00800080) | kMinus2);
+  const uint32_t magnitudes = mask_or(packed, 0x007F007F, k128), signs = mask_or(packed, 0x00800080, kMinus2);
+  return multiply_add<BFloat16>(magnitudes, k1Over64, signs);
 }
 
 // An element plus 128 makes 1024 to 1279.
 template <>
 __device__ __forceinline__ uint32_t widen<Float16, Int8>(uint32_t packed) {
   constexpr uint32_t k1152 = 0x64806480, kMinus18 = 0xCC80CC80, k1Over64 = 0x24002400;
-  return multiply_add<Float16>((packed & 0x00FF00FF) ^ k1152, k1Over64, kMinus18);
+  return multiply_add<Float16>(mask_xor(packed, 0x00FF00FF, k1152), k1Over64, kMinus18);
 }
 
 template <>

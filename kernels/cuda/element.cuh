@@ -68,6 +68,28 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return packed;
 }
 
+// The same pointer, of which the compiler knows nothing: what is a constant away from it is addressed so, rather than by a
+// sum of its own.
+template <typename T>
+__device__ __forceinline__ const T* opaque(const T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
+// (word & mask) | bits, and (word & mask) ^ bits: one instruction, of which the compiler makes two where both are
+// constants.
+__device__ __forceinline__ uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+__device__ __forceinline__ uint32_t mask_xor(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 template <>
 __device__ __forceinline__ uint32_t multiply_add<BFloat16>(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t sum;
@@ -96,6 +118,14 @@ inline float to_float(Float16 x) {
   std::memcpy(&y, &x, sizeof(y));
   return static_cast<float>(y);
 }
+
+template <typename T>
+const T* opaque(const T* pointer) {
+  return pointer;
+}
+
+inline uint32_t mask_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
+inline uint32_t mask_xor(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) ^ bits; }
 
 // To nearest, ties to even; a NaN stays one.
 template <>

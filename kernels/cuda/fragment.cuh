@@ -16,6 +16,9 @@ constexpr bool kEvensFirst = kIsScaled && !kIsFloat32;
 __device__ __forceinline__ int lane_row(int lane, int which) { return lane / 4 + 8 * which; }
 __device__ __forceinline__ int lane_column(int lane, int tile, int i) { return 8 * tile + lane % 4 * 2 + i % 2; }
 
+// Tiles of sums of which a lane has dimensions that lie side by side: those of the first columns, then of the second.
+constexpr int kStripTiles = kEvensFirst ? 2 : 1;
+
 // The dimension that column i of a tile of sums is of.
 __device__ __forceinline__ int lane_dim(int lane, int tile, int i) {
   return kEvensFirst ? tile / 2 * 16 + 2 * lane_column(lane, 0, i) + tile % 2 : lane_column(lane, tile, i);
@@ -31,10 +34,17 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
-// Scores are kept times log2(e), so that weights are powers of two. -inf where a row has seen nothing.
-__device__ __forceinline__ float weight_of(float score, float max) {
-  return exp2_approximate(score - (max == -INFINITY ? 0.0f : max));
+// Weights are powers of two, 2^(score * factor), the factor being positive. What rows keep of scores, their largest, is
+// times the factor; -inf where a row has seen nothing.
+__device__ __forceinline__ float weight_factor(const AttentionArgs& args) {
+  constexpr float kLog2E = 1.44269504088896341f;
+  return kHasSoftCap ? kLog2E : args.scale * kLog2E;
 }
+
+__device__ __forceinline__ float shift_of(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// Of a sum whose largest score was `part`, beside one whose largest is `max`.
+__device__ __forceinline__ float weight_of(float part, float max) { return exp2_approximate(part - shift_of(max)); }
 
 // What a row has summed up: sums of weight * value, and each row's largest score and sum of weights. `total` is of the
 // lane's own columns until `finish`.
@@ -43,10 +53,11 @@ struct RowSums {
   float max[kLaneRows] = {-INFINITY, -INFINITY};
   float total[kLaneRows] = {};
 
-  // Scores become weights, relative to the largest score so far; what was summed before is scaled to match.
+  // Scores become weights, relative to the largest score so far. What was summed before shrinks to match, if there is a
+  // row of the warp whose largest is another one than before: mostly there is none.
   template <int kTokens>
-  __device__ __forceinline__ void weigh(Fragment<kTokens>& scores) {
-    float scale[kLaneRows];
+  __device__ __forceinline__ void weigh(Fragment<kTokens>& scores, float factor) {
+    float shrink[kLaneRows];
 #pragma unroll
     for (int which = 0; which < kLaneRows; ++which) {
       float largest = -INFINITY;
@@ -54,23 +65,25 @@ struct RowSums {
       for (int n = 0; n < kTokens / 8; ++n) {
         largest = fmaxf(largest, fmaxf(scores[n][2 * which], scores[n][2 * which + 1]));
       }
-      largest = fmaxf(max[which], quad_max(largest));
-      scale[which] = weight_of(max[which], largest);
+      largest = fmaxf(max[which], quad_max(largest) * factor);
+      shrink[which] = weight_of(max[which], largest);
       max[which] = largest;
-      total[which] *= scale[which];
+      total[which] *= shrink[which];
+      const float shift = shift_of(largest);
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
         for (int i = 2 * which; i < 2 * which + 2; ++i) {
-          scores[n][i] = weight_of(scores[n][i], largest);
+          scores[n][i] = exp2_approximate(fmaf(scores[n][i], factor, -shift));
           total[which] += scores[n][i];
         }
       }
     }
+    if (!__any_sync(0xFFFFFFFFu, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
 #pragma unroll
     for (int n = 0; n < kSumTiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[n][i] *= scale[i / 2];
+      for (int i = 0; i < 4; ++i) sums[n][i] *= shrink[i / 2];
     }
   }
 
@@ -79,54 +92,67 @@ struct RowSums {
   }
 };
 
-__device__ __forceinline__ bool is_hidden(const AttentionArgs& args, int token, int position) {
-  return token > position || (kHasWindow && token <= position - args.sliding_window);
-}
+// What a warp's rows see.
+struct Sight {
+  int positions[kLaneRows];  // of the lane's rows
+  int lowest, highest;       // position of all rows
+  int sliding_window;
 
-// Turns products of query and key into scores, -inf where a row must not see the token. The fragment's first column is
-// token first_token; positions are those of the lane's rows.
+  // row_position(row): the position of each of the warp's rows.
+  template <typename RowPosition>
+  __device__ __forceinline__ Sight(const AttentionArgs& args, RowPosition row_position)
+      : sliding_window(args.sliding_window) {
+    const int lane = threadIdx.x % kWarpThreads;
+    for (int which = 0; which < kLaneRows; ++which) positions[which] = row_position(lane_row(lane, which));
+    lowest = min(positions[0], positions[1]);
+    highest = max(positions[0], positions[1]);
+#pragma unroll
+    for (int mask = 4; mask < kWarpThreads; mask *= 2) {
+      lowest = min(lowest, __shfl_xor_sync(0xFFFFFFFFu, lowest, mask));
+      highest = max(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, mask));
+    }
+  }
+
+  // Whether all rows see all of these tokens: nothing is to be hidden then, as in most tiles. The same for all lanes.
+  __device__ __forceinline__ bool is_of_all(int first_token, int num_tokens) const {
+    return first_token + num_tokens <= lowest + 1 && (!kHasWindow || first_token > highest - sliding_window);
+  }
+
+  // Writes `hidden` where a row must not see the token. The fragment's first column is token first_token.
+  template <int kTokens>
+  __device__ __forceinline__ void hide(Fragment<kTokens>& fragment, int first_token, float hidden) const {
+    const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int position = positions[i / 2], token = first_token + lane_column(lane, n, i);
+        const bool is_hidden = token > position || (kHasWindow && token <= position - sliding_window);
+        if (is_hidden) fragment[n][i] = hidden;
+      }
+    }
+  }
+};
+
+// Products of query and key become scores as a model with a cap has them.
 template <int kTokens>
-__device__ __forceinline__ void score(Fragment<kTokens>& products, const AttentionArgs& args, int first_token,
-                                      const int (&positions)[kLaneRows]) {
-  constexpr float kLog2E = 1.44269504088896341f;
-  const int lane = threadIdx.x % kWarpThreads;
+__device__ __forceinline__ void cap_scores(Fragment<kTokens>& products, const AttentionArgs& args) {
+  const float scale = args.scale / args.soft_cap;
 #pragma unroll
   for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int position = positions[i / 2], token = first_token + lane_column(lane, n, i);
-      float scaled = products[n][i] * args.scale;
-      if constexpr (kHasSoftCap) scaled = args.soft_cap * tanhf(scaled / args.soft_cap);
-      products[n][i] = is_hidden(args, token, position) ? -INFINITY : scaled * kLog2E;
-    }
+    for (int i = 0; i < 4; ++i) products[n][i] = args.soft_cap * tanhf(products[n][i] * scale);
   }
 }
 
-// Products with the elements of keys become those with keys. scales: [kTokens].
+// Products with the elements of keys become those with keys; weights of values, those of their elements. scales:
+// [kTokens], anything where a row must not see the token.
 template <int kTokens>
-__device__ __forceinline__ void scale_products(Fragment<kTokens>& products, const float* scales) {
+__device__ __forceinline__ void apply_scales(Fragment<kTokens>& fragment, const float* scales) {
   const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
   for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) products[n][i] *= scales[lane_column(lane, n, i)] * kUnit;
-  }
-}
-
-// Weights of values become those of their elements; 0 where a row must not see the token, whose scale may be anything.
-// scales: [kTokens]; the rest as in `score`.
-template <int kTokens>
-__device__ __forceinline__ void scale_weights(Fragment<kTokens>& weights, const float* scales,
-                                              const AttentionArgs& args, int first_token,
-                                              const int (&positions)[kLaneRows]) {
-  const int lane = threadIdx.x % kWarpThreads;
-#pragma unroll
-  for (int n = 0; n < kTokens / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int column = lane_column(lane, n, i);
-      const float scaled = weights[n][i] * (scales[column] * kUnit);
-      weights[n][i] = is_hidden(args, first_token + column, positions[i / 2]) ? 0.0f : scaled;
-    }
+    for (int i = 0; i < 4; ++i) fragment[n][i] *= scales[lane_column(lane, n, i)] * kUnit;
   }
 }

@@ -17,11 +17,31 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
   return (row * kRowChunksOf<E> + group + within) * kChunkOf<E>;
 }
 
-// Tokens [begin, end) of a sequence.
+// A thread's place in a tile of E, and those that are constants away: what the swizzle does to them the compiler knows.
+template <typename E>
+struct TilePlace {
+  int first;  // element offset of the chunk
+
+  __device__ __forceinline__ TilePlace(int row, int chunk) : first(tile_offset<E>(row, chunk)) {}
+
+  // `rows` and `chunks` further on, each a multiple of a power of two that the row, and the chunk, are below; or none.
+  __device__ __forceinline__ int at(int rows, int chunks) const {
+    constexpr int kGroup = kSwizzle<E>;
+    const int within = (chunks ^ rows / (8 / kGroup)) % kGroup;
+    return (first ^ within * kChunkOf<E>) + (rows * kRowChunksOf<E> + chunks / kGroup * kGroup) * kChunkOf<E>;
+  }
+};
+
+// Tokens [begin, end) of a sequence; without a window begin is a multiple of the tile, and nobody asks for what is before.
 struct TokenRange {
   int begin, end;
 
-  __device__ __forceinline__ bool contains(int token) const { return token >= begin && token < end; }
+  __device__ __forceinline__ bool contains(int token) const { return token < end && (!kHasWindow || token >= begin); }
+
+  // Whether it has any of the tokens from `first` on.
+  __device__ __forceinline__ bool has_any(int first, int count) const {
+    return first < end && (!kHasWindow || first + count > begin);
+  }
 };
 
 // Element offset of a token in the pool's keys, and in its values: [num_blocks, num_kv_heads, kHeadBytes]. `offset` is
@@ -48,9 +68,12 @@ struct PagedHead {
         num_kv_heads(args.num_kv_heads),
         kv_head(kv_head_) {}
 
-  // Element offset of a token in `keys` and `values`. The token must be one of the sequence's own.
-  __device__ __forceinline__ int64_t offset(int token) const {
-    return pool_offset(block_table[token / kBlockSize], token % kBlockSize, num_kv_heads, kv_head);
+  // The block of a token, which must be one of the sequence's own.
+  __device__ __forceinline__ int32_t block(int token) const { return block_table[token / kBlockSize]; }
+
+  // Element offset of a token in `keys` and `values`.
+  __device__ __forceinline__ int64_t offset(int32_t its_block, int token) const {
+    return pool_offset(its_block, token % kBlockSize, num_kv_heads, kv_head);
   }
 };
 

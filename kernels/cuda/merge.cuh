@@ -7,6 +7,14 @@ constexpr int kMergeWidth = 4;  // dimensions that a thread merges together
 // Floats from row to row of a warp's sums: 8 more than there are, so that its rows are written to different banks.
 constexpr int kSumStride = kHeadDim + 8;
 
+// Dimensions of a row, stored together.
+template <int kWidth>
+struct alignas(kWidth * sizeof(Element)) Strip {
+  Element elements[kWidth];
+
+  __device__ __forceinline__ void store(Element* to) const { *reinterpret_cast<Strip*>(to) = *this; }
+};
+
 // Parts of one head's row: part i's sums [kHeadDim] at sums + i * sums_stride, its max and sum of weights at
 // stats + i * stats_stride.
 struct Parts {

@@ -31,6 +31,7 @@ struct MmaQueries {
  private:
   __device__ __forceinline__ void load(int step, uint32_t (&a)[4]) const {
     const int lane = threadIdx.x % kWarpThreads;
+    [[maybe_unused]] const TilePlace<E> place(lane % 16, lane / 16);
     if constexpr (kEvensFirst) {
 #pragma unroll
       for (int which = 0; which < kLaneRows; ++which) {
@@ -41,7 +42,7 @@ struct MmaQueries {
         a[2 + which] = pairs.x >> 16 | (pairs.y & 0xFFFF0000);
       }
     } else {
-      load_matrices<false>(a, tile_ + tile_offset<E>(lane % 16, 2 * step + lane / 16));
+      load_matrices<false>(a, tile_ + place.at(0, 2 * step));
     }
   }
 
@@ -68,7 +69,7 @@ struct MmaMath {
   static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
                                                        const E* keys) {
     const int lane = threadIdx.x % kWarpThreads;
-    const int lane_token = lane % 8 + lane / 16 * 8;
+    const TilePlace<E> place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
@@ -81,7 +82,7 @@ struct MmaMath {
 #pragma unroll
       for (int n = 0; n < kTokens / 8; n += 2) {
         uint32_t b[4];
-        load_matrices<false>(b, keys + tile_offset<E>(8 * n + lane_token, 2 * step + lane / 8 % 2));
+        load_matrices<false>(b, keys + place.at(8 * n, 2 * step));
         mma_16x8x16<E>(products[n], a, b[0], b[1]);
         mma_16x8x16<E>(products[n + 1], a, b[2], b[3]);
       }
@@ -93,6 +94,7 @@ struct MmaMath {
   static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
                                                     const E* values) {
     const int lane = threadIdx.x % kWarpThreads;
+    const TilePlace<E> place(lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < kTokens / 8; n += 2) {
       uint32_t a[4];
@@ -100,7 +102,7 @@ struct MmaMath {
 #pragma unroll
       for (int tile = 0; tile < kSumTiles; tile += 2) {
         uint32_t b[4];
-        load_matrices<true>(b, values + tile_offset<E>(8 * n + lane % 16, tile + lane / 16));
+        load_matrices<true>(b, values + place.at(8 * n, tile));
         mma_16x8x16<E>(sums[tile], a, b[0], b[1]);
         mma_16x8x16<E>(sums[tile + 1], a, b[2], b[3]);
       }

@@ -13,9 +13,10 @@ struct UnpackedChunks {
   template <bool kTransposed>
   static __device__ __forceinline__ UnpackedChunks load(const K* tile, int first_token, int first_chunk) {
     const int lane = threadIdx.x % kWarpThreads;
-    const int chunk = min(first_chunk + lane / 16, kRowChunksOf<K> - 1);
+    const bool is_past = first_chunk + 1 == kRowChunksOf<K>;
+    const TilePlace<K> place(lane % 16, is_past ? 0 : lane / 16);
     uint32_t packed[4];
-    load_matrices<kTransposed>(packed, tile + tile_offset<K>(first_token + lane % 16, chunk));
+    load_matrices<kTransposed>(packed, tile + place.at(first_token, first_chunk));
     UnpackedChunks chunks;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

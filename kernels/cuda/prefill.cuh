@@ -38,12 +38,16 @@ __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const Atten
     const int row = first_row + lane_row(lane, which);
     if (row >= rows.num_rows) continue;
     Element* out = static_cast<Element*>(args.out) + rows.head_index(rows.query(row), row) * kHeadDim;
+    const float share = 1.0f / sums.total[which];
 #pragma unroll
-    for (int tile = 0; tile < kSumTiles; ++tile) {
+    for (int tile = 0; tile < kSumTiles; tile += kStripTiles) {
+      Strip<kStripTiles * 2> strip;
 #pragma unroll
-      for (int i = 2 * which; i < 2 * which + 2; ++i) {
-        out[lane_dim(lane, tile, i)] = from_float<Element>(sums.sums[tile][i] / sums.total[which]);
+      for (int i = 0; i < kStripTiles * 2; ++i) {
+        const float sum = sums.sums[tile + i % kStripTiles][2 * which + i / kStripTiles];
+        strip.elements[i] = from_float<Element>(sum * share);
       }
+      strip.store(out + lane_dim(lane, tile, 0));
     }
   }
 }
@@ -51,7 +55,7 @@ __device__ __forceinline__ void write_warp_rows(const RowSums& sums, const Atten
 // Grid: [num_prefill_items, num_kv_heads].
 __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
   const PrefillItem item = args.prefill_items[blockIdx.x];
-  const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+  const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads;
   const QueryRows rows(args, item, kv_head);
   const PagedHead head(args, item.seq, kv_head);
   const TokenRange visible = visible_tokens(args, item.kv_start, item.kv_end, rows.first_position);
@@ -61,26 +65,27 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   int token = visible.begin / kTileTokens * kTileTokens;
 #pragma unroll
   for (int stage = 0; stage < kPrefillStages - 1; ++stage) {
-    ring.start(stage, head, token + stage * kPrefillTokens, visible);
+    const int first = token + stage * kPrefillTokens;
+    ring.start(stage, head, ring.find(head, first, visible), first, visible);
   }
+  PrefillRing::Blocks blocks = ring.find(head, token + (kPrefillStages - 1) * kPrefillTokens, visible);
   load_queries<kPrefillRows, kPrefillThreads>(query_tile, args, rows);
   __syncthreads();
   const TileMath::Queries queries(query_tile + warp * kTileRows * kHeadDim);
 
   const int first_row = warp * kTileRows;
-  const int positions[kLaneRows] = {rows.position(first_row + lane_row(lane, 0)),
-                                    rows.position(first_row + lane_row(lane, 1))};
-  const int last_position = rows.position(first_row + kTileRows - 1);
+  const Sight sight(args, [&](int row) { return rows.position(first_row + row); });
   const bool has_rows = first_row < rows.num_rows;
   RowSums sums;
-  for (int stage = 0; token < visible.end; token += kPrefillTokens, stage = (stage + 1) % kPrefillStages) {
+  for (int stage = 0; token < visible.end; token += kPrefillTokens, stage = PrefillRing::after(stage)) {
     ring.wait();
     __syncthreads();  // the tile is there for all threads, and all are done with the one that is overwritten next
     const int next = token + (kPrefillStages - 1) * kPrefillTokens;
-    ring.start((stage + kPrefillStages - 1) % kPrefillStages, head, next, visible);
-    if (!has_rows || token > last_position) continue;
+    ring.start(PrefillRing::before(stage), head, blocks, next, visible);
+    blocks = ring.find(head, next + kPrefillTokens, visible);
+    if (!has_rows || token > sight.highest) continue;
     const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
-    attend_tile<kPrefillTokens>(sums, queries, tile, args, positions);
+    attend_tile<kPrefillTokens>(sums, queries, tile, args, sight);
   }
   wait_for_copies<0>();
   sums.finish();

@@ -33,6 +33,9 @@ struct TileRing {
   KV* stages;
   int thread;  // of kThreads
 
+  static __device__ __forceinline__ int after(int stage) { return stage == kStages - 1 ? 0 : stage + 1; }
+  static __device__ __forceinline__ int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
+
   __device__ __forceinline__ KV* keys(int stage) const { return stages + stage * kStageElements; }
   __device__ __forceinline__ KV* values(int stage) const { return keys(stage) + kTileElements; }
   // [2, kTokens]: of keys, then of values.
@@ -40,28 +43,36 @@ struct TileRing {
     return reinterpret_cast<float*>(values(stage) + kTileElements);
   }
 
+  // The blocks that a tile's tokens lie in; 0 where nothing is visible. To be found a tile ahead: they come from memory.
+  struct Blocks {
+    int32_t ids[kTokens / kTileTokens];
+  };
+
+  __device__ __forceinline__ Blocks find(const PagedHead& head, int first_token, TokenRange visible) const {
+    Blocks blocks;
+#pragma unroll
+    for (int part = 0; part < kTokens; part += kTileTokens) {
+      const int token = first_token + part;
+      blocks.ids[part / kTileTokens] = visible.has_any(token, kTileTokens) ? head.block(token) : 0;
+    }
+    return blocks;
+  }
+
   // Starts the copy of tokens first_token to first_token + kTokens - 1, zeros for those outside `visible`: unwritten
   // slots may hold NaN, and 0 * NaN would reach the sums. Ends a group even if nothing of the tile is visible.
-  __device__ __forceinline__ void start(int stage, const PagedHead& head, int first_token, TokenRange visible) const {
+  __device__ __forceinline__ void start(int stage, const PagedHead& head, const Blocks& blocks, int first_token,
+                                        TokenRange visible) const {
     if (first_token < visible.end) {
 #pragma unroll
       for (int part = 0; part < kTokens; part += kTileTokens) {
-        const bool has_any = first_token + part < visible.end && first_token + part + kTileTokens > visible.begin;
-        const int64_t source = has_any ? head.offset(first_token + part) : 0;
-#pragma unroll  // as often as a constant says: the compiler knows nothing of `thread`
-        for (int n = 0; n < (kTileChunks + kThreads - 1) / kThreads; ++n) {
-          const int i = thread + n * kThreads;
-          if (kTileChunks % kThreads != 0 && i >= kTileChunks) break;
-          const int token = i / kKVRowChunks, chunk = i % kKVRowChunks;
-          const int64_t from = source + token * kHeadDim + chunk * kChunkOf<KV>;
-          const int to = tile_offset<KV>(part + token, chunk);
-          const bool is_visible = visible.contains(first_token + part + token);
-          copy_async_16(keys(stage) + to, head.keys + from, is_visible);
-          copy_async_16(values(stage) + to, head.values + from, is_visible);
-        }
+        const int token = first_token + part;
+        const int64_t source = head.offset(blocks.ids[part / kTileTokens], token);
+        const TokenRange wanted = {visible.begin - token, visible.end - token};
+        start_part(keys(stage) + part * kHeadDim, head.keys + source, wanted);
+        start_part(values(stage) + part * kHeadDim, head.values + source, wanted);
         if constexpr (kIsScaled) {
-          const int64_t from = source + scale_distance((first_token + part) % kBlockSize);
-          start_scales(scales(stage) + part, head, from, has_any);
+          const int64_t from = source + scale_distance(token % kBlockSize);
+          start_scales(scales(stage) + part, head, from, visible.has_any(token, kTileTokens));
         }
       }
     }
@@ -72,6 +83,36 @@ struct TileRing {
   __device__ __forceinline__ void wait() const { wait_for_copies<kStages - 2>(); }
 
  private:
+  // Keys or values of kTileTokens tokens, zeros for all but those `wanted`. Where the threads together have whole rows, or
+  // whole parts of one, what a thread copies is constants away from its first.
+  __device__ __forceinline__ void start_part(KV* to, const KV* from, TokenRange wanted) const {
+    if constexpr (kThreads % kKVRowChunks == 0 || kKVRowChunks % kThreads == 0) {
+      constexpr int kChunks = kThreads < kKVRowChunks ? kThreads : kKVRowChunks, kRows = kThreads / kChunks;
+      const int token = thread / kChunks, chunk = thread % kChunks;
+      if (kRows > kTileTokens && token >= kTileTokens) return;
+      const TilePlace<KV> place(token, chunk);
+      const KV* first = opaque(from + token * kHeadDim + chunk * kChunkOf<KV>);
+      const TokenRange seen = {wanted.begin - token, wanted.end - token};
+#pragma unroll
+      for (int row = 0; row < kTileTokens; row += kRows) {
+#pragma unroll
+        for (int chunks = 0; chunks < kKVRowChunks; chunks += kChunks) {
+          const KV* source = first + row * kHeadDim + chunks * kChunkOf<KV>;
+          copy_async_16(to + place.at(row, chunks), source, seen.contains(row));
+        }
+      }
+    } else {
+#pragma unroll  // as often as a constant says: the compiler knows nothing of `thread`
+      for (int n = 0; n < (kTileChunks + kThreads - 1) / kThreads; ++n) {
+        const int i = thread + n * kThreads;
+        if (kTileChunks % kThreads != 0 && i >= kTileChunks) break;
+        const int token = i / kKVRowChunks, chunk = i % kKVRowChunks;
+        const KV* chunk_from = from + token * kHeadDim + chunk * kChunkOf<KV>;
+        copy_async_16(to + tile_offset<KV>(token, chunk), chunk_from, wanted.contains(token));
+      }
+    }
+  }
+
   // Scales of kTileTokens tokens, those of unwritten slots too, from byte offset `from` on; or zeros.
   __device__ __forceinline__ void start_scales(float* to, const PagedHead& head, int64_t from, bool has_any) const {
     constexpr int kChunks = kTileTokens / kChunkOf<float>;

@@ -122,6 +122,16 @@ inline float __shfl_sync(unsigned, float value, int source_lane) {
       });
 }
 
+inline int __any_sync(unsigned, int predicate) {
+  using emulation::kWarpSize;
+  return emulation::collective<int>(
+      "__any_sync", predicate, [](const int (&predicates)[kWarpSize], int (&results)[kWarpSize]) {
+        int is_any = 0;
+        for (int lane = 0; lane < kWarpSize; ++lane) is_any |= predicates[lane] != 0;
+        for (int lane = 0; lane < kWarpSize; ++lane) results[lane] = is_any;
+      });
+}
+
 inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;

@@ -69,7 +69,7 @@ struct ClusterRows : HeadRows {
 };
 
 // One warp's share of the tokens `visible`. The first tiles are under way before the queries are loaded.
-__device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs& args, const DecodeShared& shared,
+__device__ __forceinline__ void decode_tiles(RowSums (&sums)[1], const AttentionArgs& args, const DecodeShared& shared,
                                              const ClusterRows& rows, const PagedHead& head, TokenRange visible) {
   const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const DecodeRing ring = {shared.ring(warp), lane};
@@ -84,8 +84,8 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
   load_queries<kTileRows, kDecodeThreads>(shared.queries(), args, rows);
   __syncthreads();
 
-  const TileMath::Queries queries(shared.queries());
-  const Sight sight(args, [&](int row) { return rows.position(row); });
+  const TileMath<1>::Queries queries[] = {TileMath<1>::Queries(shared.queries())};
+  const Sight sights[] = {Sight(args, [&](int row) { return rows.position(row); })};
   for (int stage = 0; token < visible.end; token += kStep, stage = DecodeRing::after(stage)) {
     ring.wait();
     __syncwarp();  // the tile is there for all lanes, and all are done with the one that is overwritten next
@@ -93,9 +93,9 @@ __device__ __forceinline__ void decode_tiles(RowSums& sums, const AttentionArgs&
     ring.start(DecodeRing::before(stage), head, blocks, next, visible);
     blocks = ring.find(head, next + kStep, visible);
     const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
-    attend_tile<kTileTokens>(sums, queries, tile, args, sight);
+    attend_tile<kTileTokens>(sums, queries, tile, args, sights);
   }
-  sums.finish();
+  sums[0].finish();
 }
 
 // What the block's warps have summed of one row.
@@ -170,11 +170,11 @@ __device__ __forceinline__ void decode_cluster(const AttentionArgs& args, const 
   const int warp = threadIdx.x / kWarpThreads;
   const ClusterRows rows(args, items, kv_head);
   const TokenRange visible = visible_tokens(args, items->kv_start, items->kv_end, rows.position(0));
-  RowSums sums;
+  RowSums sums[1];
   decode_tiles(sums, args, shared, rows, PagedHead(args, items->seq, kv_head), visible);
   wait_for_copies<0>();
   __syncthreads();  // no warp needs its ring any more
-  store_part(sums, shared.sums(warp), shared.stats(warp));
+  store_part(sums[0], shared.sums(warp), shared.stats(warp));
   __syncthreads();
   for_each_strip(rows, [&](int row, int dim) {
     const Merged merged = merge(warp_parts(shared, row), dim);

@@ -4,30 +4,27 @@
 
 #include "fragment.cuh"
 
-// A template only so that variants in 16 bits need not compile it; E is float.
+// For one tile of rows. A template only so that variants in 16 bits need not compile it; E is float.
 template <typename E, typename K>
 struct FmaMath {
   // One warp's query rows: they stay where they are, [kTileRows] rows in shared memory.
   struct Queries {
     const E* tile;
 
+    Queries() = default;
     __device__ __forceinline__ explicit Queries(const E* tile_) : tile(tile_) {}
   };
 
   // products = queries x keys^T. keys: [kTokens] rows in shared memory.
   template <int kTokens>
-  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
+  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens> (&products)[1], const Queries (&queries)[1],
                                                        const K* keys) {
     const int lane = threadIdx.x % kWarpThreads;
-#pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
-    }
+    clear<kTokens>(products[0]);
 #pragma unroll 2
     for (int dim = 0; dim < kHeadDim; dim += 4) {
-      const float4 query[kLaneRows] = {four_of(queries.tile, lane_row(lane, 0), dim),
-                                       four_of(queries.tile, lane_row(lane, 1), dim)};
+      const float4 query[kLaneRows] = {four_of(queries[0].tile, lane_row(lane, 0), dim),
+                                       four_of(queries[0].tile, lane_row(lane, 1), dim)};
 #pragma unroll
       for (int n = 0; n < kTokens / 8; ++n) {
 #pragma unroll
@@ -35,7 +32,7 @@ struct FmaMath {
           const float4 key = four_of(keys, lane_column(lane, n, column), dim);
 #pragma unroll
           for (int which = 0; which < kLaneRows; ++which) {
-            float& product = products[n][2 * which + column];
+            float& product = products[0][n][2 * which + column];
             product = fmaf(query[which].x, key.x, product);
             product = fmaf(query[which].y, key.y, product);
             product = fmaf(query[which].z, key.z, product);
@@ -48,7 +45,7 @@ struct FmaMath {
 
   // sums += weights x values. values: [kTokens] rows in shared memory.
   template <int kTokens>
-  static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
+  static __device__ __forceinline__ void add_values(RowSums (&sums)[1], const Fragment<kTokens> (&weights)[1],
                                                     const K* values) {
     const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
@@ -58,9 +55,9 @@ struct FmaMath {
         const int owner = lane / 4 * 4 + pair;  // the lane of the quad that holds these tokens' weights
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const float weight[kLaneRows] = {__shfl_sync(0xFFFFFFFFu, weights[n][column], owner),
-                                           __shfl_sync(0xFFFFFFFFu, weights[n][2 + column], owner)};
-          add_value(sums, weight, values, 8 * n + 2 * pair + column);
+          const float weight[kLaneRows] = {__shfl_sync(0xFFFFFFFFu, weights[0][n][column], owner),
+                                           __shfl_sync(0xFFFFFFFFu, weights[0][n][2 + column], owner)};
+          add_value(sums[0].sums, weight, values, 8 * n + 2 * pair + column);
         }
       }
     }

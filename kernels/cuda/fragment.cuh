@@ -8,6 +8,15 @@
 template <int kColumns>
 using Fragment = float[kColumns / 8][4];
 
+template <int kColumns>
+__device__ __forceinline__ void clear(Fragment<kColumns>& fragment) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) fragment[n][i] = 0.0f;
+  }
+}
+
 constexpr int kSumTiles = kHeadDim / 8;
 constexpr int kLaneRows = 2;
 // 8-bit elements are unpacked for tensor cores in pairs: of 16 dimensions, first the even ones, then the odd ones.
@@ -54,7 +63,7 @@ struct RowSums {
   float total[kLaneRows] = {};
 
   // Scores become weights, relative to the largest score so far. What was summed before shrinks to match, if there is a
-  // row of the warp whose largest is another one than before: mostly there is none.
+  // row of the tile whose largest is another one than before: mostly there is none.
   template <int kTokens>
   __device__ __forceinline__ void weigh(Fragment<kTokens>& scores, float factor) {
     float shrink[kLaneRows];
@@ -92,13 +101,15 @@ struct RowSums {
   }
 };
 
-// What a warp's rows see.
+// What a tile of rows sees.
 struct Sight {
   int positions[kLaneRows];  // of the lane's rows
   int lowest, highest;       // position of all rows
   int sliding_window;
 
-  // row_position(row): the position of each of the warp's rows.
+  Sight() = default;
+
+  // row_position(row): the position of each of the tile's rows.
   template <typename RowPosition>
   __device__ __forceinline__ Sight(const AttentionArgs& args, RowPosition row_position)
       : sliding_window(args.sliding_window) {

@@ -3,12 +3,13 @@
 
 #include "fragment.cuh"
 
-// One warp's query rows as operands of the MMA: kept in registers, or, where a row is too wide for that, read from
-// shared memory each time.
-template <typename E>
+// A tile of query rows as operands of the MMA: kept in registers, or, where they have no room there, read from shared
+// memory each time.
+template <typename E, bool kInRegisters>
 struct MmaQueries {
   static constexpr int kSteps = kHeadDim / 16;
-  static constexpr bool kInRegisters = kHeadDim <= 128;
+
+  MmaQueries() = default;
 
   // tile: [kTileRows] rows in shared memory, there as long as this is used.
   __device__ __forceinline__ explicit MmaQueries(const E* tile) : tile_(tile) {
@@ -31,17 +32,17 @@ struct MmaQueries {
  private:
   __device__ __forceinline__ void load(int step, uint32_t (&a)[4]) const {
     const int lane = threadIdx.x % kWarpThreads;
-    [[maybe_unused]] const TilePlace<E> place(lane % 16, lane / 16);
     if constexpr (kEvensFirst) {
+      const TilePlace<E> place(lane_row(lane, 0), lane % 4 / 2);
 #pragma unroll
       for (int which = 0; which < kLaneRows; ++which) {
-        const int chunk = 2 * step + lane % 4 / 2;
-        const E* four = tile_ + tile_offset<E>(lane_row(lane, which), chunk) + lane % 2 * 4;
+        const E* four = tile_ + place.at(lane_row(0, which), 2 * step) + lane % 2 * 4;
         const uint2 pairs = *reinterpret_cast<const uint2*>(four);
         a[which] = (pairs.x & 0xFFFF) | pairs.y << 16;
         a[2 + which] = pairs.x >> 16 | (pairs.y & 0xFFFF0000);
       }
     } else {
+      const TilePlace<E> place(lane % 16, lane / 16);
       load_matrices<false>(a, tile_ + place.at(0, 2 * step));
     }
   }
@@ -59,52 +60,58 @@ __device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&fir
   a[3] = pack<E>(second[2], second[3]);
 }
 
-// A template only so that variants in float32 need not compile it.
-template <typename E>
+// Of kRowTiles tiles of rows, which share what is read of keys and values. A template of E only so that variants in
+// float32 need not compile it.
+template <typename E, int kRowTiles>
 struct MmaMath {
-  using Queries = MmaQueries<E>;
+  using Queries = MmaQueries<E, kHeadDim * kRowTiles <= 128>;
 
   // products = queries x keys^T. keys: [kTokens] rows in shared memory.
   template <int kTokens>
-  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
-                                                       const E* keys) {
+  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens> (&products)[kRowTiles],
+                                                       const Queries (&queries)[kRowTiles], const E* keys) {
     const int lane = threadIdx.x % kWarpThreads;
     const TilePlace<E> place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
-    }
+    for (int tile = 0; tile < kRowTiles; ++tile) clear<kTokens>(products[tile]);
 #pragma unroll
     for (int step = 0; step < Queries::kSteps; ++step) {
-      uint32_t a[4];
-      queries.get(step, a);
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) queries[tile].get(step, a[tile]);
 #pragma unroll
       for (int n = 0; n < kTokens / 8; n += 2) {
         uint32_t b[4];
         load_matrices<false>(b, keys + place.at(8 * n, 2 * step));
-        mma_16x8x16<E>(products[n], a, b[0], b[1]);
-        mma_16x8x16<E>(products[n + 1], a, b[2], b[3]);
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          mma_16x8x16<E>(products[tile][n], a[tile], b[0], b[1]);
+          mma_16x8x16<E>(products[tile][n + 1], a[tile], b[2], b[3]);
+        }
       }
     }
   }
 
   // sums += weights x values. values: [kTokens] rows in shared memory.
   template <int kTokens>
-  static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
-                                                    const E* values) {
+  static __device__ __forceinline__ void add_values(RowSums (&sums)[kRowTiles],
+                                                    const Fragment<kTokens> (&weights)[kRowTiles], const E* values) {
     const int lane = threadIdx.x % kWarpThreads;
     const TilePlace<E> place(lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < kTokens / 8; n += 2) {
-      uint32_t a[4];
-      pack_weights<E>(a, weights[n], weights[n + 1]);
+      uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int tile = 0; tile < kSumTiles; tile += 2) {
+      for (int tile = 0; tile < kRowTiles; ++tile) pack_weights<E>(a[tile], weights[tile][n], weights[tile][n + 1]);
+#pragma unroll
+      for (int dims = 0; dims < kSumTiles; dims += 2) {
         uint32_t b[4];
-        load_matrices<true>(b, values + place.at(8 * n, tile));
-        mma_16x8x16<E>(sums[tile], a, b[0], b[1]);
-        mma_16x8x16<E>(sums[tile + 1], a, b[2], b[3]);
+        load_matrices<true>(b, values + place.at(8 * n, dims));
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          mma_16x8x16<E>(sums[tile].sums[dims], a[tile], b[0], b[1]);
+          mma_16x8x16<E>(sums[tile].sums[dims + 1], a[tile], b[2], b[3]);
+        }
       }
     }
   }

@@ -28,50 +28,61 @@ struct UnpackedChunks {
 };
 
 // As MmaMath; a step of the queries is a chunk of the keys.
-template <typename E, typename K>
+template <typename E, typename K, int kRowTiles>
 struct EightBitMmaMath {
-  using Queries = MmaQueries<E>;
+  using Queries = MmaQueries<E, kHeadDim * kRowTiles <= 128>;
   using Chunks = UnpackedChunks<E, K>;
 
   template <int kTokens>
-  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens>& products, const Queries& queries,
-                                                       const K* keys) {
+  static __device__ __forceinline__ void multiply_keys(Fragment<kTokens> (&products)[kRowTiles],
+                                                       const Queries (&queries)[kRowTiles], const K* keys) {
 #pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) products[n][i] = 0.0f;
-    }
+    for (int tile = 0; tile < kRowTiles; ++tile) clear<kTokens>(products[tile]);
 #pragma unroll
     for (int step = 0; step < Queries::kSteps; step += 2) {
-      uint32_t a[2][4];
-      queries.get(step, a[0]);
-      if (step + 1 < Queries::kSteps) queries.get(step + 1, a[1]);
+      uint32_t a[2][kRowTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        queries[tile].get(step, a[0][tile]);
+        if (step + 1 < Queries::kSteps) queries[tile].get(step + 1, a[1][tile]);
+      }
 #pragma unroll
       for (int n = 0; n < kTokens / 8; n += 2) {
         const Chunks chunks = Chunks::template load<false>(keys, 8 * n, step);
 #pragma unroll
         for (int c = 0; c < 2 && step + c < Queries::kSteps; ++c) {
-          mma_16x8x16<E>(products[n], a[c], chunks.pairs[2 * c][0], chunks.pairs[2 * c][1]);
-          mma_16x8x16<E>(products[n + 1], a[c], chunks.pairs[2 * c + 1][0], chunks.pairs[2 * c + 1][1]);
+          const auto& first = chunks.pairs[2 * c];
+          const auto& second = chunks.pairs[2 * c + 1];
+#pragma unroll
+          for (int tile = 0; tile < kRowTiles; ++tile) {
+            mma_16x8x16<E>(products[tile][n], a[c][tile], first[0], first[1]);
+            mma_16x8x16<E>(products[tile][n + 1], a[c][tile], second[0], second[1]);
+          }
         }
       }
     }
   }
 
   template <int kTokens>
-  static __device__ __forceinline__ void add_values(Fragment<kHeadDim>& sums, const Fragment<kTokens>& weights,
-                                                    const K* values) {
+  static __device__ __forceinline__ void add_values(RowSums (&sums)[kRowTiles],
+                                                    const Fragment<kTokens> (&weights)[kRowTiles], const K* values) {
 #pragma unroll
     for (int n = 0; n < kTokens / 8; n += 2) {
-      uint32_t a[4];
-      pack_weights<E>(a, weights[n], weights[n + 1]);
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) pack_weights<E>(a[tile], weights[tile][n], weights[tile][n + 1]);
 #pragma unroll
       for (int chunk = 0; chunk < kRowChunksOf<K>; chunk += 2) {
         const Chunks chunks = Chunks::template load<true>(values, 8 * n, chunk);
 #pragma unroll
         for (int c = 0; c < 2 && chunk + c < kRowChunksOf<K>; ++c) {
-          mma_16x8x16<E>(sums[2 * (chunk + c)], a, chunks.pairs[2 * c][0], chunks.pairs[2 * c + 1][0]);
-          mma_16x8x16<E>(sums[2 * (chunk + c) + 1], a, chunks.pairs[2 * c][1], chunks.pairs[2 * c + 1][1]);
+          const auto& first = chunks.pairs[2 * c];
+          const auto& second = chunks.pairs[2 * c + 1];
+#pragma unroll
+          for (int tile = 0; tile < kRowTiles; ++tile) {
+            mma_16x8x16<E>(sums[tile].sums[2 * (chunk + c)], a[tile], first[0], second[0]);
+            mma_16x8x16<E>(sums[tile].sums[2 * (chunk + c) + 1], a[tile], first[1], second[1]);
+          }
         }
       }
     }

@@ -1,12 +1,16 @@
-// Attention of many query rows: each warp has a tile of them, and all share the tokens' tiles as they stream by.
+// Attention of many query rows: each warp has a tile of them, or two, and all share the tokens' tiles as they stream by.
 #pragma once
 
 #include "decode.cuh"
 
+// Two where their sums have room in the registers: keys and values are then read, and unpacked, half as often; shared
+// memory gives them no faster than tensor cores take them for one.
+constexpr int kPrefillRowTiles = !kIsFloat32 && kHeadDim <= 128 ? 2 : 1;
 constexpr int kPrefillWarps = kRowBytes > 512 ? 2 : 4;
 constexpr int kPrefillThreads = kPrefillWarps * kWarpThreads;
-constexpr int kPrefillRows = kPrefillWarps * kTileRows;
-constexpr int kPrefillTokens = kIsFloat32 ? 16 : 32;
+constexpr int kPrefillWarpRows = kPrefillRowTiles * kTileRows;
+constexpr int kPrefillRows = kPrefillWarps * kPrefillWarpRows;
+constexpr int kPrefillTokens = kIsFloat32 || kIsScaled ? 16 : 32;
 
 // Shared memory: the ring, then the queries.
 constexpr int kPrefillQueryBytes = kPrefillRows * kRowBytes;
@@ -15,6 +19,7 @@ constexpr int kPrefillStages = 3 * kPrefillTileBytes + kPrefillQueryBytes <= kMa
 using PrefillRing = TileRing<kPrefillTokens, kPrefillStages, kPrefillThreads>;
 constexpr int kPrefillSharedBytes = PrefillRing::kBytes + kPrefillQueryBytes;
 static_assert(kPrefillSharedBytes <= kMaxSharedBytes);
+using PrefillQueries = TileMath<kPrefillRowTiles>::Queries;
 
 // The query rows of an item.
 struct QueryRows : HeadRows {
@@ -29,8 +34,8 @@ struct QueryRows : HeadRows {
   __device__ __forceinline__ int position(int row) const { return first_position + token(row); }
 };
 
-// Writes the lane's share of a warp's rows, which are the item's rows from first_row on.
-__device__ __forceinline__ void write_warp_rows(const RowSums& sums, const AttentionArgs& args, const QueryRows& rows,
+// Writes the lane's share of a tile of rows, which are the item's rows from first_row on.
+__device__ __forceinline__ void write_row_tile(const RowSums& sums, const AttentionArgs& args, const QueryRows& rows,
                                                 int first_row) {
   const int lane = threadIdx.x % kWarpThreads;
 #pragma unroll
@@ -71,23 +76,32 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   PrefillRing::Blocks blocks = ring.find(head, token + (kPrefillStages - 1) * kPrefillTokens, visible);
   load_queries<kPrefillRows, kPrefillThreads>(query_tile, args, rows);
   __syncthreads();
-  const TileMath::Queries queries(query_tile + warp * kTileRows * kHeadDim);
 
-  const int first_row = warp * kTileRows;
-  const Sight sight(args, [&](int row) { return rows.position(first_row + row); });
+  const int first_row = warp * kPrefillWarpRows;
   const bool has_rows = first_row < rows.num_rows;
-  RowSums sums;
+  RowSums sums[kPrefillRowTiles];
+  PrefillQueries queries[kPrefillRowTiles];
+  Sight sights[kPrefillRowTiles];
+#pragma unroll
+  for (int i = 0; i < kPrefillRowTiles; ++i) {
+    const int first = first_row + i * kTileRows;
+    queries[i] = PrefillQueries(query_tile + first * kHeadDim);
+    sights[i] = Sight(args, [&](int row) { return rows.position(first + row); });
+  }
   for (int stage = 0; token < visible.end; token += kPrefillTokens, stage = PrefillRing::after(stage)) {
     ring.wait();
     __syncthreads();  // the tile is there for all threads, and all are done with the one that is overwritten next
     const int next = token + (kPrefillStages - 1) * kPrefillTokens;
     ring.start(PrefillRing::before(stage), head, blocks, next, visible);
     blocks = ring.find(head, next + kPrefillTokens, visible);
-    if (!has_rows || token > sight.highest) continue;
+    if (!has_rows || token > sights[kPrefillRowTiles - 1].highest) continue;
     const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
-    attend_tile<kPrefillTokens>(sums, queries, tile, args, sight);
+    attend_tile<kPrefillTokens>(sums, queries, tile, args, sights);
   }
   wait_for_copies<0>();
-  sums.finish();
-  if (has_rows) write_warp_rows(sums, args, rows, first_row);
+#pragma unroll
+  for (int i = 0; i < kPrefillRowTiles; ++i) {
+    sums[i].finish();
+    if (has_rows) write_row_tile(sums[i], args, rows, first_row + i * kTileRows);
+  }
 }

@@ -116,11 +116,11 @@ struct TileRing {
   // Scales of kTileTokens tokens, those of unwritten slots too, from byte offset `from` on; or zeros.
   __device__ __forceinline__ void start_scales(float* to, const PagedHead& head, int64_t from, bool has_any) const {
     constexpr int kChunks = kTileTokens / kChunkOf<float>;
-    for (int i = thread; i < 2 * kChunks; i += kThreads) {
-      const bool is_value = i >= kChunks;
-      const int chunk = i % kChunks;
-      const char* plane = reinterpret_cast<const char*>(is_value ? head.values : head.keys);
-      copy_async_16(to + is_value * kTokens + chunk * kChunkOf<float>, plane + from + chunk * 16, has_any);
-    }
+    static_assert(2 * kChunks <= kThreads);
+    if (thread >= 2 * kChunks) return;
+    const bool is_value = thread >= kChunks;
+    const int chunk = thread % kChunks;
+    const char* plane = reinterpret_cast<const char*>(is_value ? head.values : head.keys);
+    copy_async_16(to + is_value * kTokens + chunk * kChunkOf<float>, plane + from + chunk * 16, has_any);
   }
 };

@@ -1,4 +1,4 @@
-"""`make count-cuda`: what a warp issues for a tile in the attention kernels' loops over tokens, read off the machine code.
+"""`make count-cuda`: what a warp issues for a tile in the attention kernels' loops over tokens, from the machine code.
 
 Needs nvcc and cuobjdump (in CUDA's toolkit, or of the package nvidia-cuda-cuobjdump), and no GPU. Counted is what most
 tiles take: not what a branch jumps over when it neither loads nor multiplies, which hides and shrinks (attend.cuh).
@@ -49,7 +49,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Instructions of a tile; those among them that multiply, and that load operands; and those that most tiles skip."""
+    """Instructions of a tile; those of them that multiply, and that load operands; and those that most tiles skip."""
 
     issued: int
     products: int

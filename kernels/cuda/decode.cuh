@@ -85,7 +85,8 @@ __device__ __forceinline__ void decode_tiles(RowSums (&sums)[1], const Attention
   __syncthreads();
 
   const TileMath<1>::Queries queries[] = {TileMath<1>::Queries(shared.queries())};
-  const Sight sights[] = {Sight(args, [&](int row) { return rows.position(row); })};
+  const Sight sights[] = {
+      {{rows.position(lane_row(lane, 0)), rows.position(lane_row(lane, 1))}, args.sliding_window}};
   for (int stage = 0; token < visible.end; token += kStep, stage = DecodeRing::after(stage)) {
     ring.wait();
     __syncwarp();  // the tile is there for all lanes, and all are done with the one that is overwritten next

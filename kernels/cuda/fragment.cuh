@@ -101,31 +101,14 @@ struct RowSums {
   }
 };
 
-// What a tile of rows sees.
+// What a lane's rows of a tile see.
 struct Sight {
-  int positions[kLaneRows];  // of the lane's rows
-  int lowest, highest;       // position of all rows
+  int positions[kLaneRows];
   int sliding_window;
 
-  Sight() = default;
-
-  // row_position(row): the position of each of the tile's rows.
-  template <typename RowPosition>
-  __device__ __forceinline__ Sight(const AttentionArgs& args, RowPosition row_position)
-      : sliding_window(args.sliding_window) {
-    const int lane = threadIdx.x % kWarpThreads;
-    for (int which = 0; which < kLaneRows; ++which) positions[which] = row_position(lane_row(lane, which));
-    lowest = min(positions[0], positions[1]);
-    highest = max(positions[0], positions[1]);
-#pragma unroll
-    for (int mask = 4; mask < kWarpThreads; mask *= 2) {
-      lowest = min(lowest, __shfl_xor_sync(0xFFFFFFFFu, lowest, mask));
-      highest = max(highest, __shfl_xor_sync(0xFFFFFFFFu, highest, mask));
-    }
-  }
-
-  // Whether all rows see all of these tokens: nothing is to be hidden then, as in most tiles. The same for all lanes.
+  // Whether they see all of these tokens: nothing is to be hidden then, as in most tiles.
   __device__ __forceinline__ bool is_of_all(int first_token, int num_tokens) const {
+    const int lowest = min(positions[0], positions[1]), highest = max(positions[0], positions[1]);
     return first_token + num_tokens <= lowest + 1 && (!kHasWindow || first_token > highest - sliding_window);
   }
 

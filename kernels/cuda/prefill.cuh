@@ -60,7 +60,7 @@ __device__ __forceinline__ void write_row_tile(const RowSums& sums, const Attent
 // Grid: [num_prefill_items, num_kv_heads].
 __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionArgs args) {
   const PrefillItem item = args.prefill_items[blockIdx.x];
-  const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads;
+  const int kv_head = blockIdx.y, warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
   const QueryRows rows(args, item, kv_head);
   const PagedHead head(args, item.seq, kv_head);
   const TokenRange visible = visible_tokens(args, item.kv_start, item.kv_end, rows.first_position);
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   __syncthreads();
 
   const int first_row = warp * kPrefillWarpRows;
+  const int last_position = rows.position(first_row + kPrefillWarpRows - 1);
   const bool has_rows = first_row < rows.num_rows;
   RowSums sums[kPrefillRowTiles];
   PrefillQueries queries[kPrefillRowTiles];
@@ -86,7 +87,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
   for (int i = 0; i < kPrefillRowTiles; ++i) {
     const int first = first_row + i * kTileRows;
     queries[i] = PrefillQueries(query_tile + first * kHeadDim);
-    sights[i] = Sight(args, [&](int row) { return rows.position(first + row); });
+    sights[i] = {{rows.position(first + lane_row(lane, 0)), rows.position(first + lane_row(lane, 1))},
+                 args.sliding_window};
   }
   for (int stage = 0; token < visible.end; token += kPrefillTokens, stage = PrefillRing::after(stage)) {
     ring.wait();
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2) prefill_kernel(AttentionAr
     const int next = token + (kPrefillStages - 1) * kPrefillTokens;
     ring.start(PrefillRing::before(stage), head, blocks, next, visible);
     blocks = ring.find(head, next + kPrefillTokens, visible);
-    if (!has_rows || token > sights[kPrefillRowTiles - 1].highest) continue;
+    if (!has_rows || token > last_position) continue;
     const Tile tile = {ring.keys(stage), ring.values(stage), ring.scales(stage), token};
     attend_tile<kPrefillTokens>(sums, queries, tile, args, sights);
   }

@@ -13,7 +13,7 @@ from kernels.build import Library
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-pthread", "-fPIC", "-shared", "-fvisibility=hidden")
-# As `simd.h` names them.
+# As `elements.h` names them.
 ELEMENTS: Mapping[torch.dtype, str] = {
     torch.float32: "float",
     torch.bfloat16: "BFloat16",

@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../base/elements.h"
 #include "../base/rows.h"
-#include "../base/simd.h"
 #include "attention.h"
 #include "blocks.h"
 #include "lines_ahead.h"

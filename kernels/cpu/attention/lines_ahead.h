@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 #include "blocks.h"
 
 namespace pagoda {

@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../base/elements.h"
 #include "../base/matmul.h"
 #include "../base/rows.h"
 #include "../base/scratch.h"
-#include "../base/simd.h"
 #include "attention.h"
 #include "blocks.h"
 #include "soft_cap.h"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 #include "blocks.h"
 #include "softmax.h"
 #include "spans.h"

@@ -1,7 +1,7 @@
 // A model's cap on its scores: they become cap * tanh(score / cap). Compiled in for models that have one alone.
 #pragma once
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 
 namespace pagoda {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 #include "blocks.h"
 
 namespace pagoda {

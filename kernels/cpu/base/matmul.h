@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "simd.h"
+#include "elements.h"
 #include "weights_ahead.h"
 
 namespace pagoda {

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "dots.h"
-#include "simd.h"
+#include "elements.h"
 
 namespace pagoda {
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace pagoda {
 

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "simd.h"
+#include "elements.h"
 #include "team.h"
 
 #pragma GCC visibility push(default)

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "elements.h"
 
 namespace pagoda {
 

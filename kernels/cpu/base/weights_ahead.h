@@ -2,7 +2,7 @@
 #pragma once
 
 #include "dots.h"
-#include "simd.h"
+#include "elements.h"
 
 namespace pagoda {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 
 namespace pagoda {
 

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../base/elements.h"
 #include "../base/matmul.h"
-#include "../base/simd.h"
 
 namespace pagoda {
 

@@ -1,7 +1,7 @@
 // Sums of products of quads of bytes in vectors, on CPUs with units for it (AVX512-VNNI), or written out in plain C++.
 #pragma once
 
-#include "../base/simd.h"
+#include "../base/elements.h"
 
 namespace pagoda {
 

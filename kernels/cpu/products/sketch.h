@@ -13,9 +13,9 @@
 #include <span>
 #include <vector>
 
+#include "../base/elements.h"
 #include "../base/rows.h"
 #include "../base/scratch.h"
-#include "../base/simd.h"
 #include "linear.h"
 #include "quad_sums.h"
 #include "vector_panels.h"

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "../base/dots.h"
+#include "../base/elements.h"
 #include "../base/pair_sums.h"
-#include "../base/simd.h"
 #include "../base/weights_ahead.h"
 #include "panels.h"
 

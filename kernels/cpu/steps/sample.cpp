@@ -9,8 +9,8 @@
 
 #include "sample.h"
 #include "../attention/blocks.h"
+#include "../base/elements.h"
 #include "../base/rows.h"
-#include "../base/simd.h"
 #include "../base/team.h"
 
 namespace pagoda {

@@ -11,7 +11,7 @@ SANITIZED := long_sequences or rotation or captured or copies or products
 PROTOS := $(wildcard protos/pagoda/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap bench-load bench-streams bench-overload bench-peers soak plots kernels bench-kernels bench-cuda count-cuda test-gpu kernels-variants mutate-kernels clean
+.PHONY: help setup run up test test-all test-docker wheels up-docker down-docker proto lint types bench-step bench-redis bench-worker bench-engines bench-memory bench-swap bench-load bench-streams bench-overload bench-peers soak plots kernels bench-kernels bench-cuda bench-gpu-worker count-cuda test-gpu kernels-variants mutate-kernels clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ plots: setup ## The pictures in docs/, from the figures in docs/results (or JSON
 
 bench-cuda: setup ## CUDA kernels against a copy of memory, FlashInfer where it is installed, and torch (needs a GPU)
 	@$(BIN)/python -m kernels.cuda.bench $(if $(JSON),--json $(JSON))
+
+bench-gpu-worker: setup ## A GPU worker's decode step beside what reading weights and KV takes (needs a GPU)
+	@$(BIN)/python -m tests.load.bench_gpu_worker $(if $(JSON),--json $(JSON))
 
 count-cuda: setup ## Instructions a tile in the CUDA kernels' hot loops, from their machine code (needs nvcc and cuobjdump)
 	@$(BIN)/python -m kernels.cuda.hot_loops

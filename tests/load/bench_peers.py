@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.load.bench_engines import VOCAB_SIZE, make_model, pagoda_up, workloads
+from tests.load.bench_engines import pagoda_up, workloads
 from tests.load.bench_step import machine_line
 from tests.load.harness.backend import connect
 from tests.load.harness.figures import summary
@@ -29,6 +29,7 @@ from tests.load.harness.machine import describe_machine
 from tests.load.harness.run import Interrupt, run_once
 from tests.load.harness.settings import Dataset, Measures, Pace, Settings, Target
 from tests.load.peer_servers import peer_server
+from tests.load.random_llama import VOCAB_SIZE, make_model
 from tests.load.words_tokenizer import write_words_tokenizer
 
 NUM_REQUESTS = 64

@@ -25,7 +25,8 @@ from pathlib import Path
 from pagoda.v1 import generation_pb2 as pb
 
 from scheduler.client import PagodaClient
-from tests.load.bench_engines import VOCAB_SIZE, Pagoda, Workload, make_model, pagoda_up
+from tests.load.bench_engines import Pagoda, Workload, pagoda_up
+from tests.load.random_llama import VOCAB_SIZE, make_model
 
 NUM_REQUESTS, PROMPT_TOKENS, OUTPUT_TOKENS = 64, 128, 256
 NEEDED_BLOCKS = NUM_REQUESTS * (PROMPT_TOKENS + OUTPUT_TOKENS) // 16

@@ -21,7 +21,7 @@ from typing import Any
 from kernels.cpu import CpuStep
 from kernels.cpu.binding import NativeLibrary
 from kernels.layers import UnfusedStep
-from tests.load.bench_engines import VOCAB_SIZE, make_model
+from tests.load.random_llama import VOCAB_SIZE, make_model
 from tests.unit.worker_harness import LocalWorker, Planner
 
 PROMPT_LEN = 128

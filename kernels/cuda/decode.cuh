@@ -142,8 +142,8 @@ __device__ __forceinline__ void write_partial(const AttentionArgs& args, const C
   }
 }
 
-// Notes of each token whether this block is the last to have written a part of it; then it can read all of them. Returns
-// whether it is of any, to all threads alike.
+// Notes of each token whether this block is the last to have written a part of it; then it can read all of them.
+// Returns whether it is of any, to all threads alike.
 __device__ __forceinline__ bool count_arrivals(const AttentionArgs& args, const DecodeShared& shared,
                                                const ClusterRows& rows, int kv_head) {
   __threadfence();

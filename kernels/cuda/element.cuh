@@ -68,8 +68,8 @@ __device__ __forceinline__ uint32_t pack<Float16>(float low, float high) {
   return packed;
 }
 
-// The same pointer, of which the compiler knows nothing: what is a constant away from it is addressed so, rather than by a
-// sum of its own.
+// The same pointer, of which the compiler knows nothing: what is a constant away from it is addressed so, rather than
+// by a sum of its own.
 template <typename T>
 __device__ __forceinline__ const T* opaque(const T* pointer) {
   asm("" : "+l"(pointer));

@@ -24,7 +24,8 @@ struct TilePlace {
 
   __device__ __forceinline__ TilePlace(int row, int chunk) : first(tile_offset<E>(row, chunk)) {}
 
-  // `rows` and `chunks` further on, each a multiple of a power of two that the row, and the chunk, are below; or none.
+  // So many rows and chunks further on: 0, or a multiple of a power of two that the place's own row, or chunk, is
+  // below.
   __device__ __forceinline__ int at(int rows, int chunks) const {
     constexpr int kGroup = kSwizzle<E>;
     const int within = (chunks ^ rows / (8 / kGroup)) % kGroup;
@@ -32,7 +33,8 @@ struct TilePlace {
   }
 };
 
-// Tokens [begin, end) of a sequence; without a window begin is a multiple of the tile, and nobody asks for what is before.
+// Tokens [begin, end) of a sequence; without a window begin is a multiple of the tile, and nobody asks for what is
+// before.
 struct TokenRange {
   int begin, end;
 

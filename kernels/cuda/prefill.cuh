@@ -1,4 +1,5 @@
-// Attention of many query rows: each warp has a tile of them, or two, and all share the tokens' tiles as they stream by.
+// Attention of many query rows: each warp has a tile of them, or two, and all share the tokens' tiles as they stream
+// by.
 #pragma once
 
 #include "decode.cuh"

@@ -43,7 +43,8 @@ struct TileRing {
     return reinterpret_cast<float*>(values(stage) + kTileElements);
   }
 
-  // The blocks that a tile's tokens lie in; 0 where nothing is visible. To be found a tile ahead: they come from memory.
+  // The blocks that a tile's tokens lie in; 0 where nothing is visible. To be found a tile ahead: they come from
+  // memory.
   struct Blocks {
     int32_t ids[kTokens / kTileTokens];
   };
@@ -83,8 +84,8 @@ struct TileRing {
   __device__ __forceinline__ void wait() const { wait_for_copies<kStages - 2>(); }
 
  private:
-  // Keys or values of kTileTokens tokens, zeros for all but those `wanted`. Where the threads together have whole rows, or
-  // whole parts of one, what a thread copies is constants away from its first.
+  // Keys or values of kTileTokens tokens, zeros for all but those `wanted`. Where the threads together have whole rows,
+  // or whole parts of one, what a thread copies is constants away from its first.
   __device__ __forceinline__ void start_part(KV* to, const KV* from, TokenRange wanted) const {
     if constexpr (kThreads % kKVRowChunks == 0 || kKVRowChunks % kThreads == 0) {
       constexpr int kChunks = kThreads < kKVRowChunks ? kThreads : kKVRowChunks, kRows = kThreads / kChunks;

@@ -119,8 +119,8 @@ class DotTile {
   }
 
  private:
-  // Rows that take a span in turn. Without tiles more: each turn reads all of it, which the L1 cache does not hold beside
-  // scores and sums.
+  // Rows that take a span in turn. Without tiles more: each turn reads all of it, which the L1 cache does not hold
+  // beside scores and sums.
   static constexpr int kHeight = kHasTiles ? kTileHeight : 2 * kTileHeight;
   // Bytes that are read in the time that one weight takes.
   static constexpr int kWorkPerWeight = 16;

@@ -1,7 +1,7 @@
 // Attention of few rows over one partition of their KV, all bfloat16: what DotTile computes, bit by bit, by vectors.
 //
-// Memory-bound, so what counts is in which order KV is asked for: one block after the other, line by line, each with one
-// line of a later block. Tiles take sixteen lines at once and wait for all of them.
+// Memory-bound, so what counts is in which order KV is asked for: one block after the other, line by line, each with
+// one line of a later block. Tiles take sixteen lines at once and wait for all of them.
 #pragma once
 
 #include <algorithm>
@@ -62,14 +62,14 @@ class FewRowsTile {
   static constexpr int kWidest = sums_at_once<PairSum>(kRows, 8);  // vectors of dimensions
   static constexpr int kWords = 2 * kLanes;  // elements of a vector of pairs
   static constexpr bool kIsTall = kRows > 4;
-  // Tiles of keys side by side, for more independent sums, and of values one after the other while sums stay in registers.
-  // Of tall ones there are sums enough with one, and strips of values are too narrow to be read far.
+  // Tiles of keys side by side, for more independent sums, and of values one after the other while sums stay in
+  // registers. Of tall ones there are sums enough with one, and strips of values are too narrow to be read far.
   static constexpr bool kHasRoom = !kHasTiles && !kIsTall;
   static constexpr int kKeyTiles = kHasRoom ? 2 : 1;
   static constexpr int kValueTiles = kHasRoom ? kSpanTiles : 1;
 
-  // Calls run(), which has an inner loop and is to be inlined: for tall tiles here, else in a function of its own, where
-  // all registers are free for sums.
+  // Calls run(), which has an inner loop and is to be inlined: for tall tiles here, else in a function of its own,
+  // where all registers are free for sums.
   template <class Run>
   static void apart(const Run& run) {
     if constexpr (kIsTall) {

@@ -8,8 +8,8 @@
 
 namespace pagoda {
 
-// Places in blocks that are read some time after the one in use, in the order of reading: keys of a span, its values, those
-// of the next span, of the next KV head. Their lines go to the L1 and to the L2 cache meanwhile.
+// Places in blocks that are read some time after the one in use, in the order of reading: keys of a span, its values,
+// those of the next span, of the next KV head. Their lines go to the L1 and to the L2 cache meanwhile.
 struct Ahead {
   static constexpr int kSoon = 1, kLater = 4;  // blocks after the one in use
   const KV *soon, *later;
@@ -21,8 +21,8 @@ struct Ahead {
   }
 };
 
-// What some KV heads one after the other read of a partition, in the order of reading: keys of a span, its values, those
-// of the next span.
+// What some KV heads one after the other read of a partition, in the order of reading: keys of a span, its values,
+// those of the next span.
 //
 // Lines are asked for as evenly as work is done: a core can wait for some ten of them at a time, and while it asks for
 // none, memory idles.

@@ -1,5 +1,5 @@
-// A span of a sequence's KV of 8 bits as tiles of bfloat16. Those hold its elements exactly; scales stay apart: those of
-// keys are for scores, those of values for weights.
+// A span of a sequence's KV of 8 bits as tiles of bfloat16. Those hold its elements exactly; scales stay apart: those
+// of keys are for scores, those of values for weights.
 #pragma once
 
 #include <algorithm>

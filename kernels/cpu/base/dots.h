@@ -1,5 +1,5 @@
-// The inner loop of products of bfloat16 by bfloat16, on CPUs that have units for it: by tiles (AMX), or by dot products
-// of pairs (AVX512-BF16). Few rows are multiplied by vectors instead, to the same sums: see pair_sums.h.
+// The inner loop of products of bfloat16 by bfloat16, on CPUs that have units for it: by tiles (AMX), or by dot
+// products of pairs (AVX512-BF16). Few rows are multiplied by vectors instead, to the same sums: see pair_sums.h.
 //
 // Each sum is made in the order of the depth, in the same steps whatever the shape of the product around it: a row
 // depends on no other row, and not on how many there are.
@@ -120,8 +120,8 @@ class DotProduct {
     if constexpr (kRows > 1) run_rows<kRows / 2>(row, num_pairs);
   }
 
-  // A function of its own, for what is around it would take its registers. The first rows prefetch: while that is called,
-  // their sums are in memory.
+  // A function of its own, for what is around it would take its registers. The first rows prefetch: while that is
+  // called, their sums are in memory.
   template <int kRows, bool is_first>
   __attribute__((noinline)) void add_rows(int row, int num_pairs) const {
     float* const to = sums_.first + row * sums_.stride;

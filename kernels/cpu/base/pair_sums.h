@@ -1,4 +1,5 @@
-// Sums of products of pairs of bfloat16 in vectors, each made as dots.h makes those of the same CPU: bit by bit the same.
+// Sums of products of pairs of bfloat16 in vectors, each made as dots.h makes those of the same CPU: bit by bit the
+// same.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Rows of a layer's tensors as float32, with the norm that comes before a matrix product and the gate that comes behind.
+// Rows of a layer's tensors as float32, with the norm that comes before a matrix product and the gate that comes
+// behind.
 #pragma once
 
 #include <algorithm>

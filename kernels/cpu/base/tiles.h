@@ -101,7 +101,8 @@ class Tiles {
   }
 };
 
-// Where sums are made by vectors, too: as long as it lives, what is too small for a normal number is 0, as it is to tiles.
+// Where sums are made by vectors, too: as long as it lives, what is too small for a normal number is 0, as it is to
+// tiles.
 class SmallIsZero {
  public:
   SmallIsZero() { _mm_setcsr(before_ | kDenormalsAreZero | kFlushToZero); }

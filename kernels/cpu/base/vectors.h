@@ -1,7 +1,7 @@
 // Vectors of floats and of words: what differs between instruction sets.
 //
-// The lane count follows the compiler's target and arithmetic is the compiler's vector extension, so the rest of the code
-// is written once.
+// The lane count follows the compiler's target and arithmetic is the compiler's vector extension, so the rest of the
+// code is written once.
 #pragma once
 
 #include <cstdint>

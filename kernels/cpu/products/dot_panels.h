@@ -25,8 +25,8 @@ class DotPanels {
   DotPanels(const void* weight, int64_t depth, int64_t row_stride)
       : vectors_(weight, depth, row_stride), depth_(depth), row_stride_(row_stride) {}
 
-  // See FloatPanels. With tiles, a whole number of tiles of rows can be read. Before vectors make sums they tell of them,
-  // by write.expect(first row, end row, first column, number of columns).
+  // See FloatPanels. With tiles, a whole number of tiles of rows can be read. Before vectors make sums they tell of
+  // them, by write.expect(first row, end row, first column, number of columns).
   template <class Write>
   void multiply(const BFloat16* rows, int num_rows, PanelRange panels, PanelRange next, const Write& write) const {
     [[maybe_unused]] const SmallIsZero small_is_zero;

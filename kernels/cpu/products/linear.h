@@ -5,8 +5,9 @@
 
 namespace pagoda {
 
-// y = x W^T + b. W is packed in panels of outputs, [num_panels][depth / kGroup][kColumns][kGroup] (see panels.h), filled
-// up with zeros. One that is packed as gated has gates in the first half of each panel, and in the second what they open.
+// y = x W^T + b. W is packed in panels of outputs, [num_panels][depth / kGroup][kColumns][kGroup] (see panels.h),
+// filled up with zeros. One that is packed as gated has gates in the first half of each panel, and in the second what
+// they open.
 struct Linear {
   const void* weight;
   const void* bias;  // [num_outputs] of Element, or null

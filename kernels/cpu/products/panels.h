@@ -1,8 +1,8 @@
 // A matrix that is packed in panels of columns, times some rows: in float32 here, in bfloat16 in dot_panels.h.
 //
-// Both have the same face: what a row becomes before it is multiplied (Prepared), how columns are packed, and multiply().
-// Few rows are multiplied with many columns at once, for that needs more streams of weights and more independent sums;
-// more rows with fewer columns, each of which is then read once for all of them.
+// Both have the same face: what a row becomes before it is multiplied (Prepared), how columns are packed, and
+// multiply(). Few rows are multiplied with many columns at once, for that needs more streams of weights and more
+// independent sums; more rows with fewer columns, each of which is then read once for all of them.
 #pragma once
 
 #include <algorithm>

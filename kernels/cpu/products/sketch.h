@@ -1,9 +1,10 @@
 // A matrix in 8 bits, which tells where the highest of its outputs can be, and where it can't.
 //
-// A row x of inputs and a row w of the weight are each rounded to whole steps, x^ and w^. What the product of these misses
-// is no more than |x| |w - w^| + |x - x^| |w^| (Cauchy and Schwarz). So products in 8 bits, with half the memory and half
-// the operations of bfloat16, bound all outputs from above, and those that are below one that was made need not be made.
-// Shim et al. (SVD-softmax, 2017) preview a vocabulary likewise, but to make what looks good: here nothing is missed.
+// A row x of inputs and a row w of the weight are each rounded to whole steps, x^ and w^. What the product of these
+// misses is no more than |x| |w - w^| + |x - x^| |w^| (Cauchy and Schwarz). So products in 8 bits, with half the memory
+// and half the operations of bfloat16, bound all outputs from above, and those that are below one that was made need
+// not be made. Shim et al. (SVD-softmax, 2017) preview a vocabulary likewise, but to make what looks good: here nothing
+// is missed.
 #pragma once
 
 #include <algorithm>
@@ -38,8 +39,8 @@ constexpr int64_t sketch_depth_of(int64_t num_inputs) {
   return (num_inputs + kSketchDepthStep - 1) / kSketchDepthStep * kSketchDepthStep;
 }
 
-// Numbers x that were rounded to whole steps. Lengths are rounded up; both are infinite where x is not finite, or squares
-// of it overflow or vanish.
+// Numbers x that were rounded to whole steps. Lengths are rounded up; both are infinite where x is not finite, or
+// squares of it overflow or vanish.
 struct Rounded {
   float step;
   float sum;     // of steps

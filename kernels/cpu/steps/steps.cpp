@@ -123,8 +123,9 @@ int64_t half_of(const StepsCall& call, int64_t num_tokens) {
 // Steps that the first num_tokens sequences take.
 //
 // Products wait for the processor, attention for memory, which one core alone reads nearly as fast as two. Threads that
-// share every loop do the same at a time. Two that have sequences of their own need not, wait for each other only at the
-// end, and find what they made in their own caches. But both read all weights, so it takes some rows to be worth it.
+// share every loop do the same at a time. Two that have sequences of their own need not, wait for each other only at
+// the end, and find what they made in their own caches. But both read all weights, so it takes some rows to be worth
+// it.
 void run_alike(const StepsCall& call, int64_t num_tokens, int begin, int end) {
   const int num_threads = call.layers->num_threads;
   // Where there are tiles, products wait for memory sooner: what halves would bring there is not measured.

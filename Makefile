@@ -108,7 +108,7 @@ bench-cuda: setup ## CUDA kernels against a copy of memory, FlashInfer where it 
 bench-gpu-worker: setup ## A GPU worker's decode step beside what reading weights and KV takes (needs a GPU)
 	@$(BIN)/python -m tests.load.bench_gpu_worker $(if $(JSON),--json $(JSON))
 
-count-cuda: setup ## Instructions a tile in the CUDA kernels' hot loops, from their machine code (needs nvcc and cuobjdump)
+count-cuda: setup ## Instructions a tile in the CUDA kernels' hot loops, from their machine code (needs nvcc, cuobjdump)
 	@$(BIN)/python -m kernels.cuda.hot_loops
 
 test-gpu: setup ## Tests that need a GPU, some of them again under compute-sanitizer, where there is one
@@ -119,7 +119,7 @@ test-gpu: setup ## Tests that need a GPU, some of them again under compute-sanit
 kernels-variants: setup ## Compile every CUDA variant with nvcc; goes on where it stopped
 	@$(BIN)/python -m tests.kernels.cuda.compile_variants
 
-mutate-kernels: setup ## Seed bugs into the CUDA kernels and count those that the tests catch (some ten minutes)
+mutate-kernels: setup ## Seed bugs into the CUDA kernels and count those that the tests catch (a quarter of an hour)
 	@$(BIN)/python -m tests.kernels.cuda.mutate
 
 clean: ## Remove what setup and the tools made

@@ -1,7 +1,8 @@
 """`make count-cuda`: what a warp issues for a tile in the attention kernels' loops over tokens, from the machine code.
 
-Needs nvcc and cuobjdump (in CUDA's toolkit, or of the package nvidia-cuda-cuobjdump), and no GPU. Counted is what most
-tiles take: not what a branch jumps over when it neither loads nor multiplies, which hides and shrinks (attend.cuh).
+Needs nvcc, cuobjdump and nvdisasm (in CUDA's toolkit, or the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm on
+the PATH), and no GPU. Counted is what most tiles take: not what a branch jumps over when it neither loads nor
+multiplies, which hides and shrinks (attend.cuh).
 """
 
 import re
@@ -98,11 +99,13 @@ def main() -> None:
     """Prints a line for each variant and kernel."""
     cuobjdump = find_compiler(CUOBJDUMP)
     if cuobjdump is None:
-        sys.exit(f"no {CUOBJDUMP[0]} here: it is in CUDA's toolkit")
+        sys.exit(f"no {CUOBJDUMP[0]} here: it is in CUDA's toolkit, or the package nvidia-cuda-cuobjdump")
     for variant in VARIANTS:
         path = shared_library(device_library(variant, CAPABILITY))
-        listing = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=True).stdout
-        for name, code in functions(listing):
+        disassembly = subprocess.run([cuobjdump, "-sass", path], capture_output=True, text=True, check=False)
+        if disassembly.returncode != 0:
+            sys.exit(disassembly.stderr.strip())
+        for name, code in functions(disassembly.stdout):
             for kernel in KERNELS:
                 count = count_tile(code) if kernel in name else None
                 if count is not None:

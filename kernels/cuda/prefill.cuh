@@ -11,7 +11,7 @@ constexpr int kPrefillWarps = kRowBytes > 512 ? 2 : 4;
 constexpr int kPrefillThreads = kPrefillWarps * kWarpThreads;
 constexpr int kPrefillWarpRows = kPrefillRowTiles * kTileRows;
 constexpr int kPrefillRows = kPrefillWarps * kPrefillWarpRows;
-constexpr int kPrefillTokens = kIsFloat32 || kIsScaled ? 16 : 32;
+constexpr int kPrefillTokens = kIsFloat32 || kIsScaled ? 16 : 32;  // scores of more spill beside unpacked elements
 
 // Shared memory: the ring, then the queries.
 constexpr int kPrefillQueryBytes = kPrefillRows * kRowBytes;

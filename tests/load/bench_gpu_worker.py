@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import random
 import statistics
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from pagoda.v1 import worker_pb2 as pb
+from safetensors import safe_open
 
 from kernels.bench_report import begin, report
 from tests.load.random_llama import CHECKPOINTS, VOCAB_SIZE, make_model
@@ -100,21 +102,26 @@ def copy_bytes_per_s(device: torch.device) -> float:
     return COPIED_BYTES / statistics.median(seconds)
 
 
-def measure(model: Path, device: str, dtype: str, case: Case) -> dict[str, float]:
-    """Seconds of a step, and of reading what it must read."""
+def num_weights(model: Path) -> int:
+    """Of all matrices that a step reads whole: not of the embedding."""
+    with safe_open(model / "model.safetensors", "pt") as tensors:
+        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return sum(math.prod(shape) for name, shape in shapes.items() if "embed_tokens" not in name)
+
+
+def measure(model: Path, device: str, dtype: str, case: Case) -> tuple[dict[str, float], float]:
+    """Seconds of a step, and bytes that it must read."""
     flags = ["--model", str(model), "--scheduler", "unix:none", "--dtype", dtype, "--device", device]
     flags += ["--num-blocks", str(case.num_blocks), "--max-num-seqs", str(case.num_seqs)]
     flags += ["--max-num-batched-tokens", str(max(case.prompt_len, case.num_seqs))]
-    found, reading = {}, 0.0
+    found, num_bytes = {}, 0.0
     for name, more in (("graphs", ()), ("eager", ("--enforce-eager",))):
         assembly = assemble(parse_config([*flags, *more]))
-        pool = assembly.description.pool
-        kv_bytes = case.num_seqs * case.mean_context_len * pool.block_bytes / BLOCK_SIZE
-        weight_bytes = (model / "model.safetensors").stat().st_size * (2 if dtype == "float32" else 1)
-        reading = (kv_bytes + weight_bytes) / copy_bytes_per_s(torch.device(device))
+        kv_bytes = case.num_seqs * case.mean_context_len * assembly.description.pool.block_bytes / BLOCK_SIZE
+        num_bytes = kv_bytes + num_weights(model) * (4 if dtype == "float32" else 2)
         found[f"{name}, queued"] = step_s(assembly, case, is_queued=True)
         found[f"{name}, one by one"] = step_s(assembly, case, is_queued=False)
-    return {**found, "reading": reading}
+    return found, num_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,12 +139,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("no CUDA device: nothing to measure")
     name = torch.cuda.get_device_name() if flags.device == "cuda" else flags.device
     results = begin({"device": name, "torch": torch.__version__, "checkpoint": flags.checkpoint, "dtype": flags.dtype})
+    copied = copy_bytes_per_s(torch.device(flags.device))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(flags.checkpoint, Path(folder) / "model")
         for num_seqs in flags.num_seqs:
             case = Case(num_seqs, flags.prompt_len, flags.steps)
-            seconds = measure(model, flags.device, flags.dtype, case)
+            seconds, num_bytes = measure(model, flags.device, flags.dtype, case)
+            seconds["reading"] = num_bytes / copied
             listed = ", ".join(f"{part} {1e3 * s:.3f}" for part, s in seconds.items())
             report(f"{num_seqs} sequences of {flags.prompt_len} tokens and more, ms per step: {listed}")
             rows.append({**asdict(case), "seconds": seconds})

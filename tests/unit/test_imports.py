@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,3 +153,15 @@ def test_the_contract_s_code_is_what_its_protos_generate(tmp_path: Path) -> None
         assert (ROOT / "protos" / path).read_text("utf-8") == (tmp_path / path).read_text("utf-8"), (
             f"make proto: {path}"
         )
+
+
+def test_the_cpu_kernels_include_only_what_is_below_them() -> None:
+    """Folders of kernels/cpu, and those that each may include from."""
+    below = {"base": set(), "attention": {"base"}, "products": {"base"}, "steps": {"base", "attention", "products"}}
+    folder = ROOT / "kernels" / "cpu"
+    assert {path.parent.name for path in folder.glob("*/*.h")} == set(below)
+    for path in (*folder.glob("*/*.h"), *folder.glob("*/*.cpp")):
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text("utf-8"), re.MULTILINE):
+            included = (path.parent / name).resolve()
+            assert included.is_file(), f"{path.name}: {name}"
+            assert included.parent.name in {path.parent.name, *below[path.parent.name]}, f"{path.name}: {name}"

@@ -5,6 +5,7 @@ the decoder's own steps in float64.
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -19,6 +20,9 @@ NUM_BLOCKS = 6
 # Pairs that fill a warp's lanes and pairs that do not.
 VARIANTS = [variant for variant in NAMED_VARIANTS if not variant.has_window and not variant.has_soft_cap]
 EIGHT_BIT_VARIANTS = [variant for variant in NAMED_VARIANTS if variant.kv_dtype is not None]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+each_eight_bit_variant = pytest.mark.parametrize("variant", EIGHT_BIT_VARIANTS, ids=lambda variant: variant.name)
+each_odd_value = pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 TOLERANCES = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 # Of what float32 puts on the other side of the middle between two elements.
 EIGHT_BIT_TOLERANCE = 2e-2

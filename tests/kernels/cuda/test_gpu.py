@@ -15,7 +15,7 @@ from kernels.cuda.variant import NAMED_VARIANTS, Variant
 from kernels.reference import ReferenceKernels
 from tests.kernels.cases import relative_error
 from tests.kernels.cuda import rotations
-from tests.kernels.cuda.rotations import EIGHT_BIT_VARIANTS
+from tests.kernels.cuda.rotations import each_eight_bit_variant, each_odd_value
 from tests.kernels.cuda.steps import Case, Machine, Step, cases, shape_of, sharing_cases
 from tests.kernels.cuda.test_attention import TOLERANCES, tolerance_of
 from tests.kernels.cuda.test_linear import TOLERANCES as PRODUCT_TOLERANCES
@@ -42,7 +42,6 @@ def plain_kernels(variant: Variant, num_heads: int = 1, num_kv_heads: int = 1) -
 
 
 GPU = Machine(plain_kernels, place)
-each_eight_bit_variant = pytest.mark.parametrize("variant", EIGHT_BIT_VARIANTS, ids=lambda variant: variant.name)
 
 
 @each_variant
@@ -67,7 +66,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(variant: Variant, data: st
         first += new
 
 
-@pytest.mark.parametrize("variant", rotations.VARIANTS, ids=lambda variant: variant.name)
+@rotations.each_variant
 @settings(max_examples=20, deadline=None)
 @given(case=rotations.cases, has_norms=st.booleans())
 def test_rotation_equals_the_steps_one_by_one(variant: Variant, case: rotations.Case, has_norms: bool) -> None:
@@ -81,7 +80,7 @@ def test_rounds_to_8_bits_as_torch_does(variant: Variant) -> None:
 
 
 @each_eight_bit_variant
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@each_odd_value
 def test_what_is_not_finite_makes_the_scale_so(variant: Variant, value: float) -> None:
     rotations.check_not_finite(GPU, variant, value)
 

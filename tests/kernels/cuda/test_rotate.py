@@ -1,16 +1,12 @@
 """Norms, rotary embedding and KV write in one pass, emulated."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.cuda.variant import Variant
 from tests.kernels.cuda import rotations
-from tests.kernels.cuda.rotations import EIGHT_BIT_VARIANTS, VARIANTS, Case, cases
+from tests.kernels.cuda.rotations import Case, cases, each_eight_bit_variant, each_odd_value, each_variant
 from tests.kernels.cuda.steps import EMULATED
-
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
-each_eight_bit_variant = pytest.mark.parametrize("variant", EIGHT_BIT_VARIANTS, ids=lambda variant: variant.name)
 
 
 @each_variant
@@ -33,6 +29,6 @@ def test_rounds_as_torch_does(variant: Variant) -> None:
 
 
 @each_eight_bit_variant
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@each_odd_value
 def test_what_is_not_finite_makes_the_scale_so(variant: Variant, value: float) -> None:
     rotations.check_not_finite(EMULATED, variant, value)

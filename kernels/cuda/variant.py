@@ -81,6 +81,7 @@ NAMED_VARIANTS = (
     Variant(torch.float32, 128, 32, has_window=True),
     Variant(torch.float32, 256, 16),
     Variant(torch.bfloat16, 128, 16, kv_dtype=torch.float8_e4m3fn),
+    Variant(torch.bfloat16, 64, 16, kv_dtype=torch.int8),
     Variant(torch.float16, 80, 32, has_window=True, kv_dtype=torch.int8),
     Variant(torch.float32, 64, 16, kv_dtype=torch.int8),
 )

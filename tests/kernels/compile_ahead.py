@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.build import BuildError, Library, shared_library
+from kernels.build import BuildError, Library, find_compiler, shared_library
 from kernels.cpu.targets import AMX, AVX512_BF16, library, runnable_targets
-from kernels.cuda.variant import NAMED_VARIANTS, emulated_library
+from kernels.cuda.variant import NAMED_VARIANTS, NVCC, emulated_library
 from tests.kernels.cpu_targets import DTYPES, TILES, USED, WRITTEN_OUT, fitting_dtype
+from tests.kernels.cuda.backends import PTX_VARIANTS
 from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
+from tests.kernels.cuda.ptx.library import library_of, ptx_of
 
 LOWEST_PRIORITY = 19
 
@@ -27,6 +29,15 @@ def libraries() -> Iterator[Library]:
     for variant in NAMED_VARIANTS:
         yield emulated_library(dataclasses.replace(variant, has_window=False))
         yield emulated_library(variant)
+
+
+def translated_libraries() -> Iterator[Library]:
+    """Those made from nvcc's PTX; none without nvcc."""
+    if find_compiler(NVCC) is None:
+        return
+    for variant in PTX_VARIANTS:
+        for one in {dataclasses.replace(variant, has_window=False), variant}:
+            yield library_of(one, ptx_of(one))
 
 
 def single_libraries() -> Iterator[Library]:
@@ -43,6 +54,7 @@ def main() -> None:
     os.nice(LOWEST_PRIORITY)
     _compile(libraries())
     list(compile_all(NAMED_JOBS))
+    _compile(translated_libraries())
     _compile(single_libraries())
 
 

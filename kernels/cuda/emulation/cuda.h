@@ -94,6 +94,15 @@ inline void synchronize_block(const char* where) {
   Block::running()->wait_for_block(where);
 }
 
+inline void wait_for_groups(int num_left) {
+  Copies& copies = Block::running()->thread().copies;
+  while (static_cast<int>(copies.committed.size()) > num_left) {
+    const auto& oldest = copies.committed.front();
+    copies.arrived.insert(copies.arrived.end(), oldest.begin(), oldest.end());
+    copies.committed.erase(copies.committed.begin());
+  }
+}
+
 inline void synchronize_warp() {
   land_copies(Block::running()->thread());
   collective<char>("__syncwarp", char(0), [](const char (&)[kWarpSize], char (&)[kWarpSize]) {});
@@ -160,12 +169,7 @@ inline void commit_copies() {
 
 template <int kGroupsLeft>
 void wait_for_copies() {
-  emulation::Copies& copies = emulation::Block::running()->thread().copies;
-  while (static_cast<int>(copies.committed.size()) > kGroupsLeft) {
-    const auto& oldest = copies.committed.front();
-    copies.arrived.insert(copies.arrived.end(), oldest.begin(), oldest.end());
-    copies.committed.erase(copies.committed.begin());
-  }
+  emulation::wait_for_groups(kGroupsLeft);
 }
 
 template <bool kTransposed>

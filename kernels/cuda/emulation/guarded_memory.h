@@ -38,6 +38,7 @@ class GuardedMemory {
   }
 
   char* data() const { return data_; }
+  size_t num_bytes() const { return num_bytes_; }
 
  private:
   void release() {

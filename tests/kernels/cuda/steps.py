@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV, build
+from kernels import AttentionMetadata, AttentionShape, Kernels, LayerKV
 from kernels.cuda.attention import Backend, CudaKernels, Tuning
-from kernels.cuda.library import KernelLibrary
-from kernels.cuda.variant import Variant, emulated_library
+from kernels.cuda.variant import Variant
 from kernels.kv_format import NAN_BYTE, KVFormat
 from tests.kernels.cases import as_held, write_plain
+from tests.kernels.cuda.backends import EMULATION
 from tests.kernels.guarded import guarded
 
 NO_BLOCK = 2**30
@@ -110,34 +110,30 @@ def sharing_cases(variant: Variant) -> st.SearchStrategy[Case]:
     )
 
 
-@functools.cache
-def open_emulated(variant: Variant) -> KernelLibrary:
-    """The variant on this CPU."""
-    return KernelLibrary(build.shared_library(emulated_library(variant)))
-
-
-EMULATION = Backend(open_emulated, lambda: 0)
-
-
-def kernels_for(variant: Variant, num_heads: int, num_kv_heads: int) -> CudaKernels:
-    """Emulated ones, for tests that attend to nothing."""
-    return CudaKernels(torch.device("cpu"), shape_of(variant, num_heads, num_kv_heads, 1.0), EMULATION, Tuning())
-
-
 @dataclass(frozen=True)
 class Machine:
-    """Where kernels run that attend to nothing: what opens them, as `kernels_for`, and copies a tensor there."""
+    """Where kernels run that attend to nothing: what makes them, and copies a tensor there.
+
+    kernels_for(variant, num_heads, num_kv_heads).
+    """
 
     kernels_for: Callable[[Variant, int, int], CudaKernels]
     place: Callable[[torch.Tensor], torch.Tensor]
 
 
-EMULATED = Machine(kernels_for, guarded)
+def kernels_for(backend: Backend, variant: Variant, num_heads: int, num_kv_heads: int) -> CudaKernels:
+    """On this CPU, for tests that attend to nothing."""
+    return CudaKernels(torch.device("cpu"), shape_of(variant, num_heads, num_kv_heads, 1.0), backend, Tuning())
 
 
-def emulated_kernels(case: Case) -> CudaKernels:
-    """Their scratch holds NaN."""
-    kernels = CudaKernels(torch.device("cpu"), case.shape, EMULATION, case.tuning)
+def emulated(backend: Backend) -> Machine:
+    """This CPU."""
+    return Machine(functools.partial(kernels_for, backend), guarded)
+
+
+def kernels_of(case: Case, backend: Backend) -> CudaKernels:
+    """On this CPU. Their scratch holds NaN."""
+    kernels = CudaKernels(torch.device("cpu"), case.shape, backend, case.tuning)
     kernels.scratch.reserve(SCRATCH_ROWS)
     kernels.scratch.sums.fill_(float("nan"))
     kernels.scratch.stats.fill_(float("nan"))
@@ -228,10 +224,10 @@ class Step:
         wider = self._place(torch.cat([key.to(query.device), query], dim=1))
         return step.attend(wider[:, key.shape[1] :], self.layer, self.case.sliding_window)
 
-    def emulate(self, kernels: CudaKernels | None = None) -> torch.Tensor:
-        """`run` with the emulated kernels, new ones by default."""
-        open_emulated(self.case.variant).seed_emulation(self.case.order_seed)
-        return self.run(kernels or emulated_kernels(self.case))
+    def emulate(self, kernels: CudaKernels) -> torch.Tensor:
+        """`run` on this CPU, with threads in the case's order."""
+        kernels.library(self.case.variant.has_window).seed_emulation(self.case.order_seed)
+        return self.run(kernels)
 
     def dense(self) -> torch.Tensor:
         """The same by definition, in float64."""

@@ -12,7 +12,7 @@ import torch
 from kernels.cuda import bench as module
 from kernels.cuda.bench import EVEN, PREFIX, PROMPTS, SINGLE, SKEWED, Bench
 from kernels.cuda.bench_layers import BLOCK_SIZE, Case, Run
-from tests.kernels.cuda.steps import EMULATION
+from tests.kernels.cuda.backends import EMULATION
 
 NUM_BYTES = 400_000
 SMALL = Case("small", (70, 5), group_size=2, num_kv_heads=2, head_dim=64)

@@ -8,7 +8,7 @@ from tests.kernels.cuda.compile_variants import NAMED_JOBS, compile_all
 
 
 def test_named_variants_have_one_of_each() -> None:
-    assert len(NAMED_VARIANTS) == 15
+    assert len(NAMED_VARIANTS) == 16
     assert {variant.dtype for variant in NAMED_VARIANTS} == set(ELEMENTS)
     assert {variant.kv_dtype for variant in NAMED_VARIANTS} == {None, *EIGHT_BIT_ELEMENTS}
     assert {variant.head_dim for variant in NAMED_VARIANTS} == set(HEAD_DIMS)

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import BlockCopy
-from kernels.cuda.attention import independent_runs
+from kernels.cuda.attention import Backend, independent_runs
 from kernels.cuda.variant import Variant
 from kernels.reference import ReferenceKernels
+from tests.kernels.cuda.backends import each_backend
 from tests.kernels.cuda.steps import kernels_for
 from tests.kernels.guarded import guarded
 
@@ -15,8 +16,7 @@ NUM_BLOCKS = 6
 
 variants = st.sampled_from(
     [
-        Variant(torch.bfloat16, 64, 16),
-        Variant(torch.float16, 80, 32),
+        Variant(torch.bfloat16, 128, 16),
         Variant(torch.float32, 64, 16),
         Variant(torch.float16, 80, 32, kv_dtype=torch.int8),
     ]
@@ -26,13 +26,14 @@ copies = st.builds(
 ).filter(lambda copy: copy.src_block_id != copy.dst_block_id)
 
 
+@each_backend
 @settings(max_examples=25, deadline=None)
 @given(variants, st.integers(1, 3), st.integers(1, 3), st.lists(copies, max_size=6), st.integers(0, 2**32 - 1))
 def test_copies_as_if_in_order(
-    variant: Variant, num_layers: int, num_kv_heads: int, wanted: list[BlockCopy], order_seed: int
+    backend: Backend, variant: Variant, num_layers: int, num_kv_heads: int, wanted: list[BlockCopy], order_seed: int
 ) -> None:
     """Chains and swaps among them included."""
-    kernels = kernels_for(variant, num_kv_heads, num_kv_heads)
+    kernels = kernels_for(backend, variant, num_kv_heads, num_kv_heads)
     shape = (num_layers, 2, NUM_BLOCKS, num_kv_heads, kernels.kv_format.head_bytes)
     expected = torch.randint(0, 256, shape, dtype=torch.uint8)
     found = guarded(expected)

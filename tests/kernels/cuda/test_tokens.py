@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.cuda.backends import EMULATION, PTX, needs_nvcc
 from tests.unit.test_worker_models import NUM_OUTPUT, PROMPT_LENS, generate, reference, start
 
 pytestmark = pytest.mark.usefixtures("emulated_worker")
@@ -15,7 +16,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize(("family", "block_size"), [("qwen2", 16), ("mistral", 32), ("qwen3", 16)])
+@pytest.mark.parametrize(
+    ("family", "block_size", "worker_backend"),
+    [
+        pytest.param("qwen2", 16, EMULATION, id="qwen2"),
+        pytest.param("mistral", 32, EMULATION, id="mistral"),
+        pytest.param("qwen3", 16, EMULATION, id="qwen3"),
+        pytest.param("qwen3", 16, PTX, id="qwen3-ptx", marks=needs_nvcc),
+        pytest.param("mistral", 32, PTX, id="mistral-ptx", marks=[needs_nvcc, pytest.mark.slow]),
+    ],
+)
 def test_greedy_equals_transformers(family: str, block_size: int, directory: Path) -> None:
     """Windows in some layers or all, seven queries to a KV head, norms on heads; prompts in chunks beside decodes."""
     worker, planner = start(family, directory, block_size)

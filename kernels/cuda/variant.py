@@ -136,6 +136,7 @@ def emulated_library(variant: Variant) -> build.Library:
         compilers=HOST_COMPILERS,
         flags=(
             *("-O1", "-std=c++17", "-shared", "-fPIC", "-march=x86-64-v3", "-Wall", "-Werror", "-Wno-unknown-pragmas"),
+            "-fno-gnu-unique",  # each library has an emulated device of its own
             f"-DPAGODA_SHARED_KIB={USUAL_SHARED_KIB}",
             *variant.defines,
             *("-x", "c++"),

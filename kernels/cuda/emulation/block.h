@@ -54,25 +54,30 @@ struct Warp {
 
 class Block {
  public:
-  // Runs `body` as every thread; returns what went wrong, or nothing.
-  std::string run(int num_threads, uint64_t seed, std::function<void()> body) {
+  // Makes `body` what all threads do; go_on runs them.
+  void start(int num_threads, uint64_t seed, std::function<void()> body) {
+    seed_ = seed;
+    random_.seed(seed);
+    stay_share_ = seed == 0 ? 1.0 : draw() < 0.5 ? 0.99 : 0.5;
+    warp_ = 0;
     prepare(num_threads, std::move(body));
-    running() = this;
-    std::mt19937_64 random(seed);
-    const double stay_share = seed == 0 ? 1.0 : std::uniform_real_distribution<>(0.0, 1.0)(random) < 0.5 ? 0.99 : 0.5;
-    int warp = 0;
-    while (num_ended_ < num_threads && failure_.empty()) {
-      const bool stays = std::uniform_real_distribution<>(0.0, 1.0)(random) < stay_share;
-      warp = choose_warp(stays ? warp : static_cast<int>(random() % warps_.size()));
-      if (warp < 0) {
-        failure_ = describe_deadlock();
-        break;
-      }
-      run_lanes(warp, seed, random);
-    }
-    running() = nullptr;
-    return failure_;
   }
+
+  // Lets one warp go on until its lanes wait. Returns whether there is more to do.
+  bool go_on() {
+    if (!failure_.empty()) return false;
+    running() = this;
+    warp_ = choose_warp(draw() < stay_share_ ? warp_ : static_cast<int>(random_() % warps_.size()));
+    if (warp_ < 0) {
+      failure_ = describe_deadlock();
+    } else {
+      run_lanes(warp_);
+    }
+    return num_ended_ < num_threads_ && failure_.empty();
+  }
+
+  // What went wrong, or nothing.
+  const std::string& failure() const { return failure_; }
 
   static Block*& running() {
     static thread_local Block* block = nullptr;
@@ -167,10 +172,10 @@ class Block {
     return -1;
   }
 
-  void run_lanes(int warp, uint64_t seed, std::mt19937_64& random) {
+  void run_lanes(int warp) {
     int order[kWarpSize];
     for (int i = 0; i < kWarpSize; ++i) order[i] = i;
-    if (seed != 0) std::shuffle(order, order + kWarpSize, random);
+    if (seed_ != 0) std::shuffle(order, order + kWarpSize, random_);
     for (int lane : order) {
       current_ = &threads_[warp * kWarpSize + lane];
       if (current_->state == State::kReady) current_->fiber.enter();
@@ -193,6 +198,12 @@ class Block {
     return text;
   }
 
+  double draw() { return std::uniform_real_distribution<>(0.0, 1.0)(random_); }
+
+  uint64_t seed_ = 0;
+  std::mt19937_64 random_;
+  double stay_share_ = 1.0;  // how often the warp that ran goes on
+  int warp_ = 0;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::function<void()> body_;

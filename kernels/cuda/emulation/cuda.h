@@ -34,15 +34,20 @@ struct alignas(16) float4 {
 
 namespace emulation {
 
-// The launch that runs now.
-struct Grid {
+// A block that the device runs now, or has room for.
+struct Resident {
+  Block block;
   dim3 block_index;
   GuardedMemory shared;
 };
 
-inline thread_local Grid grid;
+constexpr int kNumResidents = 4;
+inline thread_local Resident residents[kNumResidents];
+inline thread_local Resident* resident = nullptr;  // the one whose threads run now
+constexpr int kStay = 8;  // warps of a block go on so often, on average, before others' do
 inline uint64_t seed = 0;
 inline std::string last_failure;
+inline void (*after_launch)() = [] {};
 
 struct ThreadIndex {
   struct X {
@@ -52,29 +57,50 @@ struct ThreadIndex {
 
 struct BlockIndex {
   struct X {
-    operator unsigned() const { return grid.block_index.x; }
+    operator unsigned() const { return resident->block_index.x; }
   } x;
   struct Y {
-    operator unsigned() const { return grid.block_index.y; }
+    operator unsigned() const { return resident->block_index.y; }
   } y;
 };
 
-// Runs the grid's blocks one after the other, in an order drawn from the seed. Returns whether all went well.
+// Runs the grid's blocks, several at once, in an order drawn from the seed; with seed 0, one after the other. Returns
+// whether all went well.
 template <typename Kernel, typename Args>
 bool launch(Kernel kernel, dim3 blocks, int num_threads, size_t shared_bytes, const Args& args) {
-  static thread_local Block block;
-  std::vector<unsigned> order(blocks.x * blocks.y);
-  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  std::vector<unsigned> waiting(blocks.x * blocks.y);  // the last is the next
+  for (unsigned i = 0; i < waiting.size(); ++i) waiting[waiting.size() - 1 - i] = i;
   std::mt19937_64 random(seed);
-  if (seed != 0) std::shuffle(order.begin(), order.end(), random);
-  for (unsigned index : order) {
-    grid.block_index = dim3(index % blocks.x, index / blocks.x);
-    grid.shared.allocate(shared_bytes);
-    grid.shared.fill(0xFF);  // NaN in every dtype
-    last_failure = block.run(num_threads, seed == 0 ? 0 : random(), [&] { kernel(args); });
-    if (!last_failure.empty()) return false;
+  if (seed != 0) std::shuffle(waiting.begin(), waiting.end(), random);
+
+  const auto start = [&](Resident& free) {
+    free.block_index = dim3(waiting.back() % blocks.x, waiting.back() / blocks.x);
+    waiting.pop_back();
+    free.shared.allocate(shared_bytes);
+    free.shared.fill(0xFF);  // NaN in every dtype
+    free.block.start(num_threads, seed == 0 ? 0 : random(), [&] { kernel(args); });
+  };
+  std::vector<Resident*> busy;
+  for (Resident& free : residents) {
+    if (waiting.empty() || (seed == 0 && !busy.empty())) break;
+    start(free);
+    busy.push_back(&free);
   }
-  return true;
+  last_failure.clear();
+  size_t chosen = 0;
+  while (!busy.empty() && last_failure.empty()) {
+    if (chosen >= busy.size() || random() % kStay == 0) chosen = random() % busy.size();
+    resident = busy[chosen];
+    if (resident->block.go_on()) continue;
+    last_failure = resident->block.failure();
+    if (!waiting.empty()) {
+      start(*resident);
+    } else {
+      busy.erase(busy.begin() + chosen);
+    }
+  }
+  after_launch();
+  return last_failure.empty();
 }
 
 }  // namespace emulation
@@ -147,10 +173,10 @@ inline int atomicAdd(int* address, int value) {
   return before;
 }
 
-// Blocks run one after the other: what one wrote, the next ones see.
+// Everyone sees at once what someone wrote.
 inline void __threadfence() {}
 
-inline char* dynamic_shared_memory() { return emulation::grid.shared.data(); }
+inline char* dynamic_shared_memory() { return emulation::resident->shared.data(); }
 
 inline float exp2_approximate(float x) { return exp2f(x); }
 

@@ -32,8 +32,7 @@ VARIANTS = (
     "not ptx and (bfloat16_d80_b16_window or float32_d128_b32_window or bfloat16_d96_b32 or float16_d64"
     " or bfloat16_float8 or bfloat16_int8 or float16_int8 or float32_int8)"
 )
-# What nvcc alone compiles (all bugs in element.cuh are in that half of it): tried in the PTX of some.
-FOR_NVCC = ("intrinsics.cuh", "element.cuh")
+# Those whose PTX is tried with bugs that the emulated source does not show: assembly, and what fences are for.
 PTX_VARIANTS = "ptx and (d128_b16-ptx or bfloat16_int8 or float16_int8 or float32_d64)"
 INVALID = 70
 CAUGHT, HUNG = "caught  ", "hung    "
@@ -41,10 +40,11 @@ CAUGHT, HUNG = "caught  ", "hung    "
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """`before`, which stands once in `file`, becomes `after`."""
+    """`before`, which stands once in `file`, becomes `after`. in_ptx: nothing else shows it."""
 
     name: str
     file: str
+    in_ptx: bool
     before: str
     after: str
 
@@ -52,7 +52,7 @@ class Mutation:
     def tests(self) -> tuple[str, str]:
         """Those that should notice: their file, and which of it, as pytest's -k has it."""
         file = OTHER_TESTS.get(self.file, ATTENTION_TESTS)
-        if self.file in FOR_NVCC:
+        if self.in_ptx:
             return file, PTX_VARIANTS
         return file, VARIANTS if file == ATTENTION_TESTS else "not ptx"
 
@@ -62,9 +62,10 @@ def read_mutations() -> list[Mutation]:
     found = []
     for entry in (TESTS / "mutations.txt").read_text("utf-8").split("\n\n")[1:]:
         title, *changes = entry.rstrip("\n").split("\n")
-        file, name = title.split(": ", 1)
+        place, name = title.split(": ", 1)
+        file, _, tag = place.partition(" ")
         before, after = ("\n".join(line[2:] for line in changes if line[0] == sign) for sign in "-+")
-        found.append(Mutation(name, file, before, after))
+        found.append(Mutation(name, file, tag == "(PTX)", before, after))
     return found
 
 

@@ -26,18 +26,18 @@ def open_by_hand(variant: Variant) -> KernelLibrary:
     return KernelLibrary(build.shared_library(library_of(variant, BY_HAND.read_text("utf-8"))))
 
 
-def run(choice: int, seed: int = 0) -> torch.Tensor:
-    """What the chosen part of by_hand.ptx leaves in memory, in words: [128]."""
+def run(choice: int, seed: int = 0, num_blocks: int = 1) -> torch.Tensor:
+    """What the chosen part of by_hand.ptx leaves in memory, in words, 128 a row."""
     kernels = kernels_for(Backend(open_by_hand, lambda: 0), Variant(torch.float32, 64, 16), 1, 1)
     kernels.library(has_window=False).seed_emulation(seed)
     pool = torch.zeros(1, 1, 1, choice, 512, dtype=torch.uint8)
-    kernels.copy_blocks(pool, [BlockCopy(0, 1, 16)])
-    return pool.view(torch.int32).flatten()[:128]
+    kernels.copy_blocks(pool, [BlockCopy(0, 1 + i, 16) for i in range(num_blocks)])
+    return pool.view(torch.int32).view(-1, 128)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_runs_is_the_ptx(seed: int) -> None:
-    assert run(7, seed).tolist() == [4 * (i ^ 1) for i in range(128)]
+    assert run(7, seed)[0].tolist() == [4 * (i ^ 1) for i in range(128)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -78,8 +78,17 @@ def test_instructions_compute_what_the_isa_says() -> None:
     # 1 + 2^-23 by itself is 1 + 2^-22 and a little more; NaN and a number; a size with a sign; 2^0; NaN in [0, 1].
     floats = [0x3F800002, 0xBF800003, 0xBF800002, 0x3F800001, 0x80400000, 0x3F800000, 0, 0x00400000]
     expected = [word % 2**32 for word in [*whole, *floats, 0xFFFFFFFF, 1, 0]]
-    found = struct.unpack(f"<{len(expected)}I", run(6)[: len(expected)].numpy().tobytes())
+    found = struct.unpack(f"<{len(expected)}I", run(6)[0, : len(expected)].numpy().tobytes())
     assert [f"{word:08x}" for word in found] == [f"{word:08x}" for word in expected]
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize(("fences", "num_late"), [(0, 2), (1, 2), (2, 2), (3, 0)])
+def test_blocks_see_what_others_wrote_after_two_fences(fences: int, num_late: int, seed: int) -> None:
+    """One block of the three that read has its place beside the writer, where all is seen at once."""
+    seen = run(8 + fences, seed, num_blocks=4)[3:6]
+    assert seen[:, :1].expand(-1, 128).equal(seen)
+    assert (seen[:, 0] == 0).sum() == num_late
 
 
 @needs_nvcc
@@ -97,6 +106,7 @@ def test_it_is_ptx(tmp_path: Path) -> None:
         ("st.shared.u32", "st.local.u32", "memory is reached in an unknown way: .*st.local"),
         ("m16n8k16.row.col.f32.bf16", "m16n8k8.row.col.f32.bf16", "unknown instruction: .*m16n8k8"),
         ("shfl.sync.bfly", "shfl.sync.up", "unknown instruction: .*shfl.sync.up"),
+        ("membar.gl;", "trap;", "unknown instruction: .*trap"),
         ("[args+40];", "[args+40]", "not understood: ld.param"),
         ("\t.param .align 8 .b8 args[48]", "\t.param .u64 args", "does not take one structure"),
     ],

@@ -82,9 +82,12 @@ Register unset() {
 
 constexpr uint32_t kSharedBase = 1024;  // where dynamic shared memory begins
 
-// The bytes at a shared address. Ends the block if they do not lie in shared memory, or not at a multiple of num_bytes.
+// The bytes at a shared address. All of these end the block where bytes do not lie in shared memory, or not at a
+// multiple of num_bytes.
 char* shared(uint32_t address, int num_bytes, const char* where);
-char* global(uint64_t address, int num_bytes, const char* where);
+void load_global(char* to, uint64_t address, int num_bytes, const char* where);
+void store_global(const char* from, uint64_t address, int num_bytes, const char* where);
+void membar_gl();
 
 uint32_t thread_index();
 uint32_t block_index(int axis);

@@ -13,8 +13,8 @@ from tests.kernels.cuda.ptx.translate import translate
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[3]
-INSTRUCTIONS = FOLDER / "instructions.h"
 MACHINE = FOLDER / "machine.cpp"
+MACHINE_HEADERS = tuple(sorted(FOLDER.glob("*.h")))
 CAPABILITY = (9, 0)
 
 
@@ -43,7 +43,7 @@ def library_of(variant: Variant, ptx: str) -> build.Library:
         compilers=emulated_library(variant).compilers,
         flags=(*like_the_emulation, "-ffp-contract=off", "-fwrapv", f"-I{ROOT}", f"-I{FOLDER}"),
         sources=(MACHINE, source),
-        headers=(INSTRUCTIONS, SOURCE, *HEADERS, *EMULATION_HEADERS),
+        headers=(*MACHINE_HEADERS, SOURCE, *HEADERS, *EMULATION_HEADERS),
     )
 
 

@@ -8,10 +8,12 @@
 #include "kernels/cuda/library.cu"
 
 #include "instructions.h"
+#include "weak_memory.h"
 
 namespace ptx {
 
 using emulation::kWarpSize;
+constexpr int kMaxThreads = 1024;  // of a block
 
 static void check(bool is_right, const char* what, const char* where) {
   if (!is_right) emulation::Block::running()->fail(std::string(what) + ": " + where);
@@ -21,22 +23,44 @@ static void check_lanes(uint32_t lanes, const char* where) {
   check(lanes == 0xFFFFFFFF, "not all lanes of a warp are named", where);
 }
 
+uint32_t thread_index() { return threadIdx.x; }
+
 char* shared(uint32_t address, int num_bytes, const char* where) {
-  const emulation::GuardedMemory& memory = emulation::grid.shared;
+  const emulation::GuardedMemory& memory = emulation::resident->shared;
   const uint32_t offset = address - kSharedBase;
   check(address >= kSharedBase && offset + num_bytes <= memory.num_bytes(), "not in shared memory", where);
   check(address % num_bytes == 0, "misaligned", where);
   return memory.data() + offset;
 }
 
-char* global(uint64_t address, int num_bytes, const char* where) {
+// Of each multiprocessor, which has room for two blocks.
+constexpr int kBlocksTogether = 2;
+static thread_local View views[emulation::kNumResidents / kBlocksTogether];
+
+static int resident_index() { return static_cast<int>(emulation::resident - emulation::residents); }
+static View& view() { return views[resident_index() / kBlocksTogether]; }
+static int thread_in_view() { return resident_index() * kMaxThreads + thread_index(); }
+
+static const bool is_called_back = [] {
+  emulation::after_launch = [] {
+    for (View& one : views) one.end_launch();
+  };
+  return true;
+}();
+
+void load_global(char* to, uint64_t address, int num_bytes, const char* where) {
   check(address % num_bytes == 0, "misaligned", where);
-  return reinterpret_cast<char*>(address);
+  view().load(to, address, num_bytes);
 }
 
-uint32_t thread_index() { return threadIdx.x; }
+void store_global(const char* from, uint64_t address, int num_bytes, const char* where) {
+  check(address % num_bytes == 0, "misaligned", where);
+  view().store(thread_in_view(), from, address, num_bytes);
+}
 
-uint32_t block_index(int axis) { return axis == 0 ? emulation::grid.block_index.x : emulation::grid.block_index.y; }
+void membar_gl() { view().fence(thread_in_view()); }
+
+uint32_t block_index(int axis) { return axis == 0 ? blockIdx.x : blockIdx.y; }
 
 void bar_sync(const char* where) { emulation::synchronize_block(where); }
 
@@ -63,12 +87,15 @@ bool vote_sync_any(bool value, uint32_t lanes, const char* where) {
 }
 
 uint32_t atom_add(uint64_t address, uint32_t value, const char* where) {
-  return atomicAdd(reinterpret_cast<int*>(global(address, 4, where)), static_cast<int>(value));
+  check(address % 4 == 0, "misaligned", where);
+  view().meet(thread_in_view(), address);
+  return atomicAdd(reinterpret_cast<int*>(address), static_cast<int>(value));
 }
 
 void cp_async_16(uint32_t to, uint64_t from, uint32_t num_bytes, const char* where) {
   check(num_bytes == 0 || num_bytes == 16, "a part of a chunk is copied", where);
-  copy_async_16(shared(to, 16, where), global(from, 16, where), num_bytes == 16);
+  check(from % 16 == 0, "misaligned", where);
+  copy_async_16(shared(to, 16, where), reinterpret_cast<const char*>(from), num_bytes == 16);
 }
 
 void cp_async_commit_group() { commit_copies(); }

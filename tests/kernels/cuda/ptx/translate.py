@@ -27,7 +27,7 @@ FLOAT = re.compile(r"0f([0-9A-F]{8})")
 INTEGER = re.compile(r"(-?(?:0x[0-9A-Fa-f]+|\d+))U?")
 ADDRESS = re.compile(r"\[(%?\w+)(?:\+(-?\d+))?\]")
 SPECIAL = {"%tid.x": "thread_index()", "%ctaid.x": "block_index(0)", "%ctaid.y": "block_index(1)"}
-BITS = {"pred": 8, "b8": 8, "b16": 16, "b32": 32, "f32": 32, "b64": 64}
+BITS = {"b32": 32, "b64": 64}
 # Names that C++ keeps for itself.
 RESERVED = {"and", "or", "xor", "not"}
 
@@ -95,7 +95,7 @@ class Kernel:
     def _instruction(self, opcode: str, operands: list[str], where: str) -> str:
         """where: its text and line, as C++ writes them."""
         family, *parts = opcode.split(".")
-        if family in ("mov", "cvta"):
+        if family == "mov" or opcode == "cvta.to.global.u64":
             return self._move(parts[-1], *operands)
         if family in ("ld", "st"):
             return self._access(family, parts, operands, where)
@@ -103,7 +103,7 @@ class Kernel:
             return f"goto {operands[0].removeprefix('$')};"
         if family == "ret":
             return "return;"
-        if family in TOGETHER:
+        if family in TOGETHER or not operands:
             return self._together(opcode, operands, where)
         return self._compute(opcode, operands)
 
@@ -123,7 +123,7 @@ class Kernel:
         if not (to + value).count("{"):
             return _write(to, self._read(value, kind))
         halves = _elements(to if to.startswith("{") else value)
-        if len(halves) != 2:
+        if len(halves) != 2 or kind not in BITS:
             raise TranslationError(f"not in halves: {to}, {value}")
         half = BITS[kind] // 2
         if to.startswith("{"):
@@ -143,17 +143,23 @@ class Kernel:
             raise TranslationError(f"not {count} registers: {where}")
         size = f"{count} * sizeof({kind})"
         address = self._address(memory)
-        start = f"reinterpret_cast<char*>({address})" if space == "param" else f"{space}({address}, {size}, {where})"
         places = [f"at + {i} * sizeof({kind})" for i in range(count)]
         if family == "st":
-            calls = [f"store({at}, {self._read(one, kind)});" for at, one in zip(places, registers, strict=True)]
+            moved = " ".join(
+                f"store({at}, {self._read(one, kind)});" for at, one in zip(places, registers, strict=True)
+            )
         else:
-            calls = [_write(one, f"load<{kind}>({at})") for at, one in zip(places, registers, strict=True)]
-        return f"char* at = {start}; {' '.join(calls)}"
+            moved = " ".join(_write(one, f"load<{kind}>({at})") for at, one in zip(places, registers, strict=True))
+        if space == "param":
+            return f"const char* at = reinterpret_cast<const char*>({address}); {moved}"
+        if space == "shared":
+            return f"char* at = shared({address}, {size}, {where}); {moved}"
+        reached = f"{'load' if family == 'ld' else 'store'}_global(at, {address}, {size}, {where});"
+        return f"char at[{size}]; " + (f"{reached} {moved}" if family == "ld" else f"{moved} {reached}")
 
     def _together(self, opcode: str, operands: list[str], where: str) -> str:
-        """What threads do together, and atomics."""
-        if opcode in ("bar.sync", "barrier.sync") and operands == ["0"]:
+        """What threads do together, and what has no result."""
+        if opcode == "bar.sync" and operands == ["0"]:
             return f"bar_sync({where});"
         if opcode == "bar.warp.sync":
             return f"bar_warp_sync({self._read(operands[0], 'u32')}, {where});"
@@ -169,7 +175,7 @@ class Kernel:
             to, memory, value = operands
             return _write(to, f"atom_add({self._address(memory)}, {self._read(value, 'u32')}, {where})")
         if opcode == "membar.gl":
-            return ""  # blocks run one after the other
+            return "membar_gl();"
         if opcode in ("cp.async.cg.shared.global", "cp.async.cg.shared.global.L2::128B"):
             to, memory, width, size = operands
             if width != "16":

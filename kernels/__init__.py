@@ -19,6 +19,10 @@ from kernels.kv_format import KVFormat
 log = logging.getLogger("pagoda.kernels")
 
 
+class KernelError(Exception):
+    """Native kernels could not be launched; the message is the driver's, or the emulation's."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
     """What every layer of a model has in common.

@@ -5,6 +5,7 @@ command is g++ or nvcc alike. A library's file name holds two hashes: of what it
 machine), and of the compiler. A machine without a compiler takes a library that some compiler made ahead.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -28,7 +29,7 @@ MESSAGE_LINES = 20
 
 
 class BuildError(Exception):
-    """A library could not be made; the message says why."""
+    """A library could not be made, or what was made not be loaded; the message says why."""
 
 
 class NoCompilerError(BuildError):
@@ -85,6 +86,14 @@ def best_library(libraries: Sequence[Library], folder: Path | None = None) -> Pa
             log.warning("%s serves: %s", library.name, str(errors[0]).partition("\n")[0])
         return path
     raise errors[0]
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A made library, in this process. Raises BuildError, as for one that was made on another system."""
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path.name}: {error}") from error
 
 
 def cache_folder() -> Path:

@@ -114,7 +114,8 @@ class KVFormat:
         if not self.is_scaled:
             return rows.to(self.dtype), None
         largest = LARGEST[self.dtype]
-        scales = rows.float().abs().amax(dim=-1) / largest
+        highest = rows.float().abs().amax(dim=-1)
+        scales = highest / highest.new_full((), largest)  # on a GPU torch multiplies by a number's reciprocal
         scaled = (rows.float() / scales[..., None].clamp(min=torch.finfo(torch.float32).tiny)).clamp(-largest, largest)
         return (scaled.round() if self.dtype == torch.int8 else scaled).nan_to_num(0.0).to(self.dtype), scales
 

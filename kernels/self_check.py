@@ -19,6 +19,7 @@ from kernels import (
     BlockCopy,
     Draws,
     HeadNorms,
+    KernelError,
     Kernels,
     LayerKV,
     Norm,
@@ -60,8 +61,8 @@ def checked_kernels(device: torch.device, shape: AttentionShape, sliding_windows
                 break
         else:
             return kernels
-    except BuildError as error:  # a variant is compiled when it is first met
-        lack = f"not to be built: {error}"
+    except (BuildError, KernelError) as error:  # a variant is compiled when it is first met
+        lack = f"not to be used: {error}"
     log.error("the native kernels are %s; the reference serves, many times slower", lack)
     return ReferenceKernels(device, shape)
 

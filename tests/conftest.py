@@ -20,8 +20,9 @@ if os.environ.get("PAGODA_TEST_LONG") != "1" and settings.get_current_profile_na
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Of many tests, of which those of the kernels are not the first."""
-    is_of_kernels = [item.path.is_relative_to(KERNELS) for item in session.items]
+    """Of many tests, of which those of the kernels are not the first. What a GPU runs is compiled there."""
+    on_cpu = [item for item in session.items if item.get_closest_marker("gpu") is None]
+    is_of_kernels = [item.path.is_relative_to(KERNELS) for item in on_cpu]
     if session.config.option.collectonly or not any(is_of_kernels) or all(is_of_kernels[:100]):
         return
     command = [sys.executable, "-m", "tests.kernels.compile_ahead"]

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernels import AttentionMetadata, Draws
+from kernels import AttentionMetadata, Draws, KernelError
 from kernels.cuda.attention import CudaKernels
-from kernels.cuda.library import KernelError
 from kernels.upload import staged, upload
 from worker.feed import feed
 from worker.forward import Forward

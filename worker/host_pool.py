@@ -6,6 +6,7 @@ one piece there, so that it crosses the bus in one run.
 """
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,7 +56,15 @@ class HostPool:
         if pool.blocks.device.type == "cpu":
             self.blocks = empty_on_huge_pages(shape, torch.uint8)
         else:
-            self.blocks = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            self.blocks = self._pinned(shape)
+
+    def _pinned(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """As many bytes as there are: memory that torch pins is a power of two."""
+        blocks = empty_on_huge_pages(shape, torch.uint8)
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(cudart.cudaHostRegister(blocks.data_ptr(), blocks.nbytes, 0))
+        weakref.finalize(self, cudart.cudaHostUnregister, blocks.data_ptr())
+        return blocks
 
     def copier(self) -> Copier:
         """What copies, on this pool's device."""
@@ -66,6 +75,7 @@ class HostPool:
         ids = np.arange(1, min(MEASURED_BLOCKS, self.num_blocks, self.pool.num_blocks) + 1)
         copier = self.copier()
         copier.copy_out(ids, ids, copier.mark())
+        copier.copy_in(ids, ids, copier.mark())  # all that a GPU loads when it is first asked for it, is there
         start = time.perf_counter()
         copier.copy_out(ids, ids, copier.mark())
         copier.copy_in(ids, ids, copier.mark())
@@ -95,14 +105,14 @@ class CpuCopier:
 
 
 class CudaCopier:
-    """On a stream of its own, beside the steps."""
+    """On a stream of its own, beside the steps. Moves words: kernels of torch move an element a thread."""
 
     def __init__(self, host: HostPool) -> None:
-        self._host, self._pool = host.blocks, host.pool.blocks
+        self._host, self._pool = host.blocks.view(torch.int64), host.pool.blocks.view(torch.int64)
         device = self._pool.device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         num_layers, planes, _, *head = self._pool.shape
-        self._staging = torch.empty((CHUNK_BLOCKS, num_layers, planes, *head), dtype=torch.uint8, device=device)
+        self._staging = torch.empty((CHUNK_BLOCKS, num_layers, planes, *head), dtype=torch.int64, device=device)
 
     def mark(self) -> torch.cuda.Event:
         """See Copier."""

@@ -11,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from kernels import AttentionShape
+from kernels.build import load
 
 
 def address(array: NDArray[Any]) -> int:
@@ -152,10 +153,10 @@ class StepsCall(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The functions of one loaded library."""
+    """The functions of one loaded library. Raises BuildError where it can't be loaded."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+        library = load(path)
         self.attend = library.pagoda_attend
         self.attend.argtypes = (POINTER(Shape), POINTER(Work), POINTER(Call))
         self.attend.restype = None

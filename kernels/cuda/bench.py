@@ -24,8 +24,8 @@ from kernels.cuda.bench_layers import Case, Layers, Run
 from kernels.cuda.select import cuda_backend
 from kernels.cuda.variant import EIGHT_BIT_ELEMENTS
 
-# Of a GPU, some 0.1 ms.
-BUSY_CYCLES = 200_000
+# Of a GPU, some 1 ms: as long as it takes to put a graph of a thousand launches into its queue.
+BUSY_CYCLES = 2_000_000
 NOBODY: Mapping[str, Run] = MappingProxyType({})
 
 

@@ -8,9 +8,8 @@ import ctypes
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-
-class KernelError(Exception):
-    """A launch failed; the message is the driver's, or the emulation's."""
+from kernels import KernelError
+from kernels.build import load
 
 
 class Facts(Structure):
@@ -144,10 +143,10 @@ class GreedyArgs(Structure):
 
 
 class KernelLibrary:
-    """One variant, loaded and opened on the current device."""
+    """One variant, loaded and opened on the current device. Raises BuildError or KernelError where that can't be."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self._library = load(path)
         self._library.pagoda_error.restype = ctypes.c_char_p
         self._attend = self._declare("pagoda_attend", AttentionArgs)
         self._copy_blocks = self._declare("pagoda_copy_blocks", BlockCopyArgs)

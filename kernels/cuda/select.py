@@ -48,8 +48,9 @@ def find_lack(shape: AttentionShape, capability: tuple[int, int]) -> str | None:
     if shape.kv_dtype not in (shape.dtype, *EIGHT_BIT_ELEMENTS):
         return f"KV of {shape.kv_dtype} beside {shape.dtype}"
     group_size = shape.num_heads // shape.num_kv_heads
-    if not is_supported(shape.head_dim, shape.block_size, group_size):
-        return f"head_dim {shape.head_dim}, block size {shape.block_size}, {group_size} heads per KV head"
+    if not is_supported(shape.dtype, shape.kv_dtype, shape.head_dim, shape.block_size, group_size):
+        blocks = f"block size {shape.block_size}, {group_size} heads per KV head"
+        return f"{shape.dtype}, head_dim {shape.head_dim}, {blocks}"
     made_ahead = build.cache_folder().glob(f"cuda_*_sm_{capability[0]}{capability[1]}-*.so")
     if build.find_compiler(NVCC) is None and next(made_ahead, None) is None:
         return "no nvcc, and none made ahead"

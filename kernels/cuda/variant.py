@@ -101,9 +101,11 @@ def all_variants() -> list[Variant]:
     ]
 
 
-def is_supported(head_dim: int, block_size: int, group_size: int) -> bool:
-    """Whether kernels exist for a shape in every dtype; in float32, multiples of 8 would do for head_dim."""
-    return head_dim % 16 == 0 and head_dim <= max(HEAD_DIMS) and block_size % 16 == 0 and group_size <= MAX_GROUP_SIZE
+def is_supported(dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, block_size: int, group_size: int) -> bool:
+    """Whether there are kernels for a shape; also of head_dims that have no name in HEAD_DIMS."""
+    multiple = 8 if dtype == kv_dtype == torch.float32 else 16
+    fits_rows = head_dim % multiple == 0 and head_dim <= max(HEAD_DIMS)
+    return fits_rows and block_size % 16 == 0 and group_size <= MAX_GROUP_SIZE
 
 
 def shared_kib(head_dim: int, capability: tuple[int, int]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.build import BuildError, Library, NoCompilerError, best_library, cache_folder, shared_library
+from kernels.build import BuildError, Library, NoCompilerError, best_library, cache_folder, load, shared_library
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -128,6 +128,13 @@ def test_a_folder_that_cannot_be_written_is_a_build_error(answer: Library, tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(BuildError, match="answer"):
         shared_library(answer, tmp_path / "file" / "cache")
+
+
+def test_a_library_of_another_system_is_a_build_error(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.so"
+    path.write_bytes(b"\x7fELF" + bytes(60))
+    with pytest.raises(BuildError, match=r"foreign\.so: "):
+        load(path)
 
 
 def test_where_libraries_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,4 +153,6 @@ def test_cuda_equals_dense_attention(case: Case, dtype: torch.dtype) -> None:
     step = Step(case)
     found = step.run(select_kernels(torch.device("cuda"), case.shape), "cuda")
     tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 3e-5
-    torch.testing.assert_close(found, step.dense().to(dtype), atol=2e-3, rtol=tolerance)
+    # Weights are rounded to bfloat16: where few tokens are seen, errors do not cancel.
+    atol = 5e-3 if dtype == torch.bfloat16 else 2e-3
+    torch.testing.assert_close(found, step.dense().to(dtype), atol=atol, rtol=tolerance)

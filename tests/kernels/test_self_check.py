@@ -16,6 +16,7 @@ from kernels import (
     Draws,
     GatedLinear,
     HeadNorms,
+    KernelError,
     Kernels,
     LayerKV,
     Linear,
@@ -41,6 +42,8 @@ class Broken:
     def prepare(self, metadata: AttentionMetadata) -> AttentionStep:
         if self.mistake == "does not compile":
             raise BuildError("nvcc ended with 1")
+        if self.mistake == "does not start":
+            raise KernelError("the driver is too old")
         return BrokenStep(self.mistake, self.kernels.prepare(metadata))
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -100,12 +103,15 @@ def test_wrong_kernels_do_not_serve(
     assert "wrong here (cpu, torch.float32, KV torch.float32, window" in serving(caplog)
 
 
-def test_kernels_that_do_not_compile_do_not_serve(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("mistake", "said"), [("does not compile", "nvcc ended with 1"), ("does not start", "the driver is too old")]
+)
+def test_kernels_that_do_not_run_do_not_serve(
+    mistake: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken("does not compile"))
+    monkeypatch.setattr(kernels.self_check, "select_kernels", lambda device, shape: Broken(mistake))
     assert isinstance(checked_kernels(CPU, SHAPE, (0,)), ReferenceKernels)
-    assert "not to be built: nvcc ended with 1" in serving(caplog)
+    assert f"not to be used: {said}" in serving(caplog)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import BlockCopy, build
+from kernels import BlockCopy, KernelError, build
 from kernels.cuda.attention import Backend
-from kernels.cuda.library import KernelError, KernelLibrary
+from kernels.cuda.library import KernelLibrary
 from kernels.cuda.variant import NVCC, Variant
 from tests.kernels.cuda.backends import needs_nvcc
 from tests.kernels.cuda.ptx.library import library_of

@@ -34,6 +34,12 @@ def test_8_bit_kv_is_served_beside_any_dtype(dtype: torch.dtype, kv_dtype: torch
     assert isinstance(select_kernels(DEVICE, dataclasses.replace(SHAPE, dtype=dtype, kv_dtype=kv_dtype)), CudaKernels)
 
 
+@pytest.mark.parametrize(("dtype", "serving"), [(torch.float32, CudaKernels), (torch.bfloat16, ReferenceKernels)])
+def test_float32_needs_no_multiples_of_16(dtype: torch.dtype, serving: type) -> None:
+    shape = dataclasses.replace(SHAPE, head_dim=24, dtype=dtype, kv_dtype=dtype)
+    assert isinstance(select_kernels(DEVICE, shape), serving)
+
+
 @pytest.mark.parametrize(
     "variant", [Variant(torch.bfloat16, 64, 16), Variant(torch.float16, 64, 16, kv_dtype=torch.int8)]
 )

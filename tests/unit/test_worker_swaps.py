@@ -20,10 +20,12 @@ from worker.swaps import NoSwaps, SwapThread
 from worker.wire import SwapReport, decode_plan, encode_swaps
 
 CPU = torch.device("cpu")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])])
 
 
-def a_pool(num_blocks: int = 6) -> KVPool:
-    pool = KVPool(3, num_blocks, KVFormat(torch.float32, 2, 8, 16, 1), CPU)
+def a_pool(num_blocks: int = 6, device: str = "cpu") -> KVPool:
+    pool = KVPool(3, num_blocks, KVFormat(torch.float32, 2, 8, 16, 1), torch.device(device))
     pool.blocks.copy_(torch.randint(0, 256, pool.blocks.shape, dtype=torch.uint8))
     return pool
 
@@ -80,9 +82,11 @@ class GatedCopier:
         self.done.append(("in", after))
 
 
-def test_a_block_comes_back_as_it_went_out() -> None:
-    pool = a_pool()
+@each_device
+def test_a_block_comes_back_as_it_went_out(device: str) -> None:
+    pool = a_pool(device=device)
     host, before = HostPool(4, pool), pool.blocks.clone()
+    assert host.blocks.is_pinned() == (device == "cuda")
     copier = host.copier()
     copier.copy_out(np.array([1, 5]), np.array([4, 2]), copier.mark())
     pool.poison()
@@ -93,8 +97,9 @@ def test_a_block_comes_back_as_it_went_out() -> None:
     assert torch.equal(others, torch.full_like(others, int(others.flatten()[0]))), "nothing else was written"
 
 
-def test_measuring_leaves_the_pool_as_it_was() -> None:
-    pool = a_pool()
+@each_device
+def test_measuring_leaves_the_pool_as_it_was(device: str) -> None:
+    pool = a_pool(device=device)
     before = pool.blocks.clone()
     assert HostPool(3, pool).measure() > 0
     assert torch.equal(pool.blocks, before)

@@ -1,6 +1,7 @@
 """The same examples in every run, so that only a change can break it; new ones where PAGODA_TEST_LONG asks for more.
 
-A whole run compiles what tests/kernels load beside the tests that come before them.
+A whole run begins with tests that mostly wait for processes; what tests/kernels load is compiled beside them. Those of
+the load generator, which measure, come last.
 """
 
 import os
@@ -14,9 +15,15 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "tests" / "kernels"
+LAST = (KERNELS, ROOT / "tests" / "load")
 
 if os.environ.get("PAGODA_TEST_LONG") != "1" and settings.get_current_profile_name() == "default":
     settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders in LAST come last, in that order."""
+    items.sort(key=lambda item: next((i for i, folder in enumerate(LAST, 1) if item.path.is_relative_to(folder)), 0))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

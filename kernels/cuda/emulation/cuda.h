@@ -47,7 +47,7 @@ inline thread_local Resident* resident = nullptr;  // the one whose threads run 
 constexpr int kStay = 8;  // warps of a block go on so often, on average, before others' do
 inline uint64_t seed = 0;
 inline std::string last_failure;
-inline void (*after_launch)() = [] {};
+inline void (*after_launch)() = [] {};  // called when a launch has ended
 
 struct ThreadIndex {
   struct X {

@@ -51,6 +51,15 @@ def test_shared_blocks_change_nothing(variant: Variant, backend: Backend, data: 
     assert relative_error(step.emulate(kernels_of(case, backend)), step.dense()) < tolerance_of(variant)
 
 
+@each_variant
+@pytest.mark.parametrize("seed", range(6))
+def test_shared_and_own_parts_may_end_in_any_order(variant: Variant, backend: Backend, seed: int) -> None:
+    """Whoever ends a cluster's last part is the last for some of its tokens, and not for others."""
+    lens, window = [(97, 1), (100, 1), (110, 1)], 200 if variant.has_window else 0
+    step = Step(Case(variant, 2, 2, window, lens, seed, order_seed=seed + 1, prefix_blocks=(0, 2, 2)))
+    assert relative_error(step.emulate(kernels_of(step.case, backend)), step.dense()) < tolerance_of(variant)
+
+
 def tolerance_of(variant: Variant) -> float:
     return (TOLERANCES if variant.kv_dtype is None else SCALED_TOLERANCES)[variant.dtype]
 

@@ -3,7 +3,7 @@
 Owns compilers and flags. The device code is compiled for one architecture: the machine's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,6 +52,11 @@ class Variant:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype) if dtype is not None]
         parts = ["cuda", *dtypes, f"d{self.head_dim}", f"b{self.block_size}"]
         return "_".join(parts + ["window"] * self.has_window + ["softcap"] * self.has_soft_cap)
+
+    @property
+    def loaded(self) -> set["Variant"]:
+        """What a model needs for it: attention of its own, and all else, which knows no window."""
+        return {self, replace(self, has_window=False)}
 
     @property
     def defines(self) -> tuple[str, ...]:

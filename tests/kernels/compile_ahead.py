@@ -4,7 +4,6 @@ Started with a whole run of the tests: those that come before these wait for pro
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -27,8 +26,7 @@ def libraries() -> Iterator[Library]:
         for dtype, kv_dtype in DTYPES:
             yield library(target, fitting_dtype(target, dtype), fitting_dtype(target, kv_dtype))
     for variant in NAMED_VARIANTS:
-        yield emulated_library(dataclasses.replace(variant, has_window=False))
-        yield emulated_library(variant)
+        yield from map(emulated_library, variant.loaded)
 
 
 def translated_libraries() -> Iterator[Library]:
@@ -36,7 +34,7 @@ def translated_libraries() -> Iterator[Library]:
     if find_compiler(NVCC) is None:
         return
     for variant in PTX_VARIANTS:
-        for one in {dataclasses.replace(variant, has_window=False), variant}:
+        for one in variant.loaded:
             yield library_of(one, ptx_of(one))
 
 

@@ -49,7 +49,7 @@ def _compiled() -> None:
     """All at once, on all cores, rather than each when it is met."""
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(CUDA)
-        variants = {dataclasses.replace(v, has_window=w) for v in NAMED_VARIANTS for w in (False, v.has_window)}
+        variants = set().union(*(variant.loaded for variant in NAMED_VARIANTS))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda variant: shared_library(device_library(variant, capability)), variants))
 
